@@ -1,0 +1,1175 @@
+"""What every script here shares, in the order the data flows through it:
+
+    arguments -> data -> label noise -> augmentation -> models -> training state -> reporting
+
+Functions take tensors and return tensors; copy one out if that is all you need. What a method is about
+(its loss, its loop, its hyperparameters) is never in this file: it stands in the method's own script.
+
+Conventions. Images at rest are uint8 [N, 3, H, W]; images in flight are float32 [B, 3, H, W] in [0, 1] (normalisation is
+part of the model). Labels are int64. Accuracies are percentages. Bad input raises UsageError, which `run_main` turns
+into one line on stderr and exit status 2. Random draws come from torch's global generator of the tensor's device, so
+`torch.manual_seed` and the random states in a checkpoint determine them all; label noise has a generator of its own.
+"""
+
+import argparse
+import contextlib
+import difflib
+import functools
+import json
+import math
+import os
+import re
+import signal
+import sys
+import textwrap
+import time
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+
+
+class UsageError(Exception):
+    """Something the user can mend: the message names the flag or file and says what would work."""
+
+
+def run_main(main):
+    """Call main(); UsageError ends as one line on stderr and status 2, Ctrl-C and SIGTERM as one line and status 130."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; checkpoint.pt holds every finished epoch, and --resume continues from it", file=sys.stderr)
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are a single line, and whose --help keeps the script's docstring as it is written."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise UsageError(f"{message.removeprefix('argument ')} (--help explains every flag)")
+
+
+def unknown(what, name, valid):
+    """The UsageError for a name that is not among `valid`: the nearest names first, then all of them."""
+    near = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return UsageError(f"{what}: unknown {name!r}; {hint}valid: {', '.join(valid)}")
+
+
+def one_of(*names):
+    """argparse type: one of `names`; anything else is refused with the nearest names."""
+
+    def check(text):
+        if text not in names:
+            raise argparse.ArgumentTypeError(str(unknown("", text, names)).removeprefix(": "))
+        return text
+
+    return check
+
+
+def number(kind, low, high=math.inf):
+    """argparse type: an int or float in [low, high]."""
+
+    def check(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low <= value <= high and math.isfinite(value)):
+            span = f"in [{low}, {high}]" if high < math.inf else f"of at least {low}"
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole number' if kind is int else 'a number'} {span}"
+            )
+        return value
+
+    return check
+
+
+def add_common_arguments(parser):
+    """Add what every script shares. Flags left unset (None) are for `fill` to take from the script's preset table."""
+    data = parser.add_argument_group("data and label noise")
+    data.add_argument(
+        "--dataset", help="shapes (built in), cifar10, cifar100, svhn or path/to/file.npz (default: shapes)"
+    )
+    data.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are kept (default: data)")
+    data.add_argument("--noise", type=one_of(*NOISE_KINDS), metavar="KIND", help=" | ".join(NOISE_KINDS))
+    data.add_argument(
+        "--rate", type=number(float, 0, 1), help="share of training labels to corrupt; human-* has its own"
+    )
+    data.add_argument("--limit-train", type=number(int, 1), metavar="N", help="use N evenly spaced training samples")
+    data.add_argument("--limit-test", type=number(int, 1), metavar="N", help="use N evenly spaced test samples")
+
+    training = parser.add_argument_group("training (unset: the paper's value for the data set and noise)")
+    training.add_argument(
+        "--epochs", type=number(int, 1), help="passes over the training set; the schedule scales along"
+    )
+    training.add_argument(
+        "--batch-size", type=number(int, 1), help="images a step; a last incomplete batch is left out"
+    )
+    training.add_argument("--lr", type=number(float, 0), help="initial learning rate")
+    training.add_argument("--weight-decay", type=number(float, 0), help="L2 penalty of the optimiser")
+    training.add_argument(
+        "--seed", type=number(int, 0), default=0, help="weights, batches, augmentation and label noise"
+    )
+
+    machine = parser.add_argument_group("machine and output")
+    machine.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    machine.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA)")
+    machine.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models"
+    )
+    machine.add_argument(
+        "--out", type=Path, metavar="DIR", help="run folder (default: runs/METHOD-DATASET-NOISE-seedS)"
+    )
+    machine.add_argument("--resume", action="store_true", help="continue the run in the run folder")
+
+
+def fill(args, preset):
+    """Give every argument that is still None its value from the dict `preset`; the rest stay as the user set them."""
+    for name, value in preset.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def setup(args):
+    """Resolve --device and --amp, seed all generators, set the backends' fast paths; returns the torch.device.
+
+    Raises UsageError for a device that is not there.
+    """
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", args.device)
+    if not match:
+        raise unknown("--device", args.device, ["cpu", "cuda", "cuda:0"])
+    if args.device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {args.device}: {torch.cuda.device_count()} CUDA devices are visible; --device cpu works"
+        )
+    device = torch.device(args.device)
+    args.amp = device.type == "cuda" if args.amp is None else args.amp
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32 where a matmul is left in float32
+    return device
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+class Dataset(NamedTuple):
+    """A labelled image set; the arrays of an .npz file have the same names."""
+
+    train_images: torch.Tensor  # uint8 [N, 3, H, W]
+    train_labels: torch.Tensor  # int64 [N], in [0, len(classes))
+    test_images: torch.Tensor  # uint8 [M, 3, H, W]
+    test_labels: torch.Tensor  # int64 [M]
+    classes: list  # names, str
+
+
+DATASETS = ("shapes", "cifar10", "cifar100", "svhn")
+
+
+def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, device="cpu"):
+    """The data set `name`, as a Dataset on `device`.
+
+    name: "shapes" (drawn by code), "cifar10", "cifar100", "svhn" (read from data_dir/NAME.npz; where that is missing,
+        downloaded by torchvision and cached there) or the path of any .npz file of the same form.
+    limit_train, limit_test: keep that many samples, evenly spaced, so that a file sorted by class stays balanced.
+    Raises UsageError if the name is unknown, the file is unreadable or malformed, or the download fails.
+    """
+    if name == "shapes":
+        train_images, train_labels = draw_shapes(SHAPES_TRAIN, seed=0)
+        test_images, test_labels = draw_shapes(SHAPES_TEST, seed=1)
+        data = Dataset(train_images, train_labels, test_images, test_labels, SHAPES_CLASSES)
+    elif str(name).endswith(".npz"):
+        data = read_npz(Path(name), "--dataset")
+    elif name in DATASETS:
+        path = Path(data_dir) / f"{name}.npz"
+        if not path.exists():
+            download(name, path)
+        data = read_npz(path, f"--dataset {name}")
+    else:
+        raise unknown("--dataset", name, [*DATASETS, "path/to/file.npz"])
+    train, test = spread(len(data.train_labels), limit_train), spread(len(data.test_labels), limit_test)
+    data = Dataset(
+        data.train_images[train], data.train_labels[train], data.test_images[test], data.test_labels[test], data.classes
+    )
+    return Dataset(*(part.to(device) if torch.is_tensor(part) else part for part in data))
+
+
+def spread(total, limit):
+    """Indices int64 [min(total, limit)], evenly spaced over range(total); all of them where limit is None."""
+    count = min(total, limit or total)
+    return torch.arange(count) * total // count
+
+
+def read_npz(path, flag):
+    """The Dataset in an .npz file, read without pickle and checked; UsageError names `flag`, the file and the fault."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in Dataset._fields}
+    except FileNotFoundError:
+        raise UsageError(f"{flag}: no file {path}; --dataset shapes needs none") from None
+    except KeyError as error:
+        raise UsageError(f"{flag}: {path} lacks {error.args[0]}; it needs {', '.join(Dataset._fields)}") from None
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+        raise UsageError(f"{flag}: {path} cannot be read as .npz ({error}); write it again with numpy.savez") from None
+    classes = [str(c) for c in arrays["classes"].ravel()]
+    for part in ("train", "test"):
+        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.size:
+            raise UsageError(
+                f"{flag}: {path}: {part}_images is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W] with N > 0"
+            )
+        if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+            raise UsageError(
+                f"{flag}: {path}: {part}_labels is {labels.dtype} {list(labels.shape)}, not an integer [{len(images)}]"
+            )
+        if labels.min() < 0 or labels.max() >= len(classes):
+            raise UsageError(
+                f"{flag}: {path}: {part}_labels span {labels.min()} … {labels.max()}, but there are {len(classes)} classes"
+            )
+        arrays[f"{part}_labels"] = labels.astype(np.int64)
+    if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
+        raise UsageError(f"{flag}: {path}: train_images and test_images differ in size")
+    return Dataset(*(torch.from_numpy(arrays[key]) for key in Dataset._fields[:4]), classes)
+
+
+def download(name, path):
+    """Fetch cifar10, cifar100 or svhn with torchvision and write it to `path` as .npz; UsageError where that fails."""
+    try:
+        if name == "svhn":
+            parts = [torchvision.datasets.SVHN(path.parent, split, download=True) for split in ("train", "test")]
+            images, labels, classes = [p.data for p in parts], [p.labels for p in parts], [str(d) for d in range(10)]
+        else:
+            source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+            parts = [source(path.parent, train, download=True) for train in (True, False)]
+            images, labels = [p.data.transpose(0, 3, 1, 2) for p in parts], [p.targets for p in parts]
+            classes = parts[0].classes
+    except (OSError, RuntimeError) as error:
+        raise UsageError(
+            f"--dataset {name}: no {path}, and the download failed ({error}); put a {name}.npz with "
+            f"{', '.join(Dataset._fields)} there; --dataset shapes needs none"
+        ) from None
+    arrays = (images[0], np.int64(labels[0]), images[1], np.int64(labels[1]), np.array(classes))
+    with replacing(path) as partial:
+        np.savez(partial, **dict(zip(Dataset._fields, arrays)))
+
+
+SHAPES_TRAIN, SHAPES_TEST = 2000, 1000
+SHAPES_CLASSES = [
+    f"{fabric} {form}" for form in ["disc", "bar", "triangle", "cross", "ring"] for fabric in ("striped", "dotted")
+]
+
+
+def draw_shapes(count, seed, size=32):
+    """Ten classes of colour images: five forms, each striped or dotted; images uint8 [count, 3, size, size], labels [count].
+
+    Form and texture decide the class. Colours, place, size, angle, phase, background gradient, clutter and pixel noise
+    don't. Every operation used is one that IEEE 754 rounds exactly (no sin, exp or normal draws), so that the pixels are
+    the same on every machine.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
+
+    labels = torch.randperm(count, generator=generator) % 10
+    form, dotted = (labels // 2).view(-1, 1, 1), (labels % 2).view(-1, 1, 1).bool()
+    axis = (torch.arange(size) + 0.5) * (2 / size) - 1
+    x, y = axis.view(1, 1, -1), axis.view(1, -1, 1)
+
+    t, flip = uniform(-1, 1), torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    cos, sin = flip * (1 - t * t) / (1 + t * t), flip * 2 * t / (1 + t * t)  # a point of the unit circle, without sin()
+    dx, dy = x - uniform(-0.2, 0.2), y - uniform(-0.2, 0.2)
+    u, v = cos * dx + sin * dy, cos * dy - sin * dx  # coordinates in the form's own frame
+    radius = uniform(0.6, 0.85)
+    p, q = (u / radius).abs(), v / radius
+
+    rho = (p * p + q * q).sqrt()
+    outline = torch.stack([  # each at most 1 inside the form
+        rho / 0.9,
+        torch.maximum(p, 3 * q.abs()),
+        torch.maximum(1.7320508 * p + q, -2 * q),
+        torch.minimum(torch.maximum(p, 3 * q.abs()), torch.maximum(3 * p, q.abs())),
+        (rho - 0.72).abs() / 0.25,
+    ])  # fmt: skip
+    inside = outline.gather(0, form.expand(1, count, size, size))[0] <= 1
+
+    frequency = uniform(2.6, 3.4)
+    a, b = (u * frequency + uniform(0, 1)) % 1 - 0.5, (v * frequency + uniform(0, 1)) % 1 - 0.5
+    texture = torch.where(dotted, a * a + b * b < 0.12, a.abs() < 0.25)
+
+    light, dark = uniform(0.7, 1, 3), uniform(0, 0.3, 3)
+    slope = x * uniform(-0.15, 0.15).unsqueeze(1) + y * uniform(-0.15, 0.15).unsqueeze(1)
+    image = uniform(0.3, 0.7, 3) + slope
+    for _ in range(3):  # clutter behind the form
+        spot = (x - uniform(-1, 1)) ** 2 + (y - uniform(-1, 1)) ** 2 < uniform(0.08, 0.2) ** 2
+        image = torch.where(spot.unsqueeze(1), uniform(0.2, 0.8, 3), image)
+    image = torch.where(inside.unsqueeze(1), torch.where(texture.unsqueeze(1), light, dark), image)
+    noise = torch.rand(count, 3, size, size, generator=generator) - 0.5
+    return ((image + 0.15 * noise).clamp(0, 1) * 255).round().byte(), labels
+
+
+def channel_stats(images):
+    """Mean and standard deviation of each colour channel of uint8 images [N, 3, H, W], in [0, 1]: two lists of three."""
+    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double().cpu()
+    share, level = counts / counts.sum(1, keepdim=True), torch.arange(256) / 255
+    mean = (share * level).sum(1)
+    return mean.tolist(), ((share * level**2).sum(1) - mean**2).sqrt().tolist()
+
+
+def to_float(images):
+    """uint8 [..., 3, H, W] -> float32 in [0, 1]."""
+    return images.float() / 255
+
+
+def batches(count, batch_size, device):
+    """A fresh random order of range(count), cut into full batches: int64 [batch_size] index tensors on `device`.
+
+    The incomplete last batch is left out, so that every step has the same shape.
+    """
+    batch_size = min(batch_size, count)
+    order = torch.randperm(count, device=device)
+    return order[: count // batch_size * batch_size].split(batch_size)
+
+
+# ---------------------------------------------------------------------------------------------------------- label noise
+
+HUMAN = {  # kind: (file of CIFAR-10N / CIFAR-100N, key in it)
+    "human-aggre": ("CIFAR-10_human.pt", "aggre_label"),
+    "human-random1": ("CIFAR-10_human.pt", "random_label1"),
+    "human-random2": ("CIFAR-10_human.pt", "random_label2"),
+    "human-random3": ("CIFAR-10_human.pt", "random_label3"),
+    "human-worse": ("CIFAR-10_human.pt", "worse_label"),
+    "human-noisy": ("CIFAR-100_human.pt", "noisy_label"),
+}
+NOISE_KINDS = ("none", "sym", "sym-other", "pair", "asym", *HUMAN)
+
+CIFAR10_CONFUSIONS = {"truck": "automobile", "bird": "airplane", "cat": "dog", "dog": "cat", "deer": "horse"}
+CIFAR100_SUPERCLASSES = """
+beaver dolphin otter seal whale / aquarium_fish flatfish ray shark trout / orchid poppy rose sunflower tulip /
+bottle bowl can cup plate / apple mushroom orange pear sweet_pepper / clock keyboard lamp telephone television /
+bed chair couch table wardrobe / bee beetle butterfly caterpillar cockroach / bear leopard lion tiger wolf /
+bridge castle house road skyscraper / cloud forest mountain plain sea / camel cattle chimpanzee elephant kangaroo /
+fox porcupine possum raccoon skunk / crab lobster snail spider worm / baby boy girl man woman /
+crocodile dinosaur lizard snake turtle / hamster mouse rabbit shrew squirrel /
+maple_tree oak_tree palm_tree pine_tree willow_tree / bicycle bus motorcycle pickup_truck train /
+lawn_mower rocket streetcar tank tractor"""
+
+
+def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="data"):
+    """A noisy copy of int64 labels [N], on the same device; the same for the same seed on every device.
+
+    kind: none
+        sym        exactly round(rate·N) samples get a label uniform over all classes (their own included)
+        sym-other  each sample, with probability rate, gets one of the other classes
+        pair       each sample, with probability rate, gets the next class, y+1 mod C
+        asym       CIFAR-10: exactly round(rate·n) of each confusable class go to their look-alike (Patrini et al.);
+                   CIFAR-100: round(rate·N) samples go to the next class of their superclass
+        human-*    annotators' labels of CIFAR-10N (aggre, random1-3, worse) and CIFAR-100N (noisy); rate is ignored
+    rate: in [0, 1]. classes: names, which asym goes by. data_dir: where CIFAR-10N's own files lie.
+    Raises UsageError for an unknown kind, a rate outside [0, 1], asym without a map, human labels of another data set.
+    """
+    if kind not in NOISE_KINDS:
+        raise unknown("--noise", kind, NOISE_KINDS)
+    if kind in HUMAN:
+        return human_labels(labels.cpu(), kind, data_dir).to(labels.device)
+    if kind != "none" and not (rate is not None and 0 <= rate <= 1):
+        raise UsageError(f"--rate: {rate} is not in [0, 1]")
+    generator = torch.Generator().manual_seed(seed)
+    clean, count = labels.cpu(), len(labels)
+    noisy = clean.clone()
+    if kind == "sym":
+        chosen = torch.randperm(count, generator=generator)[: round(rate * count)]
+        noisy[chosen] = torch.randint(num_classes, (len(chosen),), generator=generator)
+    elif kind in ("sym-other", "pair"):
+        flips = torch.rand(count, generator=generator) < rate
+        step = torch.randint(1, num_classes, (count,), generator=generator) if kind == "sym-other" else 1
+        noisy = torch.where(flips, (clean + step) % num_classes, clean)
+    elif kind == "asym":
+        names = list(classes)
+        successor = torch.arange(num_classes)
+        if set(CIFAR10_CONFUSIONS) | set(CIFAR10_CONFUSIONS.values()) <= set(names):
+            for source, target in CIFAR10_CONFUSIONS.items():
+                successor[names.index(source)] = names.index(target)
+            pools = [(clean == names.index(source)).nonzero().squeeze(1) for source in CIFAR10_CONFUSIONS]
+        elif set(CIFAR100_SUPERCLASSES.replace("/", " ").split()) == set(names):
+            for family in CIFAR100_SUPERCLASSES.split("/"):
+                members = sorted(names.index(name) for name in family.split())
+                successor[members] = torch.tensor(members[1:] + members[:1])
+            pools = [torch.arange(count)]
+        else:
+            raise UsageError(
+                "--noise asym: only CIFAR-10 and CIFAR-100 have a map of look-alikes; sym and pair work anywhere"
+            )
+        for pool in pools:
+            chosen = pool[torch.randperm(len(pool), generator=generator)[: round(rate * len(pool))]]
+            noisy[chosen] = successor[clean[chosen]]
+    return noisy.to(labels.device)
+
+
+def human_labels(clean, kind, data_dir):
+    """CIFAR-10N's or CIFAR-100N's labels int64 [N] for clean labels int64 [N] in the data set's own order (or a `spread`).
+
+    The file is a pickle of numpy arrays; torch's restricted unpickler is allowed to build those and nothing else.
+    """
+    import _codecs
+
+    name, key = HUMAN[kind]
+    path = Path(data_dir) / name
+    arrays = [
+        (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+        *(np.ndarray, np.dtype, type(np.dtype(np.int64)), _codecs.encode),
+    ]
+    try:
+        with torch.serialization.safe_globals(arrays):
+            content = torch.load(path, weights_only=True)
+        truth, noisy = (torch.from_numpy(np.int64(content[k])) for k in ("clean_label", key))
+    except FileNotFoundError:
+        raise UsageError(
+            f"--noise {kind}: no {path}; it is part of CIFAR-N (github.com/UCSC-REAL/cifar-10-100n)"
+        ) from None
+    except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
+        raise UsageError(
+            f"--noise {kind}: {path} is not CIFAR-N's file ({type(error).__name__}); fetch it again"
+        ) from None
+    if len(clean) <= len(truth) and torch.equal(truth[spread(len(truth), len(clean))], clean):
+        return noisy[spread(len(truth), len(clean))]
+    raise UsageError(f"--noise {kind}: {path} labels another data set, or the images are not in the official order")
+
+
+def imbalance(labels, gamma, num_classes, seed):
+    """Indices of a class-imbalanced subset of int64 labels [N] (KD Beyond Model Compression, section IV-C), ascending.
+
+    Class c = 1 … C keeps floor(a / (b + c^-gamma)) samples, with a and b such that the first keeps 5 % and the last all
+    of a balanced class (250 and 5000 on CIFAR-10). A smaller gamma leaves fewer samples in between.
+    """
+    per_class = len(labels) // num_classes
+    low, high = per_class / 20, per_class
+    last = num_classes**-gamma
+    b = (low - high * last) / (high - low)
+    a = low * (b + 1)
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for c in range(num_classes):
+        pool = (labels.cpu() == c).nonzero().squeeze(1)
+        size = math.floor(a / (b + (c + 1) ** -gamma) + 1e-6)  # 1e-6: the ends are whole numbers but for rounding
+        kept.append(pool[torch.randperm(len(pool), generator=generator)[:size]])
+    return torch.cat(kept).sort().values.to(labels.device)
+
+
+# --------------------------------------------------------------------------------------------------------- augmentation
+# Batched on the images' device, every sample with a draw of its own. An operation is one of three kinds, and each kind is
+# a handful of kernels however large the batch: a warp (one grid_sample), a look-up table per sample and channel (one
+# gather), or a blend with a degenerate image. Pixel values follow the 8-bit operations of torchvision.transforms.v2.
+
+OPS = (
+    *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),  # warps
+    *("Brightness", "Contrast", "Color", "Sharpness"),  # up to here the magnitude has a random sign
+    *("Posterize", "Solarize", "AutoContrast", "Equalize"),  # up to here AugMix
+    "Identity",  # up to here RandAugment
+    "Invert",  # AutoAugment
+)
+SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, BRIGHTNESS, CONTRAST, COLOR, SHARPNESS = range(9)
+POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE, IDENTITY, INVERT = range(9, 15)
+
+
+@functools.cache
+def op_magnitudes(bins, height, width, device, translate=150 / 331, posterize=8):
+    """Magnitude of every operation at every strength, float32 [15, bins] on `device`: torchvision's augmentation spaces.
+
+    Shear as a slope, translation in whole pixels, rotation in degrees, posterize in bits, solarize as a threshold in
+    [0, 1], brightness, contrast, colour and sharpness as the blend factor minus one. AutoAugment and RandAugment translate
+    by up to 150/331 of the side and posterize to 8 … 4 bits; AugMix by up to 1/3 and to 4 … 0 bits.
+    """
+    table = torch.zeros(len(OPS), bins)
+    table[[SHEAR_X, SHEAR_Y]] = torch.linspace(0, 0.3, bins)
+    table[TRANSLATE_X] = torch.linspace(0, translate * width, bins).trunc()
+    table[TRANSLATE_Y] = torch.linspace(0, translate * height, bins).trunc()
+    table[ROTATE] = torch.linspace(0, 30, bins)
+    table[[BRIGHTNESS, CONTRAST, COLOR, SHARPNESS]] = torch.linspace(0, 0.9, bins)
+    table[POSTERIZE] = (posterize - torch.arange(bins) / ((bins - 1) / 4)).round()
+    table[SOLARIZE] = torch.linspace(1, 0, bins)
+    return table.to(device)
+
+
+def apply_ops(images, op, magnitude, mode="nearest"):
+    """Apply to each image its own operation: images float [B, 3, H, W] in [0, 1], op int64 [B] in OPS, magnitude [B].
+
+    mode: how warps interpolate, "nearest" or "bilinear"; what comes in from outside the image is black.
+    """
+    images = images.clone()
+    kinds = (
+        (op <= ROTATE, functools.partial(_warp, mode=mode)),
+        ((op == COLOR) | (op == SHARPNESS), _blend),
+        ((op > ROTATE) & (op != COLOR) & (op != SHARPNESS) & (op != IDENTITY), _look_up),
+    )
+    for mask, transform in kinds:
+        if images.device.type == "cpu":  # compute only the rows concerned
+            rows = mask.nonzero().squeeze(1)
+            if len(rows):
+                images[rows] = transform(images[rows], op[rows], magnitude[rows])
+        else:  # compute all rows: counting them would make the host wait for the device
+            images = torch.where(mask.view(-1, 1, 1, 1), transform(images, op, magnitude), images)
+    return images
+
+
+def _warp(images, op, magnitude, mode):
+    """Shear, translate or rotate: sample the input at theta · (x, y, 1), in pixels from the image's centre."""
+    height, width = images.shape[2:]
+    zero = torch.zeros_like(magnitude)
+    angle = torch.where(op == ROTATE, magnitude * (math.pi / 180), zero)
+    shear_x, shear_y = torch.where(op == SHEAR_X, magnitude, zero), torch.where(op == SHEAR_Y, magnitude, zero)
+    shift_x = shear_x * (height / 2) - torch.where(
+        op == TRANSLATE_X, magnitude, zero
+    )  # shears keep the first row/column
+    shift_y = shear_y * (width / 2) - torch.where(op == TRANSLATE_Y, magnitude, zero)
+    rows = [angle.cos(), shear_x - angle.sin(), shift_x, shear_y + angle.sin(), angle.cos(), shift_y]
+    theta = torch.stack(rows, 1).view(-1, 2, 3)
+    x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
+    y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device)
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    points = torch.stack([x, y, torch.ones_like(x)], -1).view(1, -1, 3)
+    half = torch.stack([torch.full_like(zero[:1], width / 2), torch.full_like(zero[:1], height / 2)], 1)
+    grid = points.expand(len(images), -1, -1).bmm(theta.transpose(1, 2) / half.unsqueeze(1))
+    return F.grid_sample(images, grid.view(-1, height, width, 2), mode=mode, align_corners=False)
+
+
+def _gray(images):
+    """Luma of images [B, 3, H, W] in [0, 255], rounded down as the 8-bit library does: [B, 1, H, W]."""
+    red, green, blue = images.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).floor().unsqueeze(1)
+
+
+def _blend(images, op, magnitude):
+    """Colour (saturation) and sharpness: (1 + m) · image - m · degenerate, with grey or a smoothed image as degenerate."""
+    images = images * 255
+    inner = images[:, :, 1:-1, 1:-1]
+    box = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
+    box = box[..., :-2] + box[..., 1:-1] + box[..., 2:]
+    smooth = images.clone()
+    smooth[:, :, 1:-1, 1:-1] = ((box + 4 * inner) / 13).round()
+    degenerate = torch.where((op == COLOR).view(-1, 1, 1, 1), _gray(images), smooth)
+    return torch.lerp(degenerate, images, 1 + magnitude.view(-1, 1, 1, 1)).clamp(0, 255) / 255
+
+
+def _look_up(images, op, magnitude):
+    """Every operation that maps a channel's 256 levels to new ones: build each sample's table, then look all pixels up."""
+    size, pixels = len(images), images[0, 0].numel()
+    value = (images * 255).round().long().view(size, 3, pixels)
+    level = torch.arange(256, device=images.device, dtype=torch.float32)
+    op, magnitude = op.view(-1, 1, 1), magnitude.view(-1, 1, 1)
+
+    mean = _gray(value.float()).mean((1, 2)).view(-1, 1, 1)
+    darkest, brightest = value.amin(2, keepdim=True), value.amax(2, keepdim=True)
+    span = torch.where(brightest > darkest, brightest - darkest, 255)
+    darkest = torch.where(brightest > darkest, darkest, 0)
+
+    histogram = torch.zeros(size, 3, 256, dtype=torch.int64, device=images.device)
+    histogram.scatter_add_(2, value, torch.ones_like(value))
+    cumulative = histogram.cumsum(2)
+    step = (pixels - histogram.gather(2, value.amax(2, keepdim=True))) // 255  # all but the brightest level
+    equal = (cumulative - histogram + step // 2) // step.clamp(min=1)
+
+    grain = 2 ** (8 - magnitude.clamp(0, 8))
+    tables = {
+        BRIGHTNESS: level * (1 + magnitude),
+        CONTRAST: level * (1 + magnitude) - mean * magnitude,
+        POSTERIZE: level - level % grain,
+        SOLARIZE: torch.where(level >= 255 * magnitude, 255 - level, level),
+        AUTO_CONTRAST: (level - darkest) * (255 / span),
+        EQUALIZE: torch.where(step > 0, equal, level),
+        INVERT: 255 - level,
+    }
+    table = level.expand(size, 3, 256)
+    for name, new in tables.items():
+        table = torch.where(op == name, new.float().clamp(0, 255), table)
+    return table.gather(2, value).view_as(images) / 255
+
+
+def _signed(magnitude, op):
+    """Flip the sign of half of the magnitudes, for the operations that have one."""
+    flip = (torch.rand_like(magnitude) < 0.5) & (op <= SHARPNESS)
+    return torch.where(flip, -magnitude, magnitude)
+
+
+def rand_augment(images, num_ops, magnitude):
+    """RandAugment: `num_ops` operations one after the other, each drawn uniformly from 14, at strength `magnitude` of 0-30.
+
+    images: float [B, 3, H, W] in [0, 1]; returns the same.
+    """
+    table = op_magnitudes(31, *images.shape[2:], images.device)
+    for _ in range(num_ops):
+        op = torch.randint(IDENTITY + 1, (len(images),), device=images.device)
+        images = apply_ops(images, op, _signed(table[op, magnitude], op))
+    return images
+
+
+def aug_mix(images, severity=3, width=3, depth=-1, alpha=1.0):
+    """AugMix: the image mixed with `width` chains of operations, weights Dirichlet(alpha) and Beta(alpha, alpha).
+
+    severity: strengths are drawn from the first `severity` of 10. depth: operations a chain; -1 draws 1-3 for each.
+    images: float [B, 3, H, W] in [0, 1]; returns the same.
+    """
+    size, device = len(images), images.device
+    table = op_magnitudes(10, *images.shape[2:], device, translate=1 / 3, posterize=4)
+    chains = images.repeat(width, 1, 1, 1)
+    depths = torch.randint(1, 4, (len(chains),), device=device) if depth < 1 else torch.full((len(chains),), depth)
+    for position in range(3 if depth < 1 else depth):
+        op = torch.randint(EQUALIZE + 1, (len(chains),), device=device)
+        op = torch.where(depths.to(device) > position, op, IDENTITY)
+        strength = torch.randint(severity, (len(chains),), device=device)
+        chains = apply_ops(chains, op, _signed(table[op, strength], op), mode="bilinear")
+    dirichlet = torch.distributions.Dirichlet(torch.full((width,), alpha, device=device), validate_args=False)
+    keep = torch.distributions.Dirichlet(torch.full((2,), alpha, device=device), validate_args=False).sample((size,))
+    weights = dirichlet.sample((size,)) * keep[:, 1:]
+    mixed = torch.einsum("wbchv,bw->bchv", chains.view(width, *images.shape), weights)
+    return (keep[:, :1, None, None] * images + mixed).clamp(0, 1)  # rounding alone can leave [0, 1]
+
+
+# The 25 sub-policies of AutoAugment for CIFAR-10: (operation, probability, strength of 0-9), twice.
+AUTO_AUGMENT_CIFAR10 = """
+Invert .1 0 Contrast .2 6 / Rotate .7 2 TranslateX .3 9 / Sharpness .8 1 Sharpness .9 3 / ShearY .5 8 TranslateY .7 9 /
+AutoContrast .5 0 Equalize .9 0 / ShearY .2 7 Posterize .3 7 / Color .4 3 Brightness .6 7 / Sharpness .3 9 Brightness .7 9 /
+Equalize .6 0 Equalize .5 0 / Contrast .6 7 Sharpness .6 5 / Color .7 7 TranslateX .5 8 / Equalize .3 0 AutoContrast .4 0 /
+TranslateY .4 3 Sharpness .2 6 / Brightness .9 6 Color .2 8 / Solarize .5 2 Invert 0 0 / Equalize .2 0 AutoContrast .6 0 /
+Equalize .2 0 Equalize .6 0 / Color .9 9 Equalize .6 0 / AutoContrast .8 0 Solarize .2 8 / Brightness .1 3 Color .7 0 /
+Solarize .4 5 AutoContrast .9 0 / TranslateY .9 9 TranslateY .7 9 / AutoContrast .9 0 Solarize .8 3 /
+Equalize .8 0 Invert .1 0 / TranslateY .7 9 AutoContrast .9 0"""
+
+
+@functools.cache
+def auto_augment_policy(device):
+    """The CIFAR-10 policy as tensors on `device`: operation int64, probability float, strength int64, each [25, 2]."""
+    steps = [policy.split() for policy in AUTO_AUGMENT_CIFAR10.split("/")]
+    op = torch.tensor([[OPS.index(p[0]), OPS.index(p[3])] for p in steps])
+    probability = torch.tensor([[float(p[1]), float(p[4])] for p in steps])
+    strength = torch.tensor([[int(p[2]), int(p[5])] for p in steps])
+    return op.to(device), probability.to(device), strength.to(device)
+
+
+def auto_augment(images):
+    """AutoAugment with its CIFAR-10 policy: a sub-policy for each image, its two operations applied with their chances.
+
+    images: float [B, 3, H, W] in [0, 1]; returns the same.
+    """
+    table = op_magnitudes(10, *images.shape[2:], images.device)
+    ops, probabilities, strengths = auto_augment_policy(images.device)
+    policy = torch.randint(len(ops), (len(images),), device=images.device)
+    for turn in (0, 1):
+        active = torch.rand(len(images), device=images.device) < probabilities[policy, turn]
+        op = torch.where(active, ops[policy, turn], IDENTITY)
+        images = apply_ops(images, op, _signed(table[op, strengths[policy, turn]], op))
+    return images
+
+
+def crop_flip(images, padding=4, mode="zero"):
+    """Random crop from the image padded by `padding` pixels ("zero" or "reflect"), then a horizontal flip of every second.
+
+    images: float [B, 3, H, W]; returns the same shape.
+    """
+    height, width = images.shape[2:]
+    padded = F.pad(images, (padding,) * 4, mode="constant" if mode == "zero" else mode)
+    top, left = torch.randint(2 * padding + 1, (2, len(images)), device=images.device)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, 3, 2·padding + 1, 2·padding + 1, H, W]
+    images = windows[torch.arange(len(images), device=images.device), :, top, left]
+    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+    return torch.where(flip, images.flip(3), images)
+
+
+def cutout(images, size):
+    """Cutout: a black square of `size` pixels, centred anywhere in the image and clipped at its border.
+
+    images: float [B, 3, H, W]; returns the same.
+    """
+    height, width = images.shape[2:]
+    top = torch.randint(height, (len(images), 1, 1, 1), device=images.device) - size // 2
+    left = torch.randint(width, (len(images), 1, 1, 1), device=images.device) - size // 2
+    return _black_box(images, top, left, size, size)
+
+
+def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)):
+    """Random erasing: with `probability`, a black box of `scale` of the area and `ratio` height to width, inside the image.
+
+    As the library does, ten boxes are tried and the first that fits is taken. images: float [B, 3, H, W]; returns the same.
+    """
+    size, (height, width), device = len(images), images.shape[2:], images.device
+    area = height * width * torch.empty(size, 10, device=device).uniform_(*scale)
+    aspect = torch.empty(size, 10, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
+    h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (h < height) & (w < width)
+    first = fits.int().argmax(1, keepdim=True)
+    h, w = h.gather(1, first), w.gather(1, first)
+    chosen = (torch.rand(size, 1, device=device) < probability) & fits.any(1, keepdim=True)
+    h, w = torch.where(chosen, h, 0).view(-1, 1, 1, 1), torch.where(chosen, w, 0).view(-1, 1, 1, 1)
+    top = (torch.rand_like(h) * (height - h + 1)).floor()
+    left = (torch.rand_like(w) * (width - w + 1)).floor()
+    return _black_box(images, top, left, h, w)
+
+
+def _black_box(images, top, left, height, width):
+    """Zero the box [top, top + height) × [left, left + width) of each image; the four are broadcastable to [B, 1, 1, 1]."""
+    y = torch.arange(images.shape[2], device=images.device).view(-1, 1)
+    x = torch.arange(images.shape[3], device=images.device)
+    box = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    return images.masked_fill(box, 0)
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+class Classifier(nn.Module):
+    """Every architecture here: normalise, stem, blocks at falling resolution, head.
+
+    model(x) takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C];
+    model(x, features=True) gives (logits, list of the blocks' outputs, each [B, K, H', W']).
+    """
+
+    def __init__(self, stem, blocks, head, mean=(0, 0, 0), std=(1, 1, 1)):
+        super().__init__()
+        self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+
+    def forward(self, images, features=False):
+        x = self.stem((images - self.mean) / self.std)
+        outputs = []
+        for block in self.blocks:
+            x = block(x)
+            outputs.append(x)
+        logits = self.head(x)
+        return (logits, outputs) if features else logits
+
+
+class PreActBlock(nn.Module):
+    """BN-ReLU-conv twice (He et al. 2016), the block of PreActResNet and Wide ResNet; dropout between the convolutions."""
+
+    def __init__(self, inputs, outputs, stride, dropout=0.0):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.dropout = nn.Dropout(dropout)
+        same = stride == 1 and inputs == outputs
+        self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, x):
+        active = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(active)
+        x = self.conv1(active)
+        return self.conv2(self.dropout(F.relu(self.bn2(x)))) + shortcut
+
+
+def basic_block(inputs, outputs, stride):
+    """conv-BN-ReLU-conv-BN plus shortcut (He et al. 2015), projected where the shape changes."""
+    down = None
+    if stride != 1 or inputs != outputs:
+        down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+    return torchvision.models.resnet.BasicBlock(inputs, outputs, stride, down)
+
+
+def groups(block, widths, depths):
+    """One group of `depths[i]` blocks for each of widths[1:], the first block of all but the first group with stride 2."""
+    made = []
+    for i, depth in enumerate(depths):
+        layers = [block(widths[i], widths[i + 1], 1 if i == 0 else 2)]
+        layers += [block(widths[i + 1], widths[i + 1], 1) for _ in range(depth - 1)]
+        made.append(nn.Sequential(*layers))
+    return made
+
+
+def conv_stem(outputs, *rest):
+    return nn.Sequential(nn.Conv2d(3, outputs, 3, 1, 1, bias=False), *rest)
+
+
+def pooled(*before, classifier):
+    return nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
+
+
+ARCHS = (
+    *("wrn-16-2", "wrn-40-2", "wrn-28-10", "resnet8", "resnet14", "resnet20", "resnet26", "resnet8x4", "resnet26x4"),
+    *("preact_resnet18", "preact_resnet34", "resnet18", "resnet34", "resnet50", "mobilenet_v2", "shufflenet_v2"),
+    *("densenet121", "densenet169"),
+)
+
+
+def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1)):
+    """A Classifier for 32×32 images (any size from 16 up runs), randomly initialised, in channels_last memory format.
+
+    arch: wrn-D-K (any depth D = 6n + 4, width K), resnetD and resnetDx4 (D = 6n + 2; widths 16-32-64 and 64-128-256),
+        preact_resnet18|34, and the CIFAR forms (3×3 stem of stride 1, no max-pooling) of torchvision's resnet18|34|50,
+        mobilenet_v2 (its second downsampling left out too), shufflenet_v2 and densenet121|169.
+    dropout: probability between a block's two convolutions, wrn only.
+    mean, std: of each channel of the training images in [0, 1]; the default leaves the images as they are.
+    Raises UsageError for an unknown arch, or dropout where the architecture has none.
+    """
+    wide = re.fullmatch(r"wrn-(\d+)-(\d+)", arch)
+    deep = re.fullmatch(r"resnet(\d+)(x4)?", arch)
+    library = torchvision.models
+    if dropout and not wide:
+        raise UsageError(f"--dropout: {arch} has none; wrn-D-K has")
+    if wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) >= 1:
+        k, n = int(wide[2]), (int(wide[1]) - 4) // 6
+        block = functools.partial(PreActBlock, dropout=dropout)
+        blocks = groups(block, (16, 16 * k, 32 * k, 64 * k), (n, n, n))
+        head = pooled(nn.BatchNorm2d(64 * k), nn.ReLU(), classifier=nn.Linear(64 * k, num_classes))
+        model = Classifier(conv_stem(16), blocks, head, mean, std)
+    elif arch in ("preact_resnet18", "preact_resnet34"):
+        depths = (2, 2, 2, 2) if arch.endswith("18") else (3, 4, 6, 3)
+        blocks = groups(PreActBlock, (64, 64, 128, 256, 512), depths)
+        head = pooled(nn.BatchNorm2d(512), nn.ReLU(), classifier=nn.Linear(512, num_classes))
+        model = Classifier(conv_stem(64), blocks, head, mean, std)
+    elif arch in ("resnet18", "resnet34", "resnet50"):
+        net = library.get_model(arch, num_classes=num_classes)
+        blocks = [net.layer1, net.layer2, net.layer3, net.layer4]
+        model = Classifier(conv_stem(64, net.bn1, net.relu), blocks, pooled(classifier=net.fc), mean, std)
+    elif deep and int(deep[1]) >= 8 and int(deep[1]) % 6 == 2:
+        n = (int(deep[1]) - 2) // 6
+        widths = (32, 64, 128, 256) if deep[2] else (16, 16, 32, 64)
+        stem = conv_stem(widths[0], nn.BatchNorm2d(widths[0]), nn.ReLU())
+        head = pooled(classifier=nn.Linear(widths[-1], num_classes))
+        model = Classifier(stem, groups(basic_block, widths, (n, n, n)), head, mean, std)
+    elif arch == "mobilenet_v2":
+        net = library.mobilenet_v2(num_classes=num_classes, dropout=0.0)
+        layers = list(net.features)
+        layers[0][0].stride = layers[2].conv[1][0].stride = (1, 1)
+        blocks = [nn.Sequential(*layers[a:b]) for a, b in ((1, 4), (4, 7), (7, 14), (14, 19))]
+        model = Classifier(layers[0], blocks, pooled(classifier=net.classifier), mean, std)
+    elif arch == "shufflenet_v2":
+        net = library.shufflenet_v2_x1_0(num_classes=num_classes)
+        net.conv1[0].stride = (1, 1)
+        blocks = [net.stage2, net.stage3, nn.Sequential(net.stage4, net.conv5)]
+        model = Classifier(net.conv1, blocks, pooled(classifier=net.fc), mean, std)
+    elif arch in ("densenet121", "densenet169"):
+        net = library.get_model(arch, num_classes=num_classes)
+        part = net.features
+        blocks = [part.denseblock1]
+        blocks += [
+            nn.Sequential(part.get_submodule(f"transition{i - 1}"), part.get_submodule(f"denseblock{i}"))
+            for i in (2, 3, 4)
+        ]
+        head = pooled(part.norm5, nn.ReLU(), classifier=net.classifier)
+        model = Classifier(conv_stem(64, part.norm0, nn.ReLU()), blocks, head, mean, std)
+    else:
+        raise unknown("--arch", arch, ARCHS)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def predict(model, images, amp=False, batch_size=500):
+    """Logits float32 [N, C] of uint8 images [N, 3, H, W], the model in evaluation mode (its mode is put back after)."""
+    training = model.training
+    model.eval()
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        logits = torch.cat([model(to_float(part)).float() for part in images.split(batch_size)])
+    model.train(training)
+    return logits
+
+
+def accuracy(scores, labels):
+    """Top-1 accuracy in percent of scores [N, C] for labels int64 [N], as a float."""
+    return 100 * (scores.argmax(1) == labels).float().mean().item()
+
+
+# ------------------------------------------------------------------------------------------------------- training state
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path`, which is renamed over `path` once the block has written it without an error.
+
+    Raises UsageError where that cannot be written; `path` is then as it was, and no temporary file is left.
+    """
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}; --out chooses another folder") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, flag="checkpoint"):
+    """The dict that `Run` saved at `path`, tensors on the CPU, read without executing pickled code; UsageError if it is not one.
+
+    Keys: model and the other parts of the training state; arch, num_classes, classes, dropout, dataset, method, noise
+    (kind, rate, seed), config, metrics (one dict an epoch), epoch, rng.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints") from None
+    except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
+        raise UsageError(
+            f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__}); name a checkpoint.pt"
+        ) from None
+    if (
+        not isinstance(checkpoint, dict)
+        or not {"model", "arch", "num_classes", "config", "metrics"} <= checkpoint.keys()
+    ):
+        raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name the checkpoint.pt of a run folder")
+    return checkpoint
+
+
+def load_model(checkpoint, part="model", device="cpu"):
+    """Rebuild the model whose weights are checkpoint[part] ("model", "ema", …), in evaluation mode on `device`."""
+    model = build_model(checkpoint["arch"], checkpoint["num_classes"], checkpoint["dropout"])
+    model.load_state_dict(checkpoint[part])
+    return model.to(device).eval()
+
+
+class Run:
+    """A run folder: config.json, metrics.jsonl, checkpoint.pt and curves.png, and what is printed on the way.
+
+    A script's loop reads
+
+        run = Run(args, device, method=..., arch=..., classes=..., model=model, optimizer=optimizer, ...)
+        for epoch in range(run.epoch, args.epochs):
+            for index in run.progress(batches(...)):
+                ...
+            run.end_epoch(losses, lr=..., test_acc=...)
+        run.finish()
+
+    The keyword arguments after `classes` are the parts whose state_dict() goes into the checkpoint. With --resume they are
+    loaded from it, with the random states, and run.epoch is the number of epochs done. Raises UsageError where the folder
+    holds something that would be lost, or --resume finds nothing, or a run of another configuration.
+    """
+
+    SAME_RUN = {
+        "out",
+        "resume",
+        "device",
+        "data_dir",
+        "amp",
+        "compile",
+    }  # may differ between a run and its continuation
+
+    def __init__(self, args, device, method, arch, classes, dropout=0.0, **parts):
+        noise = args.noise if args.rate is None or args.noise == "none" else f"{args.noise}{args.rate:g}"
+        name = f"{method}-{Path(args.dataset).stem}-{'clean' if args.noise == 'none' else noise}-seed{args.seed}"
+        args.out = args.out or Path("runs") / name
+        self.folder, self.device, self.epochs, self.parts = args.out, device, args.epochs, parts
+        self.path = self.folder / "checkpoint.pt"
+        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        self.header = {
+            "arch": arch, "num_classes": len(classes), "classes": list(classes), "dropout": dropout,
+            "dataset": args.dataset, "method": method, "config": config,
+            "noise": {"kind": args.noise, "rate": args.rate, "seed": args.seed},
+        }  # fmt: skip
+        self.metrics = []
+        saved = load_checkpoint(self.path, "--out") if self.path.is_file() else None
+        differs = []
+        if saved:
+            old, keys = saved["config"], (config.keys() | saved["config"].keys()) - self.SAME_RUN
+            differs = [
+                f"{k} ({old.get(k)} there, {config.get(k)} here)" for k in sorted(keys) if old.get(k) != config.get(k)
+            ]
+        if args.resume and not saved:
+            raise UsageError(f"--resume: no checkpoint.pt in {self.folder}; leave --resume out to start that run")
+        if args.resume and differs:
+            raise UsageError(
+                f"--resume: the run in {self.folder} differs in {', '.join(differs)}; give it the same flags"
+            )
+        if not args.resume and saved:
+            other = f" of another configuration: {', '.join(differs)}" if differs else ""
+            go_on = "" if differs else "--resume continues it, "
+            raise UsageError(f"--out: {self.folder} already holds a run{other}; {go_on}--out DIR starts one elsewhere")
+        if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
+            raise UsageError(f"--out: {self.folder} is not empty; name a new folder")
+
+        print(textwrap.fill(" ".join(f"{k}={v}" for k, v in config.items()), 120, break_on_hyphens=False), flush=True)
+        if saved:
+            for key, part in parts.items():
+                part.load_state_dict(saved[key])
+            self.metrics = saved["metrics"]
+            torch.set_rng_state(saved["rng"]["cpu"])
+            if device.type == "cuda" and "cuda" in saved["rng"]:
+                torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
+            print(f"resuming {self.folder} after epoch {len(self.metrics)} of {args.epochs}", flush=True)
+        self.write_text("config.json", json.dumps(config, indent=2))
+        self.save()
+        self.began, self.done_before, self.drawn = time.perf_counter(), len(self.metrics), time.perf_counter()
+
+    @property
+    def epoch(self):
+        """Number of finished epochs."""
+        return len(self.metrics)
+
+    def write_text(self, name, text):
+        with replacing(self.folder / name) as partial:
+            partial.write_text(text + "\n" if text else "", encoding="utf-8")
+
+    def save(self):
+        """Write checkpoint.pt, then metrics.jsonl, which is always the checkpoint's list of metrics."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {key: part.state_dict() for key, part in self.parts.items()}
+        with replacing(self.path) as partial:
+            torch.save({**self.header, **state, "metrics": self.metrics, "epoch": self.epoch, "rng": rng}, partial)
+        self.write_text("metrics.jsonl", "\n".join(map(json.dumps, self.metrics)))
+
+    def progress(self, batches):
+        """Yield the index tensors of `batches`; on a terminal keep a line with images/s and the time left up to date."""
+        self.epoch_began, shown, images = time.perf_counter(), 0.0, 0
+        for step, index in enumerate(batches):
+            yield index
+            images += len(index)
+            now = time.perf_counter()
+            if sys.stdout.isatty() and now - shown > 0.2:
+                shown, speed = now, images / (now - self.epoch_began)
+                done = self.epoch - self.done_before + (step + 1) / len(batches)
+                left = duration((now - self.began) * (self.epochs - self.done_before - done) / done)
+                line = f"epoch {self.epoch + 1}/{self.epochs}  step {step + 1}/{len(batches)}  {speed:,.0f} images/s  {left} left"
+                print(f"\r{line}\x1b[K", end="", flush=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.images_per_second = images / (time.perf_counter() - self.epoch_began)
+
+    def end_epoch(self, losses, **metrics):
+        """Record an epoch: check the losses, save the checkpoint, print a line.
+
+        losses: the epoch's loss at every step, a list of scalar tensors (left on the device until now). A loss that is not
+        finite ends the program with status 1, the checkpoint of the epoch before untouched. metrics: floats or None, by name.
+        """
+        losses = torch.stack(losses).float().cpu()
+        bad = (~losses.isfinite()).nonzero().flatten()
+        if len(bad):
+            step = f"step {bad[0] + 1} of epoch {self.epoch + 1}"
+            sys.exit(
+                f"error: the loss is {losses[bad[0]]:.0f} at {step}; {self.path} holds epoch {self.epoch}; try a lower --lr"
+            )
+        record = {"epoch": self.epoch + 1, **metrics, "train_loss": losses.mean().item()}
+        record["images_per_second"] = round(self.images_per_second, 1)
+        record["seconds"] = round(time.perf_counter() - self.epoch_began, 2)
+        self.metrics.append(record)
+        self.save()
+        now = time.perf_counter()
+        if now - self.drawn > 60:
+            self.drawn = now
+            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name)
+        left = (now - self.began) / (self.epoch - self.done_before) * (self.epochs - self.epoch)
+        columns = [f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}", f"loss {record['train_loss']:.4f}"]
+        columns += [f"{COLUMNS[k]} {v:5.2f}" for k, v in metrics.items() if k in COLUMNS and v is not None]
+        columns += [f"{record['images_per_second']:,.0f} images/s", f"{duration(left)} left"]
+        start, end = ("\r", "\x1b[K") if sys.stdout.isatty() else ("", "")
+        print(start + "  ".join(columns) + end, flush=True)
+
+    def finish(self):
+        """Draw curves.png and print the last line: final and best test accuracy, and the folder."""
+        plot_curves(self.folder / "curves.png", self.metrics, self.folder.name)
+        best = max(self.metrics, key=lambda record: record["test_acc"])
+        final = self.metrics[-1]
+        ema = f" (EMA {final['ema_test_acc']:.2f} %)" if "ema_test_acc" in final else ""
+        print(
+            f"final test accuracy {final['test_acc']:.2f} %{ema} after epoch {final['epoch']}, "
+            f"best {best['test_acc']:.2f} % after epoch {best['epoch']}: {self.folder}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ reporting
+
+COLUMNS = {  # metric: its heading in the line printed each epoch
+    "test_acc": "test", "ema_test_acc": "EMA", "train_acc_right": "right", "train_acc_wrong": "wrong",
+}  # fmt: skip
+LEGENDS = {
+    "test_acc": "test",
+    "ema_test_acc": "test, EMA",
+    "train_acc_right": "rightly labelled samples: the label",
+    "train_acc_wrong": "wrongly labelled samples: the wrong label (memorised)",
+    "train_acc_wrong_true": "wrongly labelled samples: the true label",
+}
+
+
+def duration(seconds):
+    """1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def label_accuracies(predicted, noisy, true):
+    """How an epoch's predictions agree with the labels, in percent; None where there is no such sample.
+
+    predicted: int64 [N], the class predicted for each training sample (-1: not seen). noisy, true: int64 [N].
+    train_acc_right: rightly labelled samples given their label. train_acc_wrong: wrongly labelled samples given their wrong
+    label, which is memorisation. train_acc_wrong_true: wrongly labelled samples given their true class.
+    """
+    seen, wrong = predicted >= 0, noisy != true
+
+    def share(hit, among):
+        return 100 * hit[among].float().mean().item() if among.any() else None
+
+    return {
+        "train_acc_right": share(predicted == noisy, seen & ~wrong),
+        "train_acc_wrong": share(predicted == noisy, seen & wrong),
+        "train_acc_wrong_true": share(predicted == true, seen & wrong),
+    }
+
+
+def calibration(probabilities, labels, bins=15):
+    """Reliability by confidence (Guo et al. 2017): ECE in [0, 1], and accuracy, confidence, share of samples of each bin.
+
+    probabilities: [N, C]; labels: int64 [N]. Equal-width bins; the three lists are of length `bins`, empty bins 0.
+    """
+    confidence, predicted = probabilities.double().max(1)
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bin i is (i / bins, (i + 1) / bins]
+    hit = (predicted == labels).double()
+    size = torch.bincount(which, minlength=bins).double()
+    acc = torch.bincount(which, hit, minlength=bins) / size.clamp(min=1)
+    conf = torch.bincount(which, confidence, minlength=bins) / size.clamp(min=1)
+    ece = (size / len(labels) * (acc - conf).abs()).sum().item()
+    return ece, acc.tolist(), conf.tolist(), (size / len(labels)).tolist()
+
+
+def plot_curves(path, metrics, title):
+    """Draw test accuracy, accuracy on training labels, loss and learning rate over the epochs to `path` (PNG)."""
+    from matplotlib.figure import Figure  # half a second to import, and only here
+
+    if not metrics:
+        return
+    epochs = [record["epoch"] for record in metrics]
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    figure.suptitle(title)
+    test, train, loss = figure.subplots(1, 3)
+    for key, legend in LEGENDS.items():
+        if metrics[-1].get(key) is not None:
+            (train if key.startswith("train") else test).plot(epochs, [m[key] for m in metrics], ".-", label=legend)
+    test.set(ylabel="test accuracy (%)")
+    train.set(ylabel="share of training samples predicted as … (%)", ylim=(-2, 102))
+    loss.plot(epochs, [m["train_loss"] for m in metrics], ".-", label="training loss")
+    loss.set(ylabel="loss")
+    rate = loss.twinx()
+    rate.plot(epochs, [m["lr"] for m in metrics], "k:", label="learning rate (right)")
+    rate.set(yscale="log", ylabel="learning rate")
+    for axes in (test, train, loss):
+        axes.set(xlabel="epoch")
+        axes.grid(alpha=0.3)
+    test.legend(), train.legend(fontsize="small")
+    lines = loss.get_lines() + rate.get_lines()
+    loss.legend(lines, [line.get_label() for line in lines])
+    with replacing(Path(path)) as partial:
+        figure.savefig(partial, dpi=110)

@@ -1,0 +1,428 @@
+"""Noise-Robust Distillation (NRD) and the robust losses it is compared with: learning from noisy labels.
+
+A network that has memorised a wrong label forgets it on views of the image that it never trained on. So the student
+learns from three distributions at once: the given label y, its own prediction y_s on the usual augmentation, and the
+prediction y_t of its moving average (EMA) on another augmentation, through which no gradient flows:
+
+    L = JSD_pi(y, y_s, y_t)     y_s = f(RandAugment + crop + flip + Cutout(x); theta)     y_t = E[f(AugMix(x); EMA of theta)]
+
+Shon, Koh, Jeon, Kim: Neural Vicinal Risk Minimization: Noise-robust Distillation for Noisy Labels, IJCAI-2024 AISafety
+Workshop. Equations 19 and 24-27, Algorithm 1, Tables 1, 2, 4 and 5, Figures 1 and 2.
+
+    python nrd.py                                                    # built-in data, 3 minutes on two CPU cores
+    python nrd.py --loss ce                                          # the same with cross-entropy
+    python nrd.py --dataset cifar10 --noise sym --rate 0.8           # a cell of Table 2; also asym, cifar100, other losses
+    python nrd.py --dataset cifar10 --noise human-worse              # CIFAR-10N's annotators
+    python nrd.py --analyze runs/ce-cifar10-sym0.5-seed0/checkpoint.pt   # Table 1, Figures 1 and 2
+"""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import common
+from common import UsageError, accuracy, number, one_of, predict, to_float
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+HYPERPARAMETERS = {  # of each loss, in the order of --loss-params
+    "nrd": ("pi1", "pi2", "pi3"), "ce": (), "bs": ("beta",), "ls": ("epsilon",), "sce": ("alpha", "beta"), "gce": ("q",),
+    "nce+rce": ("alpha", "beta"), "js": ("pi1",), "gjs": ("pi1",),
+}  # fmt: skip
+
+# Table 5: (lr, weight decay) under symmetric and under asymmetric noise, then the loss's own hyperparameters under
+#         no noise, symmetric 20 %, 40 %, 60 %, 80 %, asymmetric 20 %, 40 %
+TABLE_5 = {
+    "cifar10": {
+        "ce": [(0.05, 1e-3), (0.1, 1e-3), *[()] * 7],
+        "bs": [(0.1, 1e-3), (0.1, 1e-3), 0.5, 0.5, 0.7, 0.7, 0.9, 0.7, 0.5],
+        "ls": [(0.1, 5e-4), (0.1, 1e-3), 0.1, 0.5, 0.9, 0.7, 0.1, 0.1, 0.1],
+        "sce": [(0.01, 5e-4), (0.05, 1e-3), (0.2, 0.1), (0.05, 0.1), (0.1, 0.1), (0.2, 1), (0.1, 1), (0.1, 0.1), (0.2, 1)],
+        "gce": [(0.01, 5e-4), (0.1, 1e-3), 0.5, 0.7, 0.7, 0.7, 0.9, 0.1, 0.1],
+        "nce+rce": [(0.005, 1e-3), (0.05, 1e-4), *[(10, 0.1)] * 3, (1, 0.1), (10, 1), (10, 0.1), (1, 0.1)],
+        "js": [(0.01, 5e-4), (0.1, 1e-3), 0.1, 0.7, 0.7, 0.9, 0.9, 0.3, 0.3],
+        "gjs": [(0.1, 5e-4), (0.1, 1e-3), 0.5, 0.3, 0.9, 0.1, 0.1, 0.3, 0.3],
+        "nrd": [(0.1, 5e-4), (0.1, 1e-3), *[(0.2, 0.6, 0.2)] * 3, *[(0.25, 0.5, 0.25)] * 2, (0.1, 0.8, 0.1), (0.15, 0.7, 0.15)],
+    },
+    "cifar100": {
+        "ce": [(0.4, 1e-4), (0.2, 1e-4), *[()] * 7],
+        "bs": [(0.4, 1e-4), (0.4, 1e-4), 0.7, 0.5, 0.5, 0.5, 0.9, 0.3, 0.3],
+        "ls": [(0.2, 5e-5), (0.4, 1e-4), 0.1, 0.7, 0.7, 0.7, 0.9, 0.5, 0.7],
+        "sce": [(0.2, 1e-4), (0.4, 5e-5), *[(0.1, 0.1)] * 3, (0.1, 1), (0.1, 0.1), (0.1, 1), (0.1, 1)],
+        "gce": [(0.4, 1e-5), (0.2, 1e-4), 0.5, 0.5, 0.5, 0.7, 0.7, 0.7, 0.7],
+        "nce+rce": [(0.2, 5e-5), (0.2, 5e-5), *[(20, 0.1)] * 6, (10, 0.1)],
+        "js": [(0.2, 1e-4), (0.1, 1e-4), 0.1, 0.1, 0.3, 0.5, 0.3, 0.5, 0.5],
+        "gjs": [(0.2, 5e-5), (0.4, 1e-4), 0.3, 0.3, 0.5, 0.9, 0.1, 0.5, 0.1],
+        "nrd": [(0.2, 5e-5), (0.4, 1e-4), *[(0.2, 0.6, 0.2)] * 4, (0.15, 0.7, 0.15), (0.25, 0.5, 0.25), (0.4, 0.2, 0.4)],
+    },
+}  # fmt: skip
+
+
+def preset(args):
+    """What the flags left unset, from the paper: Table 5 for the loss, data set and noise; appendix A.1 for the rest.
+
+    Our choices where the paper is silent: a rate between two columns takes the nearer (50 % the 40 % column); no noise takes
+    symmetric noise's (lr, weight decay); sym-other counts as symmetric; pair and human-* as asymmetric, 20 % or (above 30 %
+    wrong) 40 %; other data sets than CIFAR-100 take CIFAR-10's rows. shapes has its own size of network and run.
+    """
+    noise, rate = args.noise or "sym", args.rate
+    if rate is None:
+        rate = {"none": 0.0, "sym": 0.5, "sym-other": 0.5, "pair": 0.4, "asym": 0.4, "human-worse": 0.4}.get(noise, 0.2)
+    symmetric = noise in ("none", "sym", "sym-other")
+    row = TABLE_5["cifar100" if args.dataset == "cifar100" else "cifar10"][args.loss]
+    columns = {2: 0.0, 3: 0.2, 4: 0.4, 5: 0.6, 6: 0.8} if symmetric else {7: 0.2, 8: 0.4}
+    nearest = min(columns, key=lambda column: round(abs(columns[column] - rate), 6))
+    lr, weight_decay = row[0] if symmetric else row[1]
+    params = row[nearest] if isinstance(row[nearest], tuple) else (row[nearest],)
+    run = {"arch": "preact_resnet34", "epochs": 400, "batch_size": 128, "beta": 0.99}
+    augment = {"student_augment": "randaugment+crop+cutout", "teacher_augment": "augmix"}
+    if args.dataset == "shapes":
+        run = {"arch": "wrn-10-1", "epochs": 20, "batch_size": 32, "beta": 0.95}
+        augment["student_augment"] = "none"
+        lr = 0.3 if args.loss == "nrd" else lr
+    human = noise in common.HUMAN  # these have a rate of their own
+    return {
+        "noise": noise, "rate": None if human else rate, "lr": lr, "weight_decay": weight_decay,
+        "loss_params": list(params), "views": 10 if args.analyze else 1, **run, **augment,
+    }  # fmt: skip
+
+
+STEPS = {  # what --student-augment and --teacher-augment are made of (appendix A.1); images float [B, 3, H, W] in [0, 1]
+    "none": lambda x: x,
+    "crop": common.crop_flip,
+    "cutout": lambda x: common.cutout(x, size=5),
+    "randaugment": lambda x: common.rand_augment(x, num_ops=1, magnitude=3),
+    "augmix": common.aug_mix,
+    "autoaugment": common.auto_augment,
+    "erasing": common.random_erasing,
+}
+
+
+def augmentation(text):
+    """argparse type and function: "randaugment+crop+cutout" -> the function that applies these steps one after the other."""
+    steps = [STEPS[one_of(*STEPS)(name)] for name in text.split("+")]
+
+    def augment(images):
+        for step in steps:
+            images = step(images)
+        return images
+
+    return augment
+
+
+def parse_args():
+    parser = common.Parser(__doc__)
+    common.add_common_arguments(parser)
+    method = parser.add_argument_group("method (equations 19-27, Table 5)")
+    method.add_argument(
+        "--loss", default="nrd", type=one_of(*HYPERPARAMETERS), help=" | ".join(HYPERPARAMETERS) + " (default: nrd)"
+    )
+    method.add_argument("--loss-params", nargs="+", type=number(float, 0), metavar="P", help="the loss's own numbers (Table 5): "
+                        + "; ".join(f"{loss} {' '.join(names)}" for loss, names in HYPERPARAMETERS.items() if names))  # fmt: skip
+    method.add_argument(
+        "--arch", help="wrn-D-K, preact_resnet34, resnet8 … (default: preact_resnet34, resnet8 on shapes)"
+    )
+    method.add_argument("--beta", type=number(float, 0, 1), help="decay of the EMA, equation 24 (default: 0.99)")
+    method.add_argument("--views", type=number(int, 1), metavar="K", help="teacher views averaged in equation 27 (default: 1; "
+                        "with --analyze 10)")  # fmt: skip
+    method.add_argument(
+        "--student-augment", metavar="A+B", help=f"of {', '.join(STEPS)} (default: randaugment+crop+cutout)"
+    )
+    method.add_argument("--teacher-augment", metavar="A+B", help="likewise (default: augmix)")
+    method.add_argument(
+        "--jsd-scale", action="store_true", help="divide nrd by -(1-pi1) log(1-pi1), as the code of GJS does"
+    )
+    method.add_argument(
+        "--analyze", type=Path, metavar="CHECKPOINT", help="look inside a trained model: Table 1, Figures 1 and 2"
+    )
+    args = parser.parse_args()
+    args.dataset = args.dataset or "shapes"
+    common.fill(args, preset(args))
+    for flag in ("student_augment", "teacher_augment"):
+        try:
+            augmentation(getattr(args, flag))
+        except Exception as error:
+            raise UsageError(f"--{flag.replace('_', '-')}: {error}") from None
+    names = HYPERPARAMETERS[args.loss]
+    if len(args.loss_params) != len(names):
+        raise UsageError(
+            f"--loss-params: {args.loss} takes {len(names)} ({' '.join(names)}), not {len(args.loss_params)}"
+        )
+    if args.loss == "nrd" and not math.isclose(sum(args.loss_params), 1, abs_tol=1e-6):
+        raise UsageError(
+            f"--loss-params: pi1 pi2 pi3 sum to {sum(args.loss_params):g}, not to 1; the paper has 0.2 0.6 0.2"
+        )
+    if names[:1] == ("pi1",) and not 0 < args.loss_params[0] < 1:
+        raise UsageError(f"--loss-params: pi1 is {args.loss_params[0]:g}, not between 0 and 1")
+    return args
+
+
+# --------------------------------------------------------------------------------------------------------------- losses
+
+
+def log(p):
+    return p.clamp(min=1e-7).log()
+
+
+def js_divergence(distributions, weights):
+    """Generalised Jensen-Shannon divergence sum_i pi_i KL(p_i || m), m = sum_i pi_i p_i (equation 19): float [B], in nats.
+
+    distributions: n tensors [B, C] of probabilities; weights: n floats pi_i that sum to 1, else ValueError.
+    """
+    if not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise ValueError(f"weights {weights} sum to {sum(weights)}, not to 1")
+    m = sum(pi * p for pi, p in zip(weights, distributions, strict=True))
+    return sum(pi * (p * (log(p) - log(m))).sum(1) for pi, p in zip(weights, distributions))
+
+
+def js_scale(pi1):
+    """Z = -(1 - pi1) log(1 - pi1), by which GJS divides so that its size matches cross-entropy's (facts of its code)."""
+    return -(1 - pi1) * math.log(1 - pi1)
+
+
+def robust_loss(name, logits, y, params):
+    """The losses that NRD is compared with (section 5.1), mean over the batch; logits [B, C], y one-hot [B, C].
+
+    In gjs the logits are [2B, C]: of one augmented view of the batch, then of another.
+    """
+    log_p = logits.log_softmax(1)
+    p = log_p.exp()
+    if name == "gjs":
+        (pi1,) = params
+        half = (1 - pi1) / 2
+        return (js_divergence((y, *p.chunk(2)), (pi1, half, half)) / js_scale(pi1)).mean()
+    log_p_y = (y * log_p).sum(1)
+    p_y = log_p_y.exp()
+    rce = -math.log(1e-4) * (1 - p_y)  # reverse cross-entropy, log 0 taken as log 1e-4
+    if name == "ce":
+        loss = -log_p_y
+    elif name == "bs":  # soft bootstrapping; the gradient flows through the target too, as entropy regularisation
+        (beta,) = params
+        loss = -(((1 - beta) * y + beta * p) * log_p).sum(1)
+    elif name == "ls":
+        (epsilon,) = params
+        loss = -(((1 - epsilon) * y + epsilon / y.shape[1]) * log_p).sum(1)
+    elif name == "sce":
+        alpha, beta = params
+        loss = -alpha * log_p_y + beta * rce
+    elif name == "gce":
+        (q,) = params
+        loss = (1 - (q * log_p_y).exp()) / q
+    elif name == "nce+rce":
+        alpha, beta = params
+        loss = alpha * log_p_y / log_p.sum(1) + beta * rce
+    elif name == "js":
+        (pi1,) = params
+        loss = js_divergence((y, p), (pi1, 1 - pi1)) / js_scale(pi1)
+    return loss.mean()
+
+
+@torch.no_grad()
+def update_ema(ema, model, beta):
+    """Equation 24: EMA <- beta · EMA + (1 - beta) · model, for the weights and for BatchNorm's running statistics alike.
+
+    The teacher predicts in evaluation mode, with those averaged statistics: they lag behind the student's as its weights do.
+    """
+    pairs = [(a, b) for a, b in zip(ema.state_dict().values(), model.state_dict().values()) if a.is_floating_point()]
+    averages, current = zip(*pairs)
+    torch._foreach_lerp_(averages, current, 1 - beta)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def main():
+    args = parse_args()
+    device = common.setup(args)
+    if args.analyze:
+        return analyze(args, device)
+
+    data = common.load_dataset(args.dataset, args.data_dir, args.limit_train, args.limit_test, device)
+    num_classes = len(data.classes)
+    labels = common.corrupt_labels(
+        data.train_labels, args.noise, args.rate, num_classes, args.seed, data.classes, args.data_dir
+    )
+    model = common.build_model(args.arch, num_classes, 0.0, *common.channel_stats(data.train_images)).to(device)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    milestones = [math.ceil(0.5 * args.epochs), math.ceil(0.75 * args.epochs)]
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+    run = common.Run(
+        args, device, method=args.loss, arch=args.arch, classes=data.classes,
+        model=model, ema=ema, optimizer=optimizer, scheduler=scheduler,
+    )  # fmt: skip
+    wrong = (labels != data.train_labels).float().mean().item()
+    print(
+        f"{len(labels):,} training images, {100 * wrong:.2f} % with a wrong label; {len(data.test_labels):,} test images"
+    )
+    if args.compile:
+        print("compiling the models: the first step takes a minute or so")
+        model.compile()
+        ema.compile()
+    student_augment, teacher_augment = augmentation(args.student_augment), augmentation(args.teacher_augment)
+    scale = js_scale(args.loss_params[0]) if args.loss == "nrd" and args.jsd_scale else 1
+
+    for epoch in range(run.epoch, args.epochs):
+        model.train()
+        lr, losses, predicted = scheduler.get_last_lr()[0], [], torch.full_like(labels, -1)
+        for index in run.progress(common.batches(len(labels), args.batch_size, device)):
+            x = to_float(data.train_images[index])
+            y = F.one_hot(labels[index], num_classes).float()
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                views = [student_augment(x), student_augment(x)] if args.loss == "gjs" else [student_augment(x)]
+                logits = model(torch.cat(views)).float()
+                with torch.no_grad():  # the stop-gradient of Figure 3
+                    unseen = [teacher_augment(x) for _ in range(args.views)] if args.loss == "nrd" else []
+                    teacher = [ema(view).float().softmax(1) for view in unseen]
+
+            if args.loss == "nrd":
+                y_s = logits.softmax(1)  # equation 26
+                y_t = sum(teacher) / args.views  # equation 27
+                loss = js_divergence((y, y_s, y_t), args.loss_params).mean() / scale  # equation 25
+            else:
+                loss = robust_loss(args.loss, logits, y, args.loss_params)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            update_ema(ema, model, args.beta)
+
+            losses.append(loss.detach())
+            predicted[index] = logits[: len(index)].argmax(1)
+        scheduler.step()
+        run.end_epoch(
+            losses,
+            lr=lr,
+            test_acc=accuracy(predict(model, data.test_images, args.amp), data.test_labels),
+            ema_test_acc=accuracy(predict(ema, data.test_images, args.amp), data.test_labels),
+            **common.label_accuracies(predicted, labels, data.train_labels),
+        )
+    run.finish()
+
+
+# ------------------------------------------------------------------------------------------------------------- analysis
+
+
+def analyze(args, device):
+    """The paper's look inside a model that has memorised noise (section 3.5), for any checkpoint of this script.
+
+    Predictions on the training images as they are, and averaged over --views views by AutoAugment and random erasing, which
+    the model has not trained on. Writes analysis.json and analysis.png into the checkpoint's folder (or --out).
+    """
+    checkpoint = common.load_checkpoint(args.analyze, "--analyze")
+    config = checkpoint["config"]
+    data = common.load_dataset(config["dataset"], args.data_dir, config["limit_train"], 1, device)
+    noise = checkpoint["noise"]
+    given = common.corrupt_labels(
+        data.train_labels, noise["kind"], noise["rate"], len(data.classes), noise["seed"], data.classes, args.data_dir
+    )
+    true, wrong = data.train_labels, given != data.train_labels
+    if not wrong.any():
+        raise UsageError(f"--analyze: {args.analyze} was trained without label noise; name one trained with --noise")
+    model = common.load_model(checkpoint, "model", device)
+    unseen, usual = augmentation("autoaugment+erasing"), augmentation(config["student_augment"])
+
+    @torch.no_grad()
+    def view(images, augment):
+        """Softmax [N, C] of one augmented view of each uint8 image."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            return torch.cat([model(augment(to_float(part))).float().softmax(1) for part in images.split(500)])
+
+    plain = view(data.train_images, augmentation("none"))
+    averaged = sum(view(data.train_images, unseen) for _ in range(args.views)) / args.views
+
+    # Table 1: accuracy for the true label
+    table = {}
+    for name, p in (("not transformed", plain), ("transformed", averaged)):
+        subsets = {"clean": ~wrong, "mislabelled": wrong, "overall": torch.ones_like(wrong)}
+        table[name] = {subset: accuracy(p[mask], true[mask]) for subset, mask in subsets.items()}
+        print(f"{name:>16}: " + "  ".join(f"{k} {v:.2f} %" for k, v in table[name].items()))
+
+    # Figure 1: cross-entropy with the true label of the mislabelled samples, and how far the two histograms lie apart
+    nll = {
+        name: -log(p[wrong, true[wrong]]).cpu() for name, p in (("not transformed", plain), ("transformed", averaged))
+    }
+    from scipy.stats import mannwhitneyu
+
+    before, after = nll.values()
+    auroc = mannwhitneyu(before.numpy(), after.numpy()).statistic / (len(before) * len(after))
+    # Figure 2b
+    reliability = {
+        name: common.calibration(p, true) for name, p in (("not transformed", plain), ("transformed", averaged))
+    }
+    result = {
+        "checkpoint": str(args.analyze), "views": args.views, "accuracy_for_true_label": table, "auroc": auroc,
+        "ece": {name: r[0] for name, r in reliability.items()},
+    }  # fmt: skip
+    print(f"AUROC {auroc:.4f}; " + ", ".join(f"ECE {name} {ece:.3f}" for name, ece in result["ece"].items()))
+
+    # Figure 2a: four clean and four mislabelled samples, 40 views of each
+    chosen = torch.cat([mask.nonzero().squeeze(1)[common.spread(int(mask.sum()), 4)] for mask in (~wrong, wrong)])
+    repeated = data.train_images[chosen].repeat_interleave(40, 0)
+    clouds = [view(repeated, augment).view(len(chosen), 40, -1).cpu() for augment in (usual, unseen)]
+
+    folder = args.out or args.analyze.parent
+    with common.replacing(folder / "analysis.json") as partial:
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+    draw_analysis(folder / "analysis.png", nll, auroc, reliability, clouds, given[chosen], true[chosen], data.classes)
+    print(f"wrote {folder / 'analysis.json'} and analysis.png")
+
+
+def draw_analysis(path, nll, auroc, reliability, clouds, given, true, classes):
+    """Figure 1 (histogram), 2b (calibration) and 2a (softmax vectors in the polygon of classes, equiradial projection)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(18, 8), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
+    histogram, calibration = left.subplots(2, 1)
+    for (name, values), colour in zip(nll.items(), ("tab:red", "tab:blue")):
+        histogram.hist(values.numpy(), bins=60, range=(0, 16.2), density=True, alpha=0.6, color=colour, label=name)
+    histogram.set(
+        title=f"mislabelled training samples, AUROC {auroc:.4f}", xlabel="-log p(true class)", ylabel="density"
+    )
+    histogram.legend()
+    for (name, (ece, acc, _, _)), colour in zip(reliability.items(), ("tab:red", "tab:blue")):
+        edges = [i / len(acc) for i in range(len(acc))]
+        calibration.bar(edges, acc, 1 / len(acc), align="edge", alpha=0.5, color=colour, label=f"{name}, ECE {ece:.2f}")
+    calibration.plot([0, 1], [0, 1], "k--")
+    calibration.set(
+        title="training samples against their true labels",
+        xlabel="confidence",
+        ylabel="accuracy",
+        xlim=(0, 1),
+        ylim=(0, 1),
+    )
+    calibration.legend(loc="upper left")
+
+    angles = torch.arange(len(classes)) * (2 * math.pi / len(classes))
+    corners = torch.stack([angles.cos(), angles.sin()], 1)  # [C, 2]; a softmax vector p lies at p @ corners
+    outline = torch.cat([corners, corners[:1]])
+    for k, axes in enumerate(right.subplots(2, len(given) // 2).flat):
+        axes.plot(*outline.T, "k-", lw=0.8)
+        axes.plot(*(clouds[0][k] @ corners).T, "r+", ms=9, label="as in training")
+        axes.plot(*(clouds[1][k] @ corners).T, "b.", ms=7, alpha=0.6, label="unseen: AutoAugment + erasing")
+        for corner, name in list(zip(corners, classes))[:: max(1, len(classes) // 20)]:
+            axes.text(*(1.12 * corner), name, ha="center", va="center", fontsize=7)
+        if given[k] == true[k]:
+            marks = [(true[k], "label = true")]
+        else:
+            marks = [(given[k], "label"), (true[k], "true")]
+        for c, text in marks:
+            axes.text(*(0.86 * corners[c]), text, ha="center", va="center", fontsize=9, weight="bold")
+        axes.set(
+            title="clean" if given[k] == true[k] else "mislabelled",
+            xlim=(-1.35, 1.35),
+            ylim=(-1.35, 1.35),
+            aspect="equal",
+        )
+        axes.axis("off")
+    right.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    with common.replacing(path) as partial:
+        figure.savefig(partial, dpi=100)
+
+
+if __name__ == "__main__":
+    common.run_main(main)
