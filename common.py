@@ -5,13 +5,14 @@
 Functions take tensors and return tensors; copy one out if that is all you need. What a method is about
 (its loss, its loop, its hyperparameters) is never in this file: it stands in the method's own script.
 
-Conventions. Images at rest are uint8 [N, 3, H, W]; images in flight are float32 [B, 3, H, W] in [0, 1] (normalisation is
-part of the model). Labels are int64. Accuracies are percentages. Bad input raises UsageError, which `run_main` turns
-into one line on stderr and exit status 2. Random draws come from torch's global generator of the tensor's device, so
-`torch.manual_seed` and the random states in a checkpoint determine them all; label noise has a generator of its own.
+Conventions. Images at rest are uint8 [N, 3, H, W]; images in flight are float32 [B, 3, H, W] in [0, 1], normalisation
+being part of the model. Labels are int64. Accuracies are percentages. Bad input raises UsageError, which `run_main`
+turns into one line on stderr and exit status 2. Random draws come from torch's global generator of the tensor's device,
+so that `torch.manual_seed` and the random states in a checkpoint determine them all; label noise has its own.
 """
 
 import argparse
+import codecs
 import contextlib
 import difflib
 import functools
@@ -41,7 +42,7 @@ class UsageError(Exception):
 
 
 def run_main(main):
-    """Call main(); UsageError ends as one line on stderr and status 2, Ctrl-C and SIGTERM as one line and status 130."""
+    """Call main(); UsageError becomes one line on stderr and status 2, Ctrl-C and SIGTERM one line and status 130."""
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -105,41 +106,29 @@ def number(kind, low, high=math.inf):
 
 def add_common_arguments(parser):
     """Add what every script shares. Flags left unset (None) are for `fill` to take from the script's preset table."""
-    data = parser.add_argument_group("data and label noise")
-    data.add_argument(
-        "--dataset", help="shapes (built in), cifar10, cifar100, svhn or path/to/file.npz (default: shapes)"
-    )
-    data.add_argument("--data-dir", type=Path, default=Path("data"), help="where data sets are kept (default: data)")
-    data.add_argument("--noise", type=one_of(*NOISE_KINDS), metavar="KIND", help=" | ".join(NOISE_KINDS))
-    data.add_argument(
-        "--rate", type=number(float, 0, 1), help="share of training labels to corrupt; human-* has its own"
-    )
-    data.add_argument("--limit-train", type=number(int, 1), metavar="N", help="use N evenly spaced training samples")
-    data.add_argument("--limit-test", type=number(int, 1), metavar="N", help="use N evenly spaced test samples")
+    add = parser.add_argument_group("data and label noise").add_argument
+    add("--dataset", help="shapes (built in), cifar10, cifar100, svhn or path/to/file.npz (default: shapes)")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where data sets are kept (default: data)")
+    add("--noise", type=one_of(*NOISE_KINDS), metavar="KIND", help=" | ".join(NOISE_KINDS))
+    add("--rate", type=number(float, 0, 1), help="share of training labels to corrupt, in [0, 1]; human-* has its own")
+    add("--limit-train", type=number(int, 1), metavar="N", help="use N evenly spaced training samples")
+    add("--limit-test", type=number(int, 1), metavar="N", help="use N evenly spaced test samples")
 
-    training = parser.add_argument_group("training (unset: the paper's value for the data set and noise)")
-    training.add_argument(
-        "--epochs", type=number(int, 1), help="passes over the training set; the schedule scales along"
-    )
-    training.add_argument(
-        "--batch-size", type=number(int, 1), help="images a step; a last incomplete batch is left out"
-    )
-    training.add_argument("--lr", type=number(float, 0), help="initial learning rate")
-    training.add_argument("--weight-decay", type=number(float, 0), help="L2 penalty of the optimiser")
-    training.add_argument(
-        "--seed", type=number(int, 0), default=0, help="weights, batches, augmentation and label noise"
-    )
+    add = parser.add_argument_group("training (unset: the paper's value for data set and noise)").add_argument
+    add("--epochs", type=number(int, 1), help="passes over the training set; the schedule scales along")
+    add("--batch-size", type=number(int, 1), help="images a step; the incomplete last batch is left out")
+    add("--lr", type=number(float, 0), help="initial learning rate")
+    add("--weight-decay", type=number(float, 0), help="L2 penalty of the optimiser")
+    add("--seed", type=number(int, 0), default=0, help="of weights, batches, augmentation and label noise (default: 0)")
 
-    machine = parser.add_argument_group("machine and output")
-    machine.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    machine.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA)")
-    machine.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models"
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA)")
+    add(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models (default: no)"
     )
-    machine.add_argument(
-        "--out", type=Path, metavar="DIR", help="run folder (default: runs/METHOD-DATASET-NOISE-seedS)"
-    )
-    machine.add_argument("--resume", action="store_true", help="continue the run in the run folder")
+    add("--out", type=Path, metavar="DIR", help="run folder (default: runs/METHOD-DATASET-NOISE-seedS)")
+    add("--resume", action="store_true", help="continue the run in the run folder, on CPU to the same bit")
 
 
 def fill(args, preset):
@@ -147,6 +136,8 @@ def fill(args, preset):
     for name, value in preset.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.rate and args.noise in ("none", *HUMAN):
+        raise UsageError(f"--rate: --noise {args.noise} has no rate to choose; leave --rate out")
     return args
 
 
@@ -237,7 +228,7 @@ def read_npz(path, flag):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.size:
             raise UsageError(
-                f"{flag}: {path}: {part}_images is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W] with N > 0"
+                f"{flag}: {path}: {part}_images is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W], N > 0"
             )
         if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
             raise UsageError(
@@ -245,7 +236,7 @@ def read_npz(path, flag):
             )
         if labels.min() < 0 or labels.max() >= len(classes):
             raise UsageError(
-                f"{flag}: {path}: {part}_labels span {labels.min()} … {labels.max()}, but there are {len(classes)} classes"
+                f"{flag}: {path}: {part}_labels go from {labels.min()} to {labels.max()}; of {len(classes)} classes"
             )
         arrays[f"{part}_labels"] = labels.astype(np.int64)
     if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
@@ -281,11 +272,10 @@ SHAPES_CLASSES = [
 
 
 def draw_shapes(count, seed, size=32):
-    """Ten classes of colour images: five forms, each striped or dotted; images uint8 [count, 3, size, size], labels [count].
+    """Ten classes of pictures, five forms striped or dotted: uint8 [count, 3, size, size] and labels int64 [count].
 
-    Form and texture decide the class. Colours, place, size, angle, phase, background gradient, clutter and pixel noise
-    don't. Every operation used is one that IEEE 754 rounds exactly (no sin, exp or normal draws), so that the pixels are
-    the same on every machine.
+    Form and texture decide the class; colours, place, size, angle, phase, background, clutter and pixel noise don't.
+    Every operation is one that IEEE 754 rounds exactly (no sin or normal draws): the same pixels on every machine.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -330,7 +320,7 @@ def draw_shapes(count, seed, size=32):
 
 
 def channel_stats(images):
-    """Mean and standard deviation of each colour channel of uint8 images [N, 3, H, W], in [0, 1]: two lists of three."""
+    """Mean and standard deviation of each channel of uint8 images [N, 3, H, W], in [0, 1]: two lists of 3."""
     counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double().cpu()
     share, level = counts / counts.sum(1, keepdim=True), torch.arange(256) / 255
     mean = (share * level).sum(1)
@@ -428,18 +418,15 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
 
 
 def human_labels(clean, kind, data_dir):
-    """CIFAR-10N's or CIFAR-100N's labels int64 [N] for clean labels int64 [N] in the data set's own order (or a `spread`).
+    """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, whole or a `spread` of it.
 
     The file is a pickle of numpy arrays; torch's restricted unpickler is allowed to build those and nothing else.
     """
-    import _codecs
-
     name, key = HUMAN[kind]
     path = Path(data_dir) / name
-    arrays = [
-        (np._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-        *(np.ndarray, np.dtype, type(np.dtype(np.int64)), _codecs.encode),
-    ]
+    rebuild = np.empty(0).__reduce__()[0]  # numpy's _reconstruct, which the file knows by its name in numpy 1
+    arrays = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
+    arrays.append(type(np.dtype(np.int64)))
     try:
         with torch.serialization.safe_globals(arrays):
             content = torch.load(path, weights_only=True)
@@ -478,8 +465,8 @@ def imbalance(labels, gamma, num_classes, seed):
 
 
 # --------------------------------------------------------------------------------------------------------- augmentation
-# Batched on the images' device, every sample with a draw of its own. An operation is one of three kinds, and each kind is
-# a handful of kernels however large the batch: a warp (one grid_sample), a look-up table per sample and channel (one
+# Batched on the images' device, every sample with a draw of its own. An operation is of one of three kinds, each a
+# handful of kernels however large the batch: a warp (one grid_sample), a look-up table per sample and channel (one
 # gather), or a blend with a degenerate image. Pixel values follow the 8-bit operations of torchvision.transforms.v2.
 
 OPS = (
@@ -495,11 +482,11 @@ POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE, IDENTITY, INVERT = range(9, 15)
 
 @functools.cache
 def op_magnitudes(bins, height, width, device, translate=150 / 331, posterize=8):
-    """Magnitude of every operation at every strength, float32 [15, bins] on `device`: torchvision's augmentation spaces.
+    """Magnitude of each operation at each strength: float32 [15, bins] on `device`, as torchvision's spaces.
 
     Shear as a slope, translation in whole pixels, rotation in degrees, posterize in bits, solarize as a threshold in
-    [0, 1], brightness, contrast, colour and sharpness as the blend factor minus one. AutoAugment and RandAugment translate
-    by up to 150/331 of the side and posterize to 8 … 4 bits; AugMix by up to 1/3 and to 4 … 0 bits.
+    [0, 1], brightness, contrast, colour and sharpness as the blend factor minus one. AutoAugment and RandAugment
+    translate by up to 150/331 of the side and posterize to 8 … 4 bits; AugMix by up to 1/3 and to 4 … 0 bits.
     """
     table = torch.zeros(len(OPS), bins)
     table[[SHEAR_X, SHEAR_Y]] = torch.linspace(0, 0.3, bins)
@@ -561,7 +548,7 @@ def _gray(images):
 
 
 def _blend(images, op, magnitude):
-    """Colour (saturation) and sharpness: (1 + m) · image - m · degenerate, with grey or a smoothed image as degenerate."""
+    """Colour (saturation) and sharpness: (1 + m) · image - m · degenerate, which is the grey or the smoothed image."""
     images = images * 255
     inner = images[:, :, 1:-1, 1:-1]
     box = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
@@ -573,7 +560,7 @@ def _blend(images, op, magnitude):
 
 
 def _look_up(images, op, magnitude):
-    """Every operation that maps a channel's 256 levels to new ones: build each sample's table, then look all pixels up."""
+    """The operations that map a channel's 256 levels to others: build each sample's table, look all pixels up."""
     size, pixels = len(images), images[0, 0].numel()
     value = (images * 255).round().long().view(size, 3, pixels)
     level = torch.arange(256, device=images.device, dtype=torch.float32)
@@ -613,7 +600,7 @@ def _signed(magnitude, op):
 
 
 def rand_augment(images, num_ops, magnitude):
-    """RandAugment: `num_ops` operations one after the other, each drawn uniformly from 14, at strength `magnitude` of 0-30.
+    """RandAugment: `num_ops` operations in turn, each drawn uniformly from 14, at strength `magnitude` of 0 … 30.
 
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
@@ -649,10 +636,12 @@ def aug_mix(images, severity=3, width=3, depth=-1, alpha=1.0):
 # The 25 sub-policies of AutoAugment for CIFAR-10: (operation, probability, strength of 0-9), twice.
 AUTO_AUGMENT_CIFAR10 = """
 Invert .1 0 Contrast .2 6 / Rotate .7 2 TranslateX .3 9 / Sharpness .8 1 Sharpness .9 3 / ShearY .5 8 TranslateY .7 9 /
-AutoContrast .5 0 Equalize .9 0 / ShearY .2 7 Posterize .3 7 / Color .4 3 Brightness .6 7 / Sharpness .3 9 Brightness .7 9 /
-Equalize .6 0 Equalize .5 0 / Contrast .6 7 Sharpness .6 5 / Color .7 7 TranslateX .5 8 / Equalize .3 0 AutoContrast .4 0 /
-TranslateY .4 3 Sharpness .2 6 / Brightness .9 6 Color .2 8 / Solarize .5 2 Invert 0 0 / Equalize .2 0 AutoContrast .6 0 /
-Equalize .2 0 Equalize .6 0 / Color .9 9 Equalize .6 0 / AutoContrast .8 0 Solarize .2 8 / Brightness .1 3 Color .7 0 /
+AutoContrast .5 0 Equalize .9 0 / ShearY .2 7 Posterize .3 7 / Color .4 3 Brightness .6 7 /
+Sharpness .3 9 Brightness .7 9 / Equalize .6 0 Equalize .5 0 / Contrast .6 7 Sharpness .6 5 /
+Color .7 7 TranslateX .5 8 / Equalize .3 0 AutoContrast .4 0 / TranslateY .4 3 Sharpness .2 6 /
+Brightness .9 6 Color .2 8 / Solarize .5 2 Invert 0 0 / Equalize .2 0 AutoContrast .6 0 /
+Equalize .2 0 Equalize .6 0 / Color .9 9 Equalize .6 0 /
+AutoContrast .8 0 Solarize .2 8 / Brightness .1 3 Color .7 0 /
 Solarize .4 5 AutoContrast .9 0 / TranslateY .9 9 TranslateY .7 9 / AutoContrast .9 0 Solarize .8 3 /
 Equalize .8 0 Invert .1 0 / TranslateY .7 9 AutoContrast .9 0"""
 
@@ -683,7 +672,7 @@ def auto_augment(images):
 
 
 def crop_flip(images, padding=4, mode="zero"):
-    """Random crop from the image padded by `padding` pixels ("zero" or "reflect"), then a horizontal flip of every second.
+    """Random crop from the image padded by `padding` pixels ("zero" or "reflect"), and a flip with probability 1/2.
 
     images: float [B, 3, H, W]; returns the same shape.
     """
@@ -708,9 +697,9 @@ def cutout(images, size):
 
 
 def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)):
-    """Random erasing: with `probability`, a black box of `scale` of the area and `ratio` height to width, inside the image.
+    """Random erasing: with `probability` a black box in the image, of `scale` of its area and `ratio` height to width.
 
-    As the library does, ten boxes are tried and the first that fits is taken. images: float [B, 3, H, W]; returns the same.
+    Of ten boxes drawn the first that fits is taken, as in torchvision. images: float [B, 3, H, W]; returns the same.
     """
     size, (height, width), device = len(images), images.shape[2:], images.device
     area = height * width * torch.empty(size, 10, device=device).uniform_(*scale)
@@ -727,7 +716,7 @@ def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)
 
 
 def _black_box(images, top, left, height, width):
-    """Zero the box [top, top + height) × [left, left + width) of each image; the four are broadcastable to [B, 1, 1, 1]."""
+    """Zero the box [top, top + height) × [left, left + width) of each image; all four broadcast to [B, 1, 1, 1]."""
     y = torch.arange(images.shape[2], device=images.device).view(-1, 1)
     x = torch.arange(images.shape[3], device=images.device)
     box = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
@@ -761,7 +750,7 @@ class Classifier(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv twice (He et al. 2016), the block of PreActResNet and Wide ResNet; dropout between the convolutions."""
+    """BN-ReLU-conv twice (He et al. 2016), the block of PreActResNet and Wide ResNet; dropout between the two."""
 
     def __init__(self, inputs, outputs, stride, dropout=0.0):
         super().__init__()
@@ -787,7 +776,7 @@ def basic_block(inputs, outputs, stride):
 
 
 def groups(block, widths, depths):
-    """One group of `depths[i]` blocks for each of widths[1:], the first block of all but the first group with stride 2."""
+    """A group of depths[i] blocks for each of widths[1:]; all but the first group begin with stride 2."""
     made = []
     for i, depth in enumerate(depths):
         layers = [block(widths[i], widths[i + 1], 1 if i == 0 else 2)]
@@ -897,7 +886,7 @@ def accuracy(scores, labels):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a temporary path beside `path`, which is renamed over `path` once the block has written it without an error.
+    """Yield a temporary path beside `path`, renamed over `path` once the block has written it without an error.
 
     Raises UsageError where that cannot be written; `path` is then as it was, and no temporary file is left.
     """
@@ -914,10 +903,10 @@ def replacing(path):
 
 
 def load_checkpoint(path, flag="checkpoint"):
-    """The dict that `Run` saved at `path`, tensors on the CPU, read without executing pickled code; UsageError if it is not one.
+    """The dict that `Run` saved at `path`, tensors on the CPU, read without executing pickled code.
 
     Keys: model and the other parts of the training state; arch, num_classes, classes, dropout, dataset, method, noise
-    (kind, rate, seed), config, metrics (one dict an epoch), epoch, rng.
+    (kind, rate, seed), config, metrics (one dict an epoch), epoch, rng. Raises UsageError if it is no such file.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -954,9 +943,9 @@ class Run:
             run.end_epoch(losses, lr=..., test_acc=...)
         run.finish()
 
-    The keyword arguments after `classes` are the parts whose state_dict() goes into the checkpoint. With --resume they are
-    loaded from it, with the random states, and run.epoch is the number of epochs done. Raises UsageError where the folder
-    holds something that would be lost, or --resume finds nothing, or a run of another configuration.
+    The keyword arguments after `classes` are the parts whose state_dict() goes into the checkpoint. With --resume they
+    are loaded from it, with the random states, and run.epoch is the number of epochs done. Raises UsageError where the
+    folder holds something that would be lost, or --resume finds nothing, or a run of another configuration.
     """
 
     SAME_RUN = {
@@ -1034,7 +1023,7 @@ class Run:
         self.write_text("metrics.jsonl", "\n".join(map(json.dumps, self.metrics)))
 
     def progress(self, batches):
-        """Yield the index tensors of `batches`; on a terminal keep a line with images/s and the time left up to date."""
+        """Yield the index tensors of `batches`; on a terminal keep a line with images/s and time left up to date."""
         self.epoch_began, shown, images = time.perf_counter(), 0.0, 0
         for step, index in enumerate(batches):
             yield index
@@ -1044,8 +1033,8 @@ class Run:
                 shown, speed = now, images / (now - self.epoch_began)
                 done = self.epoch - self.done_before + (step + 1) / len(batches)
                 left = duration((now - self.began) * (self.epochs - self.done_before - done) / done)
-                line = f"epoch {self.epoch + 1}/{self.epochs}  step {step + 1}/{len(batches)}  {speed:,.0f} images/s  {left} left"
-                print(f"\r{line}\x1b[K", end="", flush=True)
+                where = f"epoch {self.epoch + 1}/{self.epochs}  step {step + 1}/{len(batches)}"
+                print(f"\r{where}  {speed:,.0f} images/s  {left} left\x1b[K", end="", flush=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.images_per_second = images / (time.perf_counter() - self.epoch_began)
@@ -1053,15 +1042,15 @@ class Run:
     def end_epoch(self, losses, **metrics):
         """Record an epoch: check the losses, save the checkpoint, print a line.
 
-        losses: the epoch's loss at every step, a list of scalar tensors (left on the device until now). A loss that is not
-        finite ends the program with status 1, the checkpoint of the epoch before untouched. metrics: floats or None, by name.
+        losses: the epoch's loss at every step, a list of scalar tensors (left on the device until now). A loss that is
+        not finite ends the program with status 1 and leaves the epoch before's checkpoint. metrics: floats or None.
         """
         losses = torch.stack(losses).float().cpu()
         bad = (~losses.isfinite()).nonzero().flatten()
         if len(bad):
             step = f"step {bad[0] + 1} of epoch {self.epoch + 1}"
             sys.exit(
-                f"error: the loss is {losses[bad[0]]:.0f} at {step}; {self.path} holds epoch {self.epoch}; try a lower --lr"
+                f"error: the loss is {losses[bad[0]]:.0f} at {step}; {self.path} holds epoch {self.epoch}; lower --lr"
             )
         record = {"epoch": self.epoch + 1, **metrics, "train_loss": losses.mean().item()}
         record["images_per_second"] = round(self.images_per_second, 1)
@@ -1115,8 +1104,8 @@ def label_accuracies(predicted, noisy, true):
     """How an epoch's predictions agree with the labels, in percent; None where there is no such sample.
 
     predicted: int64 [N], the class predicted for each training sample (-1: not seen). noisy, true: int64 [N].
-    train_acc_right: rightly labelled samples given their label. train_acc_wrong: wrongly labelled samples given their wrong
-    label, which is memorisation. train_acc_wrong_true: wrongly labelled samples given their true class.
+    train_acc_right: rightly labelled samples given their label. train_acc_wrong: wrongly labelled samples given their
+    wrong label, which is memorisation. train_acc_wrong_true: wrongly labelled samples given their true class.
     """
     seen, wrong = predicted >= 0, noisy != true
 
@@ -1131,7 +1120,7 @@ def label_accuracies(predicted, noisy, true):
 
 
 def calibration(probabilities, labels, bins=15):
-    """Reliability by confidence (Guo et al. 2017): ECE in [0, 1], and accuracy, confidence, share of samples of each bin.
+    """Reliability (Guo et al. 2017): ECE in [0, 1], then each bin's accuracy, confidence and share of samples.
 
     probabilities: [N, C]; labels: int64 [N]. Equal-width bins; the three lists are of length `bins`, empty bins 0.
     """
@@ -1164,7 +1153,7 @@ def plot_curves(path, metrics, title):
     loss.set(ylabel="loss")
     rate = loss.twinx()
     rate.plot(epochs, [m["lr"] for m in metrics], "k:", label="learning rate (right)")
-    rate.set(yscale="log", ylabel="learning rate")
+    rate.set(yscale="log" if metrics[-1]["lr"] > 0 else "linear", ylabel="learning rate")
     for axes in (test, train, loss):
         axes.set(xlabel="epoch")
         axes.grid(alpha=0.3)

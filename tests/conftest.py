@@ -20,7 +20,7 @@ def one_thread_seeded():
 
 @pytest.fixture
 def script(tmp_path):
-    """script("nrd.py", "--epochs", 1, …) runs it in an empty folder: a CompletedProcess with stdout and stderr as text."""
+    """script("nrd.py", "--epochs", 1, …) runs it in an empty folder and gives the CompletedProcess, output as text."""
 
     def run(name, *arguments, cwd=tmp_path, timeout=180):
         command = [sys.executable, str(ROOT / name), *map(str, arguments)]
@@ -48,3 +48,30 @@ def write_npz(path, **changes):
     arrays.update(changes)
     np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
     return path
+
+
+TINY = ["--limit-train", "96", "--limit-test", "40", "--batch-size", "32", "--epochs", "2", "--device", "cpu"]
+
+
+@pytest.fixture
+def nrd_cli(tmp_path, monkeypatch, capsys):
+    """nrd_cli(*flags) runs nrd.py in this process in an empty folder: (exit status, stdout, stderr)."""
+    import common
+    import nrd
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["nrd.py", *map(str, flags)])
+        capsys.readouterr()
+        try:
+            common.run_main(nrd.main)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+            if isinstance(status, str):  # what the interpreter does with sys.exit("message")
+                print(status, file=sys.stderr)
+                status = 1
+        return (status, *capsys.readouterr())
+
+    return run

@@ -129,7 +129,7 @@ def test_aug_mix_weights_are_convex(drawn):
 
 
 def test_aug_mix_mixes_original_and_chains(monkeypatch):
-    """Chains replaced by constants: the mean weight of the original is 1/2, of each of three chains 1/6 (Beta, Dirichlet)."""
+    """With constants for chains: the mean weight of the original is 1/2, of each of three chains 1/6."""
     monkeypatch.setattr(common, "apply_ops", lambda images, op, *_, **__: torch.zeros_like(images))
     kept = common.aug_mix(torch.ones(20000, 3, 2, 2))[:, 0, 0, 0]
     assert abs(kept.mean() - 0.5) < 0.01 and abs(kept.var() - 1 / 12) < 0.005  # Beta(1, 1) is uniform

@@ -1,0 +1,268 @@
+"""nrd.py's losses against float64 numpy and by hand, what is detached, the EMA, Table 5; calibration and label accuracies."""
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import nrd
+from nrd import js_divergence, robust_loss
+
+FLOOR = 1e-7
+
+
+def case(batch=16, classes=10, scale=3.0, seed=0):
+    """Random logits and labels: torch float32 (logits, one-hot) and numpy float64 (probabilities, one-hot)."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = scale * torch.randn(batch, classes, generator=generator)
+    y = F.one_hot(torch.randint(classes, (batch,), generator=generator), classes).float()
+    z = logits.numpy().astype(np.float64)
+    p = np.exp(z - z.max(1, keepdims=True))
+    return logits, y, p / p.sum(1, keepdims=True), y.numpy().astype(np.float64)
+
+
+def np_kl(p, q):
+    return np.where(p > 0, p * (np.log(np.maximum(p, FLOOR)) - np.log(np.maximum(q, FLOOR))), 0).sum(1)
+
+
+def np_js(distributions, weights):
+    m = sum(w * p for w, p in zip(weights, distributions))
+    return sum(w * np_kl(p, m) for w, p in zip(weights, distributions))
+
+
+def np_z(pi1):
+    return -(1 - pi1) * np.log(1 - pi1)
+
+
+NUMPY = {  # name: (hyperparameters, loss of p and y), each written from its paper
+    "ce": ((), lambda p, y: -np.log((p * y).sum(1))),
+    "bs": ((0.7,), lambda p, y, t: -((t * p + (1 - t) * y) * np.log(p)).sum(1)),
+    "ls": ((0.3,), lambda p, y, e: -(((1 - e) * y + e / p.shape[1]) * np.log(p)).sum(1)),
+    "sce": ((0.2, 1.5), lambda p, y, a, b: -a * np.log((p * y).sum(1)) - b * (p * np.log(np.maximum(y, 1e-4))).sum(1)),
+    "gce": ((0.7,), lambda p, y, q: (1 - (p * y).sum(1) ** q) / q),
+    "nce+rce": (
+        (10, 0.1),
+        lambda p, y, a, b: (
+            a * -np.log((p * y).sum(1)) / -np.log(p).sum(1) - b * (p * np.log(np.maximum(y, 1e-4))).sum(1)
+        ),
+    ),
+    "js": ((0.3,), lambda p, y, pi: np_js([y, p], [pi, 1 - pi]) / np_z(pi)),
+}
+
+
+@pytest.mark.parametrize("name", NUMPY)
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_loss_equals_numpy(name, scale):
+    logits, y, p, y64 = case(scale=scale)
+    params, reference = NUMPY[name]
+    assert robust_loss(name, logits, y, params).item() == pytest.approx(reference(p, y64, *params).mean(), rel=1e-4)
+
+
+def test_gjs_equals_numpy():
+    first, y, p1, y64 = case()
+    second, _, p2, _ = case(seed=5)
+    loss = robust_loss("gjs", torch.cat([first, second]), y, (0.3,))
+    assert loss.item() == pytest.approx(np_js([y64, p1, p2], [0.3, 0.35, 0.35]).mean() / np_z(0.3), rel=1e-4)
+
+
+def test_losses_by_hand():
+    """Two classes, the label has probability 1/4."""
+    logits, y = torch.log(torch.tensor([[0.25, 0.75]])), torch.tensor([[1.0, 0.0]])
+    log4, a = math.log(4), -math.log(1e-4)
+    by_hand = {
+        ("ce", ()): log4,
+        ("bs", (0.5,)): 0.5 * log4 + 0.5 * (0.25 * log4 + 0.75 * math.log(4 / 3)),
+        ("ls", (0.2,)): 0.9 * log4 + 0.1 * math.log(4 / 3),
+        ("sce", (2.0, 1.0)): 2 * log4 + 0.75 * a,
+        ("gce", (0.5,)): (1 - 0.5) / 0.5,
+        ("nce+rce", (1.0, 2.0)): log4 / (log4 + math.log(4 / 3)) + 1.5 * a,
+        # m = (5/8, 3/8): 1/2 log(8/5) + 1/2 (1/4 log(2/5) + 3/4 log 2), over Z = 1/2 log 2
+        ("js", (0.5,)): (0.5 * math.log(1.6) + 0.5 * (0.25 * math.log(0.4) + 0.75 * math.log(2))) / (0.5 * math.log(2)),
+    }
+    for (name, params), expected in by_hand.items():
+        assert robust_loss(name, logits, y, params).item() == pytest.approx(expected, rel=1e-5), name
+
+
+def test_js_divergence():
+    _, _, p1, y = case()
+    _, _, p2, _ = case(seed=5)
+    weights = (0.2, 0.6, 0.2)
+    ours = js_divergence([torch.tensor(d) for d in (y, p1, p2)], weights)
+    assert ours.shape == (16,) and np.allclose(ours, np_js([y, p1, p2], weights), rtol=1e-6)
+    same = torch.tensor(p1)
+    assert js_divergence([same, same, same], weights).abs().max() < 1e-12
+    # three disjoint one-hot distributions: the entropy of the weights
+    corners = torch.eye(3, dtype=torch.float64).unsqueeze(1)
+    assert js_divergence(list(corners), weights).item() == pytest.approx(
+        -sum(w * math.log(w) for w in weights), rel=1e-6
+    )
+    with pytest.raises(ValueError, match="not to 1"):
+        js_divergence([same, same], (0.5, 0.6))
+    with pytest.raises(ValueError):
+        js_divergence([same, same], weights)
+
+
+@pytest.mark.parametrize("name", [*NUMPY, "gjs", "nrd"])
+def test_losses_and_gradients_stay_finite_at_extremes(name):
+    logits = torch.tensor([[200.0, -200, 0], [-200, 200, 0], [0, 0, 0]], requires_grad=True)
+    y = F.one_hot(torch.tensor([0, 0, 1]), 3).float()
+    if name == "nrd":
+        loss = js_divergence((y, logits.softmax(1), logits.detach().softmax(1)), (0.2, 0.6, 0.2)).mean()
+    elif name == "gjs":
+        loss = robust_loss(name, logits.repeat(2, 1), y, (0.3,))
+    else:
+        loss = robust_loss(name, logits, y, NUMPY[name][0])
+    loss.backward()
+    assert loss.isfinite() and logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
+
+
+def test_gradient_of_bootstrapping_flows_through_its_target():
+    logits, y, _, _ = case()
+    logits.requires_grad_()
+    robust_loss("bs", logits, y, (1.0,)).backward()  # pure entropy: with a detached target the gradient would be zero
+    assert logits.grad.abs().max() > 1e-3
+
+
+def run_nrd(monkeypatch, tmp_path, *flags):
+    command = ["nrd.py", "--limit-train", "40", "--limit-test", "10", "--batch-size", "20", "--epochs", "1", "--out"]
+    monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "run"), "--device", "cpu", *flags])
+    nrd.main()
+
+
+def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(monkeypatch, tmp_path):
+    """In the loop itself: y_t carries no graph, y_s does, weights are the preset's, and y_t is the mean over K EMA views."""
+    seen, views = [], []
+
+    def spy(distributions, weights):
+        seen.append((distributions, weights))
+        return js_divergence(distributions, weights)
+
+    monkeypatch.setattr(nrd, "js_divergence", spy)
+    monkeypatch.setitem(nrd.STEPS, "augmix", lambda x: views.append(x) or x.flip(len(views) % 2 + 2))
+    monkeypatch.setitem(nrd.STEPS, "none", lambda x: x)
+    run_nrd(monkeypatch, tmp_path, "--views", "2")
+    assert len(seen) == 2 and len(views) == 4
+    for (y, y_s, y_t), weights in seen:
+        assert y_s.requires_grad and not y_t.requires_grad and not y.requires_grad
+        assert list(weights) == [0.2, 0.6, 0.2]
+        assert torch.allclose(y_t.sum(1), torch.ones(20), atol=1e-5) and set(y.unique().tolist()) == {0.0, 1.0}
+    # before the first step the EMA is the initial model: rebuild it from the checkpoint of epoch 0's seed
+    torch.manual_seed(0)
+    data = common.load_dataset("shapes", limit_train=40, limit_test=10)
+    model = common.build_model("wrn-10-1", 10, 0.0, *common.channel_stats(data.train_images)).eval()
+    with torch.no_grad():
+        expected = sum(model(views[k].flip((k + 1) % 2 + 2)).softmax(1) for k in (0, 1)) / 2
+    assert torch.allclose(seen[0][0][2], expected, atol=1e-5)
+
+
+def test_jsd_scale_divides_the_loss(monkeypatch, tmp_path):
+    losses = {}
+    for name, flags in (("plain", []), ("scaled", ["--jsd-scale"])):
+        run_nrd(monkeypatch, tmp_path / name, "--lr", "0", *flags)
+        losses[name] = common.load_checkpoint(tmp_path / name / "run" / "checkpoint.pt")["metrics"][0]["train_loss"]
+    assert losses["plain"] / losses["scaled"] == pytest.approx(-0.8 * math.log(0.8), rel=1e-5)
+
+
+def test_ema_equals_torch_s_averaged_model():
+    """Weights and BatchNorm statistics against torch.optim.swa_utils, which averages from the first update on."""
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = common.build_model("wrn-10-1", 10)
+    ours = common.build_model("wrn-10-1", 10)
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    theirs.update_parameters(model)
+    ours.load_state_dict(model.state_dict())
+    for _ in range(3):
+        with torch.no_grad():
+            model.train()(torch.rand(4, 3, 32, 32))  # moves the statistics
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        nrd.update_ema(ours, model, 0.9)
+        theirs.update_parameters(model)
+    averaged = theirs.module.state_dict()
+    for key, value in ours.state_dict().items():
+        if value.is_floating_point():
+            assert torch.allclose(value, averaged[key], atol=1e-6), key
+    assert not torch.equal(ours.stem[0].weight, model.stem[0].weight)
+
+
+def test_ema_by_hand():
+    ema, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        ema.weight.fill_(1.0), model.weight.fill_(2.0)
+    nrd.update_ema(ema, model, 0.99)
+    assert ema.weight.item() == pytest.approx(1.01) and model.weight.item() == 2.0
+
+
+def preset(**flags):
+    defaults = {"dataset": "cifar10", "noise": "sym", "rate": 0.4, "loss": "nrd", "analyze": None}
+    return nrd.preset(argparse.Namespace(**{**defaults, **flags}))
+
+
+@pytest.mark.parametrize("flags, lr, weight_decay, params", [
+    ({"rate": 0.8}, 0.1, 5e-4, [0.25, 0.5, 0.25]),
+    ({"rate": 0.2}, 0.1, 5e-4, [0.2, 0.6, 0.2]),
+    ({"rate": 0.5}, 0.1, 5e-4, [0.2, 0.6, 0.2]),
+    ({"noise": "asym", "rate": 0.2}, 0.1, 1e-3, [0.1, 0.8, 0.1]),
+    ({"noise": "asym", "rate": 0.4}, 0.1, 1e-3, [0.15, 0.7, 0.15]),
+    ({"noise": "human-worse", "rate": None}, 0.1, 1e-3, [0.15, 0.7, 0.15]),
+    ({"noise": "human-aggre", "rate": None}, 0.1, 1e-3, [0.1, 0.8, 0.1]),
+    ({"noise": "none", "rate": None}, 0.1, 5e-4, [0.2, 0.6, 0.2]),
+    ({"dataset": "cifar100", "rate": 0.8}, 0.2, 5e-5, [0.15, 0.7, 0.15]),
+    ({"dataset": "cifar100", "noise": "asym", "rate": 0.4}, 0.4, 1e-4, [0.4, 0.2, 0.4]),
+    ({"loss": "ce"}, 0.05, 1e-3, []),
+    ({"loss": "bs", "rate": 0.8}, 0.1, 1e-3, [0.9]),
+    ({"loss": "ls", "rate": 0.4}, 0.1, 5e-4, [0.9]),
+    ({"loss": "sce", "rate": 0.8}, 0.01, 5e-4, [0.1, 1]),
+    ({"loss": "gce", "noise": "asym"}, 0.1, 1e-3, [0.1]),
+    ({"loss": "nce+rce", "rate": 0.6}, 0.005, 1e-3, [1, 0.1]),
+    ({"loss": "js", "dataset": "cifar100", "rate": 0.6}, 0.2, 1e-4, [0.5]),
+    ({"loss": "gjs", "dataset": "cifar100", "rate": 0.6}, 0.2, 5e-5, [0.9]),
+    ({"loss": "gjs", "noise": "none", "rate": None}, 0.1, 5e-4, [0.5]),
+])  # fmt: skip
+def test_presets_are_table_5(flags, lr, weight_decay, params):
+    got = preset(**flags)
+    assert (got["lr"], got["weight_decay"], got["loss_params"]) == (lr, weight_decay, params)
+    assert (got["arch"], got["epochs"], got["batch_size"], got["beta"]) == ("preact_resnet34", 400, 128, 0.99)
+
+
+def test_every_row_of_table_5_fits_its_loss():
+    for rows in nrd.TABLE_5.values():
+        assert rows.keys() == nrd.HYPERPARAMETERS.keys()
+        for loss, row in rows.items():
+            assert len(row) == 9
+            for params in row[2:]:
+                params = params if isinstance(params, tuple) else (params,)
+                assert len(params) == len(nrd.HYPERPARAMETERS[loss])
+                assert loss != "nrd" or (sum(params) == pytest.approx(1) and params[0] == params[2])
+
+
+def test_calibration_by_hand_and_against_a_loop():
+    p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.45, 0.55]])
+    ece, acc, conf, share = common.calibration(p, torch.tensor([0, 1, 1, 0]), bins=2)
+    assert acc == [0.0, 0.5] and share == [0.0, 1.0] and conf[1] == pytest.approx(0.7375)
+    assert ece == pytest.approx(0.2375)
+    logits, y, p, _ = case(batch=500, classes=5, scale=1.5)
+    labels = y.argmax(1)
+    ece, *_ = common.calibration(torch.tensor(p), labels)
+    expected = 0
+    for i in range(15):
+        inside = (p.max(1) > i / 15) & (p.max(1) <= (i + 1) / 15)
+        if inside.any():
+            expected += inside.mean() * abs((p.argmax(1) == labels.numpy())[inside].mean() - p.max(1)[inside].mean())
+    assert ece == pytest.approx(expected)
+
+
+def test_label_accuracies_by_hand():
+    true, noisy = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([0, 1, 0, 0, 0, 0])
+    predicted = torch.tensor(
+        [0, 2, 0, 3, -1, -1]
+    )  # two right samples seen (one hit), two wrong (one memorised, one corrected)
+    got = common.label_accuracies(predicted, noisy, true)
+    assert got == {"train_acc_right": 50.0, "train_acc_wrong": 50.0, "train_acc_wrong_true": 50.0}
+    clean = common.label_accuracies(true, true, true)
+    assert clean == {"train_acc_right": 100.0, "train_acc_wrong": None, "train_acc_wrong_true": None}
