@@ -85,7 +85,7 @@ def test_wrn_dropout_sits_between_the_convolutions_and_only_in_training():
 
 
 def test_preact_block_by_hand():
-    """out = conv2(relu(bn2(conv1(relu(bn1 x))))) + x where the shape stays, a 1×1 convolution of relu(bn1 x) where it changes."""
+    """conv2(relu(bn2(conv1(relu(bn1 x))))) plus x where the shape stays, plus a 1×1 convolution of relu(bn1 x) elsewhere."""
     same, down = common.PreActBlock(4, 4, 1).eval(), common.PreActBlock(4, 6, 2).eval()
     x = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_accuracy_by_hand():
 
 
 def test_small_net_reaches_95_percent_on_shapes():
-    """The other half of what shapes is for: form and texture are easy for convolutions, impossible for a linear model."""
+    """The other half of what shapes is for: easy for convolutions, impossible for a linear model."""
     data = common.load_dataset("shapes")
     model = build_model("wrn-10-1", 10, 0.0, *common.channel_stats(data.train_images))
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)

@@ -1,4 +1,4 @@
-"""nrd.py's losses against float64 numpy and by hand, what is detached, the EMA, Table 5; calibration and label accuracies."""
+"""nrd.py: losses against float64 numpy and by hand, what is detached, the EMA, Table 5; calibration, label accuracies."""
 
 import argparse
 import math
@@ -134,7 +134,7 @@ def run_nrd(monkeypatch, tmp_path, *flags):
 
 
 def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(monkeypatch, tmp_path):
-    """In the loop itself: y_t carries no graph, y_s does, weights are the preset's, and y_t is the mean over K EMA views."""
+    """In the loop: y_t carries no graph, y_s does, the weights are the preset's, y_t is the mean over K views of the EMA."""
     seen, views = [], []
 
     def spy(distributions, weights):

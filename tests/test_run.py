@@ -84,8 +84,8 @@ def test_a_run_from_the_command_line(script, tmp_path):
 @pytest.mark.parametrize("loss", [loss for loss in nrd.HYPERPARAMETERS if loss != "nrd"])
 def test_every_loss_runs_and_learns_the_batch(nrd_cli, loss, tmp_path):
     """On clean labels, without augmentation, every loss must fall: 6 epochs on 64 images."""
-    status, out, err = nrd_cli("--loss", loss, "--noise", "none", "--limit-train", 64, "--limit-test", 10, "--epochs", 6,
-                               "--batch-size", 16, "--lr", 0.05, "--device", "cpu")  # fmt: skip
+    size = ["--limit-train", 64, "--limit-test", 10, "--epochs", 6, "--batch-size", 16, "--device", "cpu"]
+    status, out, err = nrd_cli("--loss", loss, "--noise", "none", "--lr", 0.05, *size)
     assert (status, err) == (0, "")
     metrics = [
         json.loads(x) for x in (tmp_path / f"runs/{loss}-shapes-clean-seed0/metrics.jsonl").read_text().splitlines()
@@ -102,8 +102,8 @@ def test_schedule_divides_by_ten_at_half_and_three_quarters(nrd_cli, tmp_path):
 
 def test_ablation_flags(nrd_cli, tiny_npz):
     flags = ["--dataset", tiny_npz, "--epochs", 1, "--batch-size", 20, "--arch", "resnet8", "--device", "cpu"]
-    status, out, err = nrd_cli(*flags, "--views", 2, "--student-augment", "autoaugment+erasing", "--teacher-augment",
-                               "randaugment+crop", "--loss-params", 0.1, 0.7, 0.2, "--noise", "pair", "--rate", 0.3)  # fmt: skip
+    views = ["--views", 2, "--student-augment", "autoaugment+erasing", "--teacher-augment", "randaugment+crop"]
+    status, out, err = nrd_cli(*flags, *views, "--loss-params", 0.1, 0.7, 0.2, "--noise", "pair", "--rate", 0.3)
     assert (status, err) == (0, "") and "runs/nrd-tiny-pair0.3-seed0" in out.splitlines()[-1]
     status, out, err = nrd_cli(*flags, "--amp", "--loss", "gjs", "--noise", "sym-other")  # bfloat16 on the CPU
     assert (status, err) == (0, "")
@@ -299,7 +299,7 @@ def test_checkpoints_are_data_not_code(tmp_path):
 
 
 def test_analysis_of_a_memorised_model(nrd_cli, tmp_path):
-    """Cross-entropy fitted to 64 images: the mislabelled ones are predicted wrongly, and the report counts exactly that."""
+    """Cross-entropy fitted to 64 images: the mislabelled are predicted wrongly, and the report counts just that."""
     flags = ["--loss", "ce", "--limit-train", 64, "--limit-test", 10, "--epochs", 40, "--batch-size", 16, "--lr", 0.05]
     assert nrd_cli(*flags, "--device", "cpu", "--out", "run")[0] == 0
     status, out, err = nrd_cli("--analyze", "run/checkpoint.pt", "--device", "cpu", "--views", 4)
