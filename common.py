@@ -521,7 +521,7 @@ def apply_ops(images, op, magnitude, mode="nearest"):
 
 
 def _warp(images, op, magnitude, mode):
-    """Shear, translate or rotate: sample the input at theta · (x, y, 1), in pixels from the image's centre."""
+    """Shear, translate or rotate: sample the input at (a · (x, y, 1), b · (x, y, 1)), in pixels from the centre."""
     height, width = images.shape[2:]
     zero = torch.zeros_like(magnitude)
     angle = torch.where(op == ROTATE, magnitude * (math.pi / 180), zero)
@@ -530,15 +530,15 @@ def _warp(images, op, magnitude, mode):
         op == TRANSLATE_X, magnitude, zero
     )  # shears keep the first row/column
     shift_y = shear_y * (width / 2) - torch.where(op == TRANSLATE_Y, magnitude, zero)
-    rows = [angle.cos(), shear_x - angle.sin(), shift_x, shear_y + angle.sin(), angle.cos(), shift_y]
-    theta = torch.stack(rows, 1).view(-1, 2, 3)
+    a = torch.stack([angle.cos(), shear_x - angle.sin(), shift_x]).view(3, -1, 1, 1)
+    b = torch.stack([shear_y + angle.sin(), angle.cos(), shift_y]).view(3, -1, 1, 1)
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
-    y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device)
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    points = torch.stack([x, y, torch.ones_like(x)], -1).view(1, -1, 3)
-    half = torch.stack([torch.full_like(zero[:1], width / 2), torch.full_like(zero[:1], height / 2)], 1)
-    grid = points.expand(len(images), -1, -1).bmm(theta.transpose(1, 2) / half.unsqueeze(1))
-    return F.grid_sample(images, grid.view(-1, height, width, 2), mode=mode, align_corners=False)
+    y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device).view(-1, 1)
+    # element by element: a matrix product would run in TF32 or bfloat16 where those are on, too coarse for coordinates
+    grid = torch.stack(
+        [row[0] / half * x + row[1] / half * y + row[2] / half for row, half in ((a, width / 2), (b, height / 2))], -1
+    )
+    return F.grid_sample(images, grid, mode=mode, align_corners=False)
 
 
 def _gray(images):
@@ -620,17 +620,25 @@ def aug_mix(images, severity=3, width=3, depth=-1, alpha=1.0):
     size, device = len(images), images.device
     table = op_magnitudes(10, *images.shape[2:], device, translate=1 / 3, posterize=4)
     chains = images.repeat(width, 1, 1, 1)
-    depths = torch.randint(1, 4, (len(chains),), device=device) if depth < 1 else torch.full((len(chains),), depth)
-    for position in range(3 if depth < 1 else depth):
+    low, high = (1, 3) if depth < 1 else (depth, depth)
+    depths = torch.randint(low, high + 1, (len(chains),), device=device)
+    for position in range(high):
         op = torch.randint(EQUALIZE + 1, (len(chains),), device=device)
-        op = torch.where(depths.to(device) > position, op, IDENTITY)
+        op = torch.where(depths > position, op, IDENTITY)
         strength = torch.randint(severity, (len(chains),), device=device)
         chains = apply_ops(chains, op, _signed(table[op, strength], op), mode="bilinear")
-    dirichlet = torch.distributions.Dirichlet(torch.full((width,), alpha, device=device), validate_args=False)
-    keep = torch.distributions.Dirichlet(torch.full((2,), alpha, device=device), validate_args=False).sample((size,))
-    weights = dirichlet.sample((size,)) * keep[:, 1:]
-    mixed = torch.einsum("wbchv,bw->bchv", chains.view(width, *images.shape), weights)
-    return (keep[:, :1, None, None] * images + mixed).clamp(0, 1)  # rounding alone can leave [0, 1]
+
+    def dirichlet(count):
+        concentration = torch.full((count,), float(alpha), device=device)
+        return (
+            torch.distributions.Dirichlet(concentration, validate_args=False)
+            .sample((size,))
+            .T.view(count, size, 1, 1, 1)
+        )
+
+    keep, change = dirichlet(2)
+    mixed = (dirichlet(width) * chains.view(width, *images.shape)).sum(0)
+    return (keep * images + change * mixed).clamp(0, 1)  # rounding alone can leave [0, 1]
 
 
 # The 25 sub-policies of AutoAugment for CIFAR-10: (operation, probability, strength of 0-9), twice.
@@ -1148,16 +1156,16 @@ def plot_curves(path, metrics, title):
         if metrics[-1].get(key) is not None:
             (train if key.startswith("train") else test).plot(epochs, [m[key] for m in metrics], ".-", label=legend)
     test.set(ylabel="test accuracy (%)")
-    train.set(ylabel="share of training samples predicted as … (%)", ylim=(-2, 102))
+    train.set(ylabel="share of training samples predicted as … (%)", ylim=(-2, 135), yticks=range(0, 101, 20))
     loss.plot(epochs, [m["train_loss"] for m in metrics], ".-", label="training loss")
     loss.set(ylabel="loss")
     rate = loss.twinx()
-    rate.plot(epochs, [m["lr"] for m in metrics], "k:", label="learning rate (right)")
+    rate.plot(epochs, [m["lr"] for m in metrics], "k:", drawstyle="steps-post", label="learning rate (right)")
     rate.set(yscale="log" if metrics[-1]["lr"] > 0 else "linear", ylabel="learning rate")
     for axes in (test, train, loss):
         axes.set(xlabel="epoch")
         axes.grid(alpha=0.3)
-    test.legend(), train.legend(fontsize="small")
+    test.legend(), train.legend(fontsize="small", loc="upper center")
     lines = loss.get_lines() + rate.get_lines()
     loss.legend(lines, [line.get_label() for line in lines])
     with replacing(Path(path)) as partial:

@@ -78,7 +78,7 @@ def preset(args):
     if rate is None:
         rate = {"none": 0.0, "sym": 0.5, "sym-other": 0.5, "pair": 0.4, "asym": 0.4, "human-worse": 0.4}.get(noise, 0.2)
     symmetric = noise in ("none", "sym", "sym-other")
-    row = TABLE_5["cifar100" if args.dataset == "cifar100" else "cifar10"][args.loss]
+    row = TABLE_5["cifar100" if Path(args.dataset).stem == "cifar100" else "cifar10"][args.loss]
     columns = {2: 0.0, 3: 0.2, 4: 0.4, 5: 0.6, 6: 0.8} if symmetric else {7: 0.2, 8: 0.4}
     nearest = min(columns, key=lambda column: round(abs(columns[column] - rate), 6))
     lr, weight_decay = row[0] if symmetric else row[1]
@@ -210,16 +210,13 @@ def robust_loss(name, logits, y, params):
     return loss.mean()
 
 
-@torch.no_grad()
-def update_ema(ema, model, beta):
-    """Equation 24: EMA <- beta · EMA + (1 - beta) · model, for weights and BatchNorm's running statistics alike.
+def float_state(model):
+    """What the EMA averages: weights and BatchNorm's running statistics, tensors that share the model's memory.
 
     The paper does not say what becomes of the statistics. Averaged, they lag behind the student's just as the weights
     that they belong to; the teacher predicts in evaluation mode, so that its own views never enter them.
     """
-    pairs = [(a, b) for a, b in zip(ema.state_dict().values(), model.state_dict().values()) if a.is_floating_point()]
-    averages, current = zip(*pairs)
-    torch._foreach_lerp_(averages, current, 1 - beta)
+    return [value for value in model.state_dict().values() if value.is_floating_point()]
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -253,6 +250,8 @@ def main():
         ema.compile()
     scale = js_scale(args.loss_params[0]) if args.loss == "nrd" and args.jsd_scale else 1
 
+    theta_bar, theta = float_state(ema), float_state(model)
+
     for _ in range(run.epoch, args.epochs):
         model.train()
         lr, losses, predicted = scheduler.get_last_lr()[0], [], torch.full_like(labels, -1)
@@ -274,7 +273,7 @@ def main():
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            update_ema(ema, model, args.beta)
+            torch._foreach_lerp_(theta_bar, theta, 1 - args.beta)  # equation 24
 
             losses.append(loss.detach())
             predicted[index] = logits[: len(index)].argmax(1)
@@ -353,11 +352,12 @@ def analyze(args, device):
     folder = args.out or args.analyze.parent
     with common.replacing(folder / "analysis.json") as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
-    draw_analysis(folder / "analysis.png", nll, auroc, reliability, clouds, given[chosen], true[chosen], data.classes)
+    picture = folder / "analysis.png"
+    draw_analysis(picture, nll, auroc, reliability, clouds, usual, given[chosen], true[chosen], data.classes)
     print(f"wrote {folder / 'analysis.json'} and analysis.png")
 
 
-def draw_analysis(path, nll, auroc, reliability, clouds, given, true, classes):
+def draw_analysis(path, nll, auroc, reliability, clouds, usual, given, true, classes):
     """Figure 1 (histogram), 2b (calibration), 2a (softmax vectors in the polygon of classes: equiradial projection)."""
     from matplotlib.figure import Figure
 
@@ -388,20 +388,15 @@ def draw_analysis(path, nll, auroc, reliability, clouds, given, true, classes):
     outline = torch.cat([corners, corners[:1]])
     for k, axes in enumerate(right.subplots(2, len(given) // 2).flat):
         axes.plot(*outline.T, "k-", lw=0.8)
-        axes.plot(*(clouds[0][k] @ corners).T, "r+", ms=9, label="as in training")
+        axes.plot(*(clouds[0][k] @ corners).T, "r+", ms=9, label=f"as in training: {usual}")
         axes.plot(*(clouds[1][k] @ corners).T, "b.", ms=7, alpha=0.6, label="unseen: AutoAugment + erasing")
-        for corner, name in list(zip(corners, classes))[:: max(1, len(classes) // 20)]:
-            axes.text(*(1.12 * corner), name, ha="center", va="center", fontsize=7)
-        clean = given[k] == true[k]
-        marks = [(true[k], "label = true")] if clean else [(given[k], "label"), (true[k], "true")]
-        for c, text in marks:
-            axes.text(*(0.86 * corners[c]), text, ha="center", va="center", fontsize=9, weight="bold")
-        axes.set(
-            title="clean" if clean else "mislabelled",
-            xlim=(-1.35, 1.35),
-            ylim=(-1.35, 1.35),
-            aspect="equal",
-        )
+        marks = {int(true[k]): "true", int(given[k]): "label" if given[k] != true[k] else "label, true"}
+        for c, name in enumerate(classes):
+            if c in marks or c % max(1, len(classes) // 20) == 0:
+                text, weight = (f"{name}\n({marks[c]})", "bold") if c in marks else (name, "normal")
+                axes.text(*(1.2 * corners[c]), text, ha="center", va="center", fontsize=8, weight=weight)
+        kind = "clean" if given[k] == true[k] else "mislabelled"
+        axes.set(title=kind, xlim=(-1.4, 1.4), ylim=(-1.35, 1.35), aspect="equal")
         axes.axis("off")
     right.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     with common.replacing(path) as partial:

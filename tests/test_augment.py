@@ -121,6 +121,17 @@ def test_aug_mix_draws(drawn):
         assert rotations.unique().tolist() == pytest.approx([0, 30 / 9, 60 / 9])
 
 
+def test_autocast_does_not_coarsen_augmentation(pictures):
+    """Matrix products would run in bfloat16 under autocast: coordinates and mixtures must not be made of any."""
+    images = to_float(pictures)
+    for function in (lambda x: common.rand_augment(x, 2, 20), common.aug_mix, common.auto_augment):
+        torch.manual_seed(4)
+        plain = function(images)
+        torch.manual_seed(4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(function(images), plain)
+
+
 def test_aug_mix_weights_are_convex(drawn):
     """With operations that change nothing the mixture must be the image itself, whatever the weights drawn."""
     images = torch.rand(64, 3, 8, 8)

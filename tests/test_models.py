@@ -85,7 +85,7 @@ def test_wrn_dropout_sits_between_the_convolutions_and_only_in_training():
 
 
 def test_preact_block_by_hand():
-    """conv2(relu(bn2(conv1(relu(bn1 x))))) plus x where the shape stays, plus a 1×1 convolution of relu(bn1 x) elsewhere."""
+    """conv2(relu(bn2(conv1(relu(bn1 x))))) + x where the shape stays, + a 1×1 convolution of relu(bn1 x) elsewhere."""
     same, down = common.PreActBlock(4, 4, 1).eval(), common.PreActBlock(4, 6, 2).eval()
     x = torch.randn(2, 4, 8, 8)
     with torch.no_grad():

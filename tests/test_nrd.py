@@ -1,4 +1,4 @@
-"""nrd.py: losses against float64 numpy and by hand, what is detached, the EMA, Table 5; calibration, label accuracies."""
+"""nrd.py: losses against float64 numpy and by hand, what is detached, the EMA, Table 5; calibration."""
 
 import argparse
 import math
@@ -134,7 +134,7 @@ def run_nrd(monkeypatch, tmp_path, *flags):
 
 
 def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(monkeypatch, tmp_path):
-    """In the loop: y_t carries no graph, y_s does, the weights are the preset's, y_t is the mean over K views of the EMA."""
+    """In the loop: y_t carries no graph, y_s does, the weights are the preset's, y_t is the mean over K EMA views."""
     seen, views = [], []
 
     def spy(distributions, weights):
@@ -167,35 +167,55 @@ def test_jsd_scale_divides_the_loss(monkeypatch, tmp_path):
     assert losses["plain"] / losses["scaled"] == pytest.approx(-0.8 * math.log(0.8), rel=1e-5)
 
 
-def test_ema_equals_torch_s_averaged_model():
-    """Weights and BatchNorm statistics against torch.optim.swa_utils, which averages from the first update on."""
+def test_ema_by_hand_over_two_steps(monkeypatch, tmp_path):
+    """Equation 24 in the loop: beta² θ0 + beta (1 - beta) θ1 + (1 - beta) θ2, for weights and running statistics."""
+    states, history = [], []
+    original, step = nrd.float_state, torch.optim.SGD.step
+
+    def remember(model):
+        states.append(original(model))
+        history.append([value.clone() for value in states[-1]])  # θ0, of the EMA and of the model
+        return states[-1]
+
+    def spy(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        history.append([value.clone() for value in states[1]])
+
+    monkeypatch.setattr(nrd, "float_state", remember)
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    run_nrd(monkeypatch, tmp_path, "--beta", "0.7")
+    (ema, model), (start, same, first, second) = states, history
+    for value, theta, t, t0, t1, t2 in zip(ema, model, same, start, first, second, strict=True):
+        assert torch.equal(t, t0) and torch.equal(theta, t2)
+        assert torch.allclose(value, 0.49 * t0 + 0.21 * t1 + 0.3 * t2, atol=1e-6)
+    names = [
+        name for name, value in common.build_model("wrn-10-1", 10).state_dict().items() if value.is_floating_point()
+    ]
+    moved = {name for name, t0, t2 in zip(names, start, second, strict=True) if not torch.equal(t0, t2)}
+    assert moved >= {"stem.0.weight", "blocks.0.0.bn1.running_mean", "blocks.2.0.bn2.running_var", "head.4.bias"}
+
+
+def test_float_state_against_torch_s_averaged_model():
+    """The one line of the loop against torch.optim.swa_utils, BatchNorm's statistics included."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-    model = common.build_model("wrn-10-1", 10)
-    ours = common.build_model("wrn-10-1", 10)
+    model, ours = (common.build_model("wrn-10-1", 10) for _ in range(2))
     theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    theirs.update_parameters(model)
+    theirs.update_parameters(model)  # the first update copies
     ours.load_state_dict(model.state_dict())
+    theta_bar, theta = nrd.float_state(ours), nrd.float_state(model)
     for _ in range(3):
         with torch.no_grad():
             model.train()(torch.rand(4, 3, 32, 32))  # moves the statistics
             for p in model.parameters():
                 p.add_(0.1 * torch.randn_like(p))
-        nrd.update_ema(ours, model, 0.9)
+        torch._foreach_lerp_(theta_bar, theta, 0.1)
         theirs.update_parameters(model)
     averaged = theirs.module.state_dict()
     for key, value in ours.state_dict().items():
         if value.is_floating_point():
             assert torch.allclose(value, averaged[key], atol=1e-6), key
     assert not torch.equal(ours.stem[0].weight, model.stem[0].weight)
-
-
-def test_ema_by_hand():
-    ema, model = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
-    with torch.no_grad():
-        ema.weight.fill_(1.0), model.weight.fill_(2.0)
-    nrd.update_ema(ema, model, 0.99)
-    assert ema.weight.item() == pytest.approx(1.01) and model.weight.item() == 2.0
 
 
 def preset(**flags):
