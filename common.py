@@ -25,6 +25,7 @@ import sys
 import textwrap
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,11 +69,11 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message.removeprefix('argument ')} (--help explains every flag)")
 
 
-def unknown(what, name, valid):
-    """The UsageError for a name that is not among `valid`: the nearest names first, then all of them."""
+def unknown(name, valid):
+    """What to say of a name that is not among `valid`: the nearest names first, then all of them."""
     near = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return UsageError(f"{what}: unknown {name!r}; {hint}valid: {', '.join(valid)}")
+    return f"unknown {name!r}; {hint}valid: {', '.join(valid)}"
 
 
 def one_of(*names):
@@ -80,7 +81,7 @@ def one_of(*names):
 
     def check(text):
         if text not in names:
-            raise argparse.ArgumentTypeError(str(unknown("", text, names)).removeprefix(": "))
+            raise argparse.ArgumentTypeError(unknown(text, names))
         return text
 
     return check
@@ -96,9 +97,8 @@ def number(kind, low, high=math.inf):
             value = math.nan
         if not (low <= value <= high and math.isfinite(value)):
             span = f"in [{low}, {high}]" if high < math.inf else f"of at least {low}"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'a whole number' if kind is int else 'a number'} {span}"
-            )
+            sort = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {sort} {span}")
         return value
 
     return check
@@ -124,9 +124,7 @@ def add_common_arguments(parser):
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA)")
-    add(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models (default: no)"
-    )
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models")
     add("--out", type=Path, metavar="DIR", help="run folder (default: runs/METHOD-DATASET-NOISE-seedS)")
     add("--resume", action="store_true", help="continue the run in the run folder, on CPU to the same bit")
 
@@ -149,11 +147,10 @@ def setup(args):
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", args.device)
     if not match:
-        raise unknown("--device", args.device, ["cpu", "cuda", "cuda:0"])
+        raise UsageError(f"--device: {unknown(args.device, ['cpu', 'cuda', 'cuda:0'])}")
     if args.device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"--device {args.device}: {torch.cuda.device_count()} CUDA devices are visible; --device cpu works"
-        )
+        found = torch.cuda.device_count()
+        raise UsageError(f"--device {args.device}: {found} CUDA devices are visible; --device cpu works")
     device = torch.device(args.device)
     args.amp = device.type == "cuda" if args.amp is None else args.amp
     torch.manual_seed(args.seed)
@@ -198,12 +195,10 @@ def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, devic
             download(name, path)
         data = read_npz(path, f"--dataset {name}")
     else:
-        raise unknown("--dataset", name, [*DATASETS, "path/to/file.npz"])
+        raise UsageError(f"--dataset: {unknown(name, [*DATASETS, 'path/to/file.npz'])}")
     train, test = spread(len(data.train_labels), limit_train), spread(len(data.test_labels), limit_test)
-    data = Dataset(
-        data.train_images[train], data.train_labels[train], data.test_images[test], data.test_labels[test], data.classes
-    )
-    return Dataset(*(part.to(device) if torch.is_tensor(part) else part for part in data))
+    parts = (data.train_images[train], data.train_labels[train], data.test_images[test], data.test_labels[test])
+    return Dataset(*(part.to(device) for part in parts), data.classes)
 
 
 def spread(total, limit):
@@ -221,22 +216,19 @@ def read_npz(path, flag):
         raise UsageError(f"{flag}: no file {path}; --dataset shapes needs none") from None
     except KeyError as error:
         raise UsageError(f"{flag}: {path} lacks {error.args[0]}; it needs {', '.join(Dataset._fields)}") from None
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zipfile.zlib.error) as error:
+    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{flag}: {path} cannot be read as .npz ({error}); write it again with numpy.savez") from None
     classes = [str(c) for c in arrays["classes"].ravel()]
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
+        where = f"{flag}: {path}: {part}"
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.size:
-            raise UsageError(
-                f"{flag}: {path}: {part}_images is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W], N > 0"
-            )
+            raise UsageError(f"{where}_images is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W], N > 0")
         if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
-            raise UsageError(
-                f"{flag}: {path}: {part}_labels is {labels.dtype} {list(labels.shape)}, not an integer [{len(images)}]"
-            )
+            raise UsageError(f"{where}_labels is {labels.dtype} {list(labels.shape)}, not integer [{len(images)}]")
         if labels.min() < 0 or labels.max() >= len(classes):
             raise UsageError(
-                f"{flag}: {path}: {part}_labels go from {labels.min()} to {labels.max()}; of {len(classes)} classes"
+                f"{where}_labels are {labels.min()} to {labels.max()}, but {len(classes)} classes are named"
             )
         arrays[f"{part}_labels"] = labels.astype(np.int64)
     if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
@@ -380,7 +372,7 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
     Raises UsageError for an unknown kind, a rate outside [0, 1], asym without a map, human labels of another data set.
     """
     if kind not in NOISE_KINDS:
-        raise unknown("--noise", kind, NOISE_KINDS)
+        raise UsageError(f"--noise: {unknown(kind, NOISE_KINDS)}")
     if kind in HUMAN:
         return human_labels(labels.cpu(), kind, data_dir).to(labels.device)
     if kind != "none" and not (rate is not None and 0 <= rate <= 1):
@@ -866,7 +858,7 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1)):
         head = pooled(part.norm5, nn.ReLU(), classifier=net.classifier)
         model = Classifier(conv_stem(64, part.norm0, nn.ReLU()), blocks, head, mean, std)
     else:
-        raise unknown("--arch", arch, ARCHS)
+        raise UsageError(f"--arch: {unknown(arch, ARCHS)}")
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -76,7 +76,7 @@ BAD = {
     "train_labels": [
         (np.arange(40) % 3 + 0.5, "float64"),
         (np.arange(39) % 3, "[39]"),
-        (np.arange(40) % 4, "0 to 3; of 3 classes"),
+        (np.arange(40) % 4, "0 to 3, but 3 classes are named"),
         (np.arange(40) % 3 - 1, "-1 to 1"),
         (np.array([object()] * 40), "cannot be read"),
     ],
@@ -100,6 +100,10 @@ def test_truncated_empty_and_foreign_files_are_refused(tiny_npz, tmp_path):
     damaged = bytearray(whole)
     damaged[5000:9000] = bytes(4000)
     tiny_npz.write_bytes(damaged)
+    with pytest.raises(UsageError, match="cannot be read as .npz"):
+        load_dataset(str(tiny_npz))
+    with open(tiny_npz, "wb") as file:  # an .npy under the wrong name
+        np.save(file, np.zeros(3))
     with pytest.raises(UsageError, match="cannot be read as .npz"):
         load_dataset(str(tiny_npz))
     with pytest.raises(UsageError, match="no file"):
