@@ -233,3 +233,31 @@ def test_no_python_loop_over_samples():
 
     few, many = launches(64), launches(512)
     assert many <= 1.1 * few  # eight times the images
+
+
+def test_on_cuda_nothing_waits_for_the_device(monkeypatch):
+    """On fake CUDA tensors, which know shapes and devices but no values: reading a value or mixing devices raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Dirichlet:  # the only operation without a fake kernel
+        def __init__(self, concentration, validate_args):
+            self.concentration = concentration
+
+        def sample(self, shape):
+            return torch.rand(*shape, len(self.concentration), device=self.concentration.device).softmax(1)
+
+    monkeypatch.setattr(torch.distributions, "Dirichlet", Dirichlet)
+    caches = (common.op_magnitudes, common.auto_augment_policy)
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        with FakeTensorMode():
+            images = torch.rand(8, 3, 32, 32, device="cuda")
+            with pytest.raises(Exception, match="local_scalar_dense"):
+                images.sum().item()
+            out = common.crop_flip(common.aug_mix(common.auto_augment(common.rand_augment(images, 2, 9))), 4, "reflect")
+            out = common.random_erasing(common.cutout(common.aug_mix(out, depth=2), 5))
+            assert out.device.type == "cuda" and out.shape == images.shape
+    finally:
+        for cache in caches:
+            cache.cache_clear()

@@ -81,6 +81,14 @@ def test_a_run_from_the_command_line(script, tmp_path):
         assert common.accuracy(logits, data.test_labels) == pytest.approx(metrics[-1][key], abs=0.01)
 
 
+def test_a_terminal_gets_a_live_line(nrd_cli, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    status, out, _ = nrd_cli(*TINY, "--epochs", "1")
+    line = out.split("\r")[1]
+    assert status == 0 and line.startswith("epoch 1/1  step 1/3") and "images/s" in line and "left" in line
+    assert "\r\nfinal" not in out and out.splitlines()[-1].startswith("final test accuracy")
+
+
 @pytest.mark.parametrize("loss", [loss for loss in nrd.HYPERPARAMETERS if loss != "nrd"])
 def test_every_loss_runs_and_learns_the_batch(nrd_cli, loss, tmp_path):
     """On clean labels, without augmentation, every loss must fall: 6 epochs on 64 images."""
@@ -224,8 +232,8 @@ def test_bad_input_from_a_real_shell(script, tmp_path):
     assert str(path) in result.stderr and "Traceback" not in result.stderr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
-def test_cuda_is_refused_where_there_is_none(nrd_cli):
+def test_cuda_is_refused_where_there_is_none(nrd_cli, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     status, _, err = nrd_cli(*TINY, "--device", "cuda")
     assert status == 2 and "--device cuda: 0 CUDA devices" in err
 
