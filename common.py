@@ -424,13 +424,11 @@ def human_labels(clean, kind, data_dir):
             content = torch.load(path, weights_only=True)
         truth, noisy = (torch.from_numpy(np.int64(content[k])) for k in ("clean_label", key))
     except FileNotFoundError:
-        raise UsageError(
-            f"--noise {kind}: no {path}; it is part of CIFAR-N (github.com/UCSC-REAL/cifar-10-100n)"
-        ) from None
+        source = "github.com/UCSC-REAL/cifar-10-100n"
+        raise UsageError(f"--noise {kind}: no {path}; it is part of CIFAR-N ({source})") from None
     except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
-        raise UsageError(
-            f"--noise {kind}: {path} is not CIFAR-N's file ({type(error).__name__}); fetch it again"
-        ) from None
+        fault = f"is not CIFAR-N's file ({type(error).__name__})"
+        raise UsageError(f"--noise {kind}: {path} {fault}; fetch it again") from None
     if len(clean) <= len(truth) and torch.equal(truth[spread(len(truth), len(clean))], clean):
         return noisy[spread(len(truth), len(clean))]
     raise UsageError(f"--noise {kind}: {path} labels another data set, or the images are not in the official order")
@@ -895,8 +893,9 @@ def replacing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         os.replace(partial, path)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}; --out chooses another folder") from None
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter where the disk is full
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UsageError(f"cannot write {path}: {reason}; --out chooses another folder") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -913,13 +912,9 @@ def load_checkpoint(path, flag="checkpoint"):
     except FileNotFoundError:
         raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints") from None
     except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
-        raise UsageError(
-            f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__}); name a checkpoint.pt"
-        ) from None
-    if (
-        not isinstance(checkpoint, dict)
-        or not {"model", "arch", "num_classes", "config", "metrics"} <= checkpoint.keys()
-    ):
+        fault = f"is damaged or no checkpoint ({type(error).__name__})"
+        raise UsageError(f"{flag}: {path} {fault}; name the checkpoint.pt of a run folder") from None
+    if not isinstance(checkpoint, dict) or not {"model", "arch", "num_classes", "config"} <= checkpoint.keys():
         raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name the checkpoint.pt of a run folder")
     return checkpoint
 
@@ -948,14 +943,8 @@ class Run:
     folder holds something that would be lost, or --resume finds nothing, or a run of another configuration.
     """
 
-    SAME_RUN = {
-        "out",
-        "resume",
-        "device",
-        "data_dir",
-        "amp",
-        "compile",
-    }  # may differ between a run and its continuation
+    # flags that may differ between a run and its continuation
+    SAME_RUN = frozenset(("out", "resume", "device", "data_dir", "amp", "compile"))
 
     def __init__(self, args, device, method, arch, classes, dropout=0.0, **parts):
         noise = args.noise if args.rate is None or args.noise == "none" else f"{args.noise}{args.rate:g}"
@@ -969,24 +958,23 @@ class Run:
             "dataset": args.dataset, "method": method, "config": config,
             "noise": {"kind": args.noise, "rate": args.rate, "seed": args.seed},
         }  # fmt: skip
-        self.metrics = []
+        self.metrics, differs = [], []
         saved = load_checkpoint(self.path, "--out") if self.path.is_file() else None
-        differs = []
         if saved:
-            old, keys = saved["config"], (config.keys() | saved["config"].keys()) - self.SAME_RUN
-            differs = [
-                f"{k} ({old.get(k)} there, {config.get(k)} here)" for k in sorted(keys) if old.get(k) != config.get(k)
-            ]
+            old, keys = saved["config"], sorted((config.keys() | saved["config"].keys()) - self.SAME_RUN)
+            differs = [f"{k} ({old.get(k)} there, {config.get(k)} here)" for k in keys if old.get(k) != config.get(k)]
+        changes = ", ".join(differs)
         if args.resume and not saved:
             raise UsageError(f"--resume: no checkpoint.pt in {self.folder}; leave --resume out to start that run")
         if args.resume and differs:
+            raise UsageError(f"--resume: the run in {self.folder} differs in {changes}; give it the same flags")
+        if not args.resume and differs:
             raise UsageError(
-                f"--resume: the run in {self.folder} differs in {', '.join(differs)}; give it the same flags"
+                f"--out: {self.folder} already holds another run: {changes}; --out DIR starts one elsewhere"
             )
         if not args.resume and saved:
-            other = f" of another configuration: {', '.join(differs)}" if differs else ""
-            go_on = "" if differs else "--resume continues it, "
-            raise UsageError(f"--out: {self.folder} already holds a run{other}; {go_on}--out DIR starts one elsewhere")
+            hint = "--resume continues it, --out DIR starts one elsewhere"
+            raise UsageError(f"--out: {self.folder} already holds this run; {hint}")
         if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
             raise UsageError(f"--out: {self.folder} is not empty; name a new folder")
 
