@@ -1144,6 +1144,7 @@ def plot_curves(path, metrics, title):
     rate.set(yscale="log" if metrics[-1]["lr"] > 0 else "linear", ylabel="learning rate")
     for axes in (test, train, loss):
         axes.set(xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     test.legend(), train.legend(fontsize="small", loc="upper center")
     lines = loss.get_lines() + rate.get_lines()
