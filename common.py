@@ -25,7 +25,6 @@ import sys
 import textwrap
 import time
 import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,11 +50,12 @@ def run_main(main):
     signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UsageError, OSError) as error:  # OSError: a path that may not even be looked at
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; checkpoint.pt holds every finished epoch, and --resume continues from it", file=sys.stderr)
+        print("\n" * sys.stdout.isatty(), end="", flush=True)  # below the live line
+        print("stopped; a run's checkpoint.pt holds every finished epoch: --resume continues it", file=sys.stderr)
         sys.exit(130)
 
 
@@ -87,7 +87,7 @@ def one_of(*names):
     return check
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=1e9):
     """argparse type: an int or float in [low, high]."""
 
     def check(text):
@@ -95,8 +95,8 @@ def number(kind, low, high=math.inf):
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
-            span = f"in [{low}, {high}]" if high < math.inf else f"of at least {low}"
+        if not low <= value <= high:
+            span = f"in [{low}, {high}]" if high in (0, 1) else f"of at least {low}"
             sort = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {sort} {span}")
         return value
@@ -108,7 +108,7 @@ def add_common_arguments(parser):
     """Add what every script shares. Flags left unset (None) are for `fill` to take from the script's preset table."""
     add = parser.add_argument_group("data and label noise").add_argument
     add("--dataset", help="shapes (built in), cifar10, cifar100, svhn or path/to/file.npz (default: shapes)")
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where data sets are kept (default: data)")
+    add("--data-dir", type=Path, metavar="DIR", help="where data sets are kept (default: data)")
     add("--noise", type=one_of(*NOISE_KINDS), metavar="KIND", help=" | ".join(NOISE_KINDS))
     add("--rate", type=number(float, 0, 1), help="share of training labels to corrupt, in [0, 1]; human-* has its own")
     add("--limit-train", type=number(int, 1), metavar="N", help="use N evenly spaced training samples")
@@ -119,7 +119,12 @@ def add_common_arguments(parser):
     add("--batch-size", type=number(int, 1), help="images a step; the incomplete last batch is left out")
     add("--lr", type=number(float, 0), help="initial learning rate")
     add("--weight-decay", type=number(float, 0), help="L2 penalty of the optimiser")
-    add("--seed", type=number(int, 0), default=0, help="of weights, batches, augmentation and label noise (default: 0)")
+    add(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=0,
+        help="of weights, batches, augmentation and label noise (default: 0)",
+    )
 
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
@@ -131,11 +136,11 @@ def add_common_arguments(parser):
 
 def fill(args, preset):
     """Give every argument that is still None its value from the dict `preset`; the rest stay as the user set them."""
-    for name, value in preset.items():
+    if args.rate is not None and args.noise in ("none", *HUMAN):
+        raise UsageError(f"--rate: --noise {args.noise} has no rate to choose; leave --rate out")
+    for name, value in {"dataset": "shapes", "data_dir": Path("data"), **preset}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.rate and args.noise in ("none", *HUMAN):
-        raise UsageError(f"--rate: --noise {args.noise} has no rate to choose; leave --rate out")
     return args
 
 
@@ -211,19 +216,24 @@ def read_npz(path, flag):
     """The Dataset in an .npz file, read without pickle and checked; UsageError names `flag`, the file and the fault."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in Dataset._fields}
+            missing = [key for key in Dataset._fields if key not in file.files]
+            arrays = {key: np.ascontiguousarray(file[key]) for key in Dataset._fields if key not in missing}
     except FileNotFoundError:
         raise UsageError(f"{flag}: no file {path}; --dataset shapes needs none") from None
-    except KeyError as error:
-        raise UsageError(f"{flag}: {path} lacks {error.args[0]}; it needs {', '.join(Dataset._fields)}") from None
-    except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UsageError(f"{flag}: {path} cannot be read as .npz ({error}); write it again with numpy.savez") from None
+    except Exception as error:  # whatever a damaged or foreign file makes the readers of zip and npy raise
+        raise UsageError(
+            f"{flag}: {path} cannot be read as .npz ({type(error).__name__}); write it again with numpy.savez"
+        ) from None
+    if missing:
+        raise UsageError(f"{flag}: {path} lacks {', '.join(missing)}; it needs {', '.join(Dataset._fields)}")
     classes = [str(c) for c in arrays["classes"].ravel()]
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
         where = f"{flag}: {path}: {part}"
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.size:
             raise UsageError(f"{where}_images is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W], N > 0")
+        if min(images.shape[2:]) < 16:
+            raise UsageError(f"{where}_images are {list(images.shape[2:])} pixels; the models need at least [16, 16]")
         if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
             raise UsageError(f"{where}_labels is {labels.dtype} {list(labels.shape)}, not integer [{len(images)}]")
         if labels.min() < 0 or labels.max() >= len(classes):
@@ -231,6 +241,8 @@ def read_npz(path, flag):
                 f"{where}_labels are {labels.min()} to {labels.max()}, but {len(classes)} classes are named"
             )
         arrays[f"{part}_labels"] = labels.astype(np.int64)
+    if len(classes) < 2:
+        raise UsageError(f"{flag}: {path}: classes names {len(classes)}; it takes two to tell apart")
     if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
         raise UsageError(f"{flag}: {path}: train_images and test_images differ in size")
     return Dataset(*(torch.from_numpy(arrays[key]) for key in Dataset._fields[:4]), classes)
@@ -247,7 +259,7 @@ def download(name, path):
             parts = [source(path.parent, train, download=True) for train in (True, False)]
             images, labels = [p.data.transpose(0, 3, 1, 2) for p in parts], [p.targets for p in parts]
             classes = parts[0].classes
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # whatever the network or a broken archive makes torchvision raise
         raise UsageError(
             f"--dataset {name}: no {path}, and the download failed ({error}); put a {name}.npz with "
             f"{', '.join(Dataset._fields)} there; --dataset shapes needs none"
@@ -426,6 +438,8 @@ def human_labels(clean, kind, data_dir):
     except FileNotFoundError:
         source = "github.com/UCSC-REAL/cifar-10-100n"
         raise UsageError(f"--noise {kind}: no {path}; it is part of CIFAR-N ({source})") from None
+    except OSError as error:
+        raise UsageError(f"--noise {kind}: cannot read {path}: {error.strerror}") from None
     except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
         fault = f"is not CIFAR-N's file ({type(error).__name__})"
         raise UsageError(f"--noise {kind}: {path} {fault}; fetch it again") from None
@@ -439,7 +453,10 @@ def imbalance(labels, gamma, num_classes, seed):
 
     Class c = 1 … C keeps floor(a / (b + c^-gamma)) samples, with a and b such that the first keeps 5 % and the last all
     of a balanced class (250 and 5000 on CIFAR-10). A smaller gamma leaves fewer samples in between.
+    gamma: above 0, else UsageError.
     """
+    if gamma <= 0:
+        raise UsageError(f"--imbalance: {gamma} is not above 0; the paper has 0.2, 0.6, 1 and 2")
     per_class = len(labels) // num_classes
     low, high = per_class / 20, per_class
     last = num_classes**-gamma
@@ -552,7 +569,7 @@ def _blend(images, op, magnitude):
 def _look_up(images, op, magnitude):
     """The operations that map a channel's 256 levels to others: build each sample's table, look all pixels up."""
     size, pixels = len(images), images[0, 0].numel()
-    value = (images * 255).round().long().view(size, 3, pixels)
+    value = (images * 255).round().long().flatten(2)
     level = torch.arange(256, device=images.device, dtype=torch.float32)
     op, magnitude = op.view(-1, 1, 1), magnitude.view(-1, 1, 1)
 
@@ -567,7 +584,7 @@ def _look_up(images, op, magnitude):
     step = (pixels - histogram.gather(2, value.amax(2, keepdim=True))) // 255  # all but the brightest level
     equal = (cumulative - histogram + step // 2) // step.clamp(min=1)
 
-    grain = 2 ** (8 - magnitude.clamp(0, 8))
+    grain = (2 ** (8 - magnitude.clamp(0, 8))).round()
     tables = {
         BRIGHTNESS: level * (1 + magnitude),
         CONTRAST: level * (1 + magnitude) - mean * magnitude,
@@ -808,8 +825,8 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1)):
     mean, std: of each channel of the training images in [0, 1]; the default leaves the images as they are.
     Raises UsageError for an unknown arch, or dropout where the architecture has none.
     """
-    wide = re.fullmatch(r"wrn-(\d+)-(\d+)", arch)
-    deep = re.fullmatch(r"resnet(\d+)(x4)?", arch)
+    wide = re.fullmatch(r"wrn-([0-9]+)-([0-9]+)", arch)
+    deep = re.fullmatch(r"resnet([0-9]+)(x4)?", arch)
     library = torchvision.models
     if dropout and not wide:
         raise UsageError(f"--dropout: {arch} has none; wrn-D-K has")
@@ -909,12 +926,29 @@ def load_checkpoint(path, flag="checkpoint"):
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.ZipFile(path).testzip():
+            raise ValueError("a checksum does not match")
     except FileNotFoundError:
         raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints") from None
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot read {path}: {error.strerror}") from None
     except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
         fault = f"is damaged or no checkpoint ({type(error).__name__})"
         raise UsageError(f"{flag}: {path} {fault}; name the checkpoint.pt of a run folder") from None
-    if not isinstance(checkpoint, dict) or not {"model", "arch", "num_classes", "config"} <= checkpoint.keys():
+    keys = {
+        "model",
+        "arch",
+        "num_classes",
+        "classes",
+        "dropout",
+        "dataset",
+        "method",
+        "noise",
+        "config",
+        "metrics",
+        "rng",
+    }
+    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys() or not isinstance(checkpoint["config"], dict):
         raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name the checkpoint.pt of a run folder")
     return checkpoint
 
@@ -959,7 +993,7 @@ class Run:
             "noise": {"kind": args.noise, "rate": args.rate, "seed": args.seed},
         }  # fmt: skip
         self.metrics, differs = [], []
-        saved = load_checkpoint(self.path, "--out") if self.path.is_file() else None
+        saved = load_checkpoint(self.path, "--resume" if args.resume else "--out") if self.path.is_file() else None
         if saved:
             old, keys = saved["config"], sorted((config.keys() | saved["config"].keys()) - self.SAME_RUN)
             differs = [f"{k} ({old.get(k)} there, {config.get(k)} here)" for k in keys if old.get(k) != config.get(k)]
@@ -975,20 +1009,23 @@ class Run:
         if not args.resume and saved:
             hint = "--resume continues it, --out DIR starts one elsewhere"
             raise UsageError(f"--out: {self.folder} already holds this run; {hint}")
-        if not args.resume and self.folder.is_dir() and any(self.folder.iterdir()):
+        if not args.resume and self.folder.is_dir() and any(".partial" not in p.name for p in self.folder.iterdir()):
             raise UsageError(f"--out: {self.folder} is not empty; name a new folder")
 
         print(textwrap.fill(" ".join(f"{k}={v}" for k, v in config.items()), 120, break_on_hyphens=False), flush=True)
         if saved:
-            for key, part in parts.items():
-                part.load_state_dict(saved[key])
+            try:
+                for key, part in parts.items():
+                    part.load_state_dict(saved[key])
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise UsageError(f"--resume: {self.path} does not fit this script ({type(error).__name__})") from None
             self.metrics = saved["metrics"]
             torch.set_rng_state(saved["rng"]["cpu"])
             if device.type == "cuda" and "cuda" in saved["rng"]:
                 torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
             print(f"resuming {self.folder} after epoch {len(self.metrics)} of {args.epochs}", flush=True)
-        self.write_text("config.json", json.dumps(config, indent=2))
         self.save()
+        self.write_text("config.json", json.dumps(config, indent=2))
         self.began, self.done_before, self.drawn = time.perf_counter(), len(self.metrics), time.perf_counter()
 
     @property
@@ -1030,8 +1067,8 @@ class Run:
     def end_epoch(self, losses, **metrics):
         """Record an epoch: check the losses, save the checkpoint, print a line.
 
-        losses: the epoch's loss at every step, a list of scalar tensors (left on the device until now). A loss that is
-        not finite ends the program with status 1 and leaves the epoch before's checkpoint. metrics: floats or None.
+        losses: the loss of every step, a list of scalar tensors (left on the device until now). metrics: floats or None.
+        A loss or weight that is not finite ends the program with status 1 and leaves the epoch before's checkpoint.
         """
         losses = torch.stack(losses).float().cpu()
         bad = (~losses.isfinite()).nonzero().flatten()
@@ -1039,6 +1076,11 @@ class Run:
             step = f"step {bad[0] + 1} of epoch {self.epoch + 1}"
             sys.exit(
                 f"error: the loss is {losses[bad[0]]:.0f} at {step}; {self.path} holds epoch {self.epoch}; lower --lr"
+            )
+        state = [v for part in self.parts.values() if isinstance(part, nn.Module) for v in part.state_dict().values()]
+        if not torch.stack([v.isfinite().all() for v in state]).all():
+            sys.exit(
+                f"error: weights are not finite after epoch {self.epoch + 1}; {self.path} holds epoch {self.epoch}"
             )
         record = {"epoch": self.epoch + 1, **metrics, "train_loss": losses.mean().item()}
         record["images_per_second"] = round(self.images_per_second, 1)
@@ -1130,7 +1172,7 @@ def plot_curves(path, metrics, title):
         return
     epochs = [record["epoch"] for record in metrics]
     figure = Figure(figsize=(15, 4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     test, train, loss = figure.subplots(1, 3)
     for key, legend in LEGENDS.items():
         if metrics[-1].get(key) is not None:

@@ -70,29 +70,32 @@ def preset(args):
 
     Our choices where the paper is silent: a rate between two columns takes the nearer one (50 % that of 40 %); no noise
     takes symmetric noise's (lr, weight decay); sym-other counts as symmetric, pair and human-* as asymmetric (40 % for
-    human-worse, else 20 %); other data sets than CIFAR-100 take CIFAR-10's rows. On shapes a run has 1,240 steps, the
-    paper's 156,000: hence a small net, a faster EMA, a larger lr for nrd's smaller gradients, and no augmentation
-    for the student, against which a net of this size would need far longer to memorise anything.
+    human-worse and -noisy, else 20 %); other data sets than CIFAR-100 take CIFAR-10's rows. On shapes a run has 1,240
+    steps, the paper's 156,000: hence a small net, a faster EMA, a larger lr for nrd's smaller gradients, and no
+    augmentation for the student, against which a net of this size would need far longer to memorise anything.
     """
     noise, rate = args.noise or "sym", args.rate
     if rate is None:
-        rate = {"none": 0.0, "sym": 0.5, "sym-other": 0.5, "pair": 0.4, "asym": 0.4, "human-worse": 0.4}.get(noise, 0.2)
+        rate = {"none": 0.0, "sym": 0.5, "sym-other": 0.5, "pair": 0.4, "asym": 0.4}.get(noise, 0.2)
+    if noise in ("human-worse", "human-noisy"):
+        rate = 0.4
     symmetric = noise in ("none", "sym", "sym-other")
-    row = TABLE_5["cifar100" if Path(args.dataset).stem == "cifar100" else "cifar10"][args.loss]
+    row = TABLE_5["cifar100" if Path(args.dataset or "shapes").stem == "cifar100" else "cifar10"][args.loss]
     columns = {2: 0.0, 3: 0.2, 4: 0.4, 5: 0.6, 6: 0.8} if symmetric else {7: 0.2, 8: 0.4}
     nearest = min(columns, key=lambda column: round(abs(columns[column] - rate), 6))
     lr, weight_decay = row[0] if symmetric else row[1]
     params = row[nearest] if isinstance(row[nearest], tuple) else (row[nearest],)
     run = {"arch": "preact_resnet34", "epochs": 400, "batch_size": 128, "beta": 0.99}
     augment = {"student_augment": "randaugment+crop+cutout", "teacher_augment": "augmix"}
-    if args.dataset == "shapes":
+    if args.dataset in (None, "shapes"):
         run = {"arch": "wrn-10-1", "epochs": 20, "batch_size": 32, "beta": 0.95}
         augment["student_augment"] = "none"
         lr = 0.3 if args.loss == "nrd" else lr
-    human = noise in common.HUMAN  # these have a rate of their own
+    fixed = noise in ("none", *common.HUMAN)  # these have a rate of their own
     return {
-        "noise": noise, "rate": None if human else rate, "lr": lr, "weight_decay": weight_decay,
-        "loss_params": list(params), "views": 10 if args.analyze else 1, **run, **augment,
+        "noise": noise, "rate": None if fixed else rate, "lr": lr, "weight_decay": weight_decay,
+        "loss_params": list(params), "views": 10 if args.analyze else 1,
+        "data_dir": None if args.analyze else Path("data"), **run, **augment,
     }  # fmt: skip
 
 
@@ -134,7 +137,6 @@ def parse_args():
     add("--jsd-scale", action="store_true", help="divide nrd by -(1-pi1) log(1-pi1), as the code of GJS does")
     add("--analyze", type=Path, metavar="CHECKPOINT", help="Table 1, Figures 1 and 2 of a trained model; no training")
     args = parser.parse_args()
-    args.dataset = args.dataset or "shapes"
     common.fill(args, preset(args))
     names = HYPERPARAMETERS[args.loss]
     if len(args.loss_params) != len(names):
@@ -145,8 +147,11 @@ def parse_args():
         raise UsageError(
             f"--loss-params: pi1 pi2 pi3 sum to {sum(args.loss_params):g}, not to 1; the paper has 0.2 0.6 0.2"
         )
-    if names[:1] == ("pi1",) and not 0 < args.loss_params[0] < 1:
+    scaled = args.loss in ("js", "gjs") or args.loss == "nrd" and args.jsd_scale
+    if scaled and not 0 < args.loss_params[0] < 1:
         raise UsageError(f"--loss-params: pi1 is {args.loss_params[0]:g}, not between 0 and 1")
+    if args.loss == "gce" and args.loss_params[0] == 0:
+        raise UsageError("--loss-params: gce with q = 0 is cross-entropy; --loss ce")
     return args
 
 
@@ -299,16 +304,17 @@ def analyze(args, device):
     """
     checkpoint = common.load_checkpoint(args.analyze, "--analyze")
     config = checkpoint["config"]
-    data = common.load_dataset(config["dataset"], args.data_dir, config["limit_train"], 1, device)
-    noise = checkpoint["noise"]
+    noise, data_dir = checkpoint["noise"], args.data_dir or Path(config["data_dir"])
+    data = common.load_dataset(config["dataset"], data_dir, config["limit_train"], 1, device)
     given = common.corrupt_labels(
-        data.train_labels, noise["kind"], noise["rate"], len(data.classes), noise["seed"], data.classes, args.data_dir
+        data.train_labels, noise["kind"], noise["rate"], len(data.classes), noise["seed"], data.classes, data_dir
     )
     true, wrong = data.train_labels, given != data.train_labels
-    if not wrong.any():
-        raise UsageError(f"--analyze: {args.analyze} was trained without label noise; name one trained with --noise")
+    if min(wrong.sum(), (~wrong).sum()) < 4:
+        few = f"{wrong.sum()} of its {len(wrong)} labels are wrong"
+        raise UsageError(f"--analyze: {args.analyze}: {few}; it takes 4 wrong and 4 right ones: train with --noise")
     model = common.load_model(checkpoint, "model", device)
-    unseen, usual = "autoaugment+erasing", config["student_augment"]
+    unseen, usual = "autoaugment+erasing", config.get("student_augment", "none")
 
     @torch.no_grad()
     def view(images, steps):
@@ -328,7 +334,8 @@ def analyze(args, device):
 
     # Figure 1: cross-entropy with the true label of the mislabelled samples, and how far the two histograms lie apart
     nll = {
-        name: -log(p[wrong, true[wrong]]).cpu() for name, p in (("not transformed", plain), ("transformed", averaged))
+        name: -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu()
+        for name, p in (("not transformed", plain), ("transformed", averaged))
     }
     from scipy.stats import mannwhitneyu
 
@@ -365,7 +372,7 @@ def draw_analysis(path, nll, auroc, reliability, clouds, usual, given, true, cla
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
     histogram, calibration = left.subplots(2, 1)
     for (name, values), colour in zip(nll.items(), ("tab:red", "tab:blue")):
-        histogram.hist(values.numpy(), bins=60, range=(0, 16.2), density=True, alpha=0.6, color=colour, label=name)
+        histogram.hist(values.numpy(), bins=60, range=(0, 30), density=True, alpha=0.6, color=colour, label=name)
     histogram.set(
         title=f"mislabelled training samples, AUROC {auroc:.4f}", xlabel="-log p(true class)", ylabel="density"
     )
@@ -394,7 +401,9 @@ def draw_analysis(path, nll, auroc, reliability, clouds, usual, given, true, cla
         for c, name in enumerate(classes):
             if c in marks or c % max(1, len(classes) // 20) == 0:
                 text, weight = (f"{name}\n({marks[c]})", "bold") if c in marks else (name, "normal")
-                axes.text(*(1.2 * corners[c]), text, ha="center", va="center", fontsize=8, weight=weight)
+                axes.text(
+                    *(1.2 * corners[c]), text, ha="center", va="center", fontsize=8, weight=weight, parse_math=False
+                )
         kind = "clean" if given[k] == true[k] else "mislabelled"
         axes.set(title=kind, xlim=(-1.4, 1.4), ylim=(-1.35, 1.35), aspect="equal")
         axes.axis("off")

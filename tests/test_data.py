@@ -71,6 +71,7 @@ BAD = {
         (np.zeros((40, 32, 32, 3), np.uint8), "[40, 32, 32, 3]"),
         (np.zeros((0, 3, 32, 32), np.uint8), "N > 0"),
         (np.zeros((40, 3, 16, 16), np.uint8), "differ in size"),
+        (np.zeros((40, 3, 8, 32), np.uint8), "at least [16, 16]"),
         (None, "lacks train_images"),
     ],
     "train_labels": [
@@ -89,6 +90,21 @@ def test_malformed_npz_is_refused_by_name(tmp_path, key, value, says):
     with pytest.raises(UsageError) as error:
         load_dataset(str(path))
     assert says in str(error.value) and str(path) in str(error.value) and "--dataset" in str(error.value)
+
+
+def test_one_class_and_arrays_of_other_layout(tmp_path):
+    with pytest.raises(UsageError, match="two to tell apart"):
+        load_dataset(str(write_npz(tmp_path / "one.npz", train_labels=np.zeros(40, int), test_labels=np.zeros(20, int),
+                                   classes=np.array(["ant"]))))  # fmt: skip
+    images = np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32), dtype=np.uint8)
+    data = load_dataset(str(write_npz(tmp_path / "fortran.npz", train_images=np.asfortranarray(images))))
+    assert data.train_images.is_contiguous() and np.array_equal(data.train_images.numpy(), images)
+    strided = common.to_float(data.train_images).transpose(2, 3)
+    for function in (common.auto_augment, common.aug_mix):
+        torch.manual_seed(1)
+        expected = function(strided.contiguous())
+        torch.manual_seed(1)
+        assert torch.equal(function(strided), expected)
 
 
 def test_truncated_empty_and_foreign_files_are_refused(tiny_npz, tmp_path):

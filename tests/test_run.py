@@ -199,6 +199,13 @@ BAD = [
     (["--loss-params", "0.2", "0.6", "0.3"], "--loss-params", "sum to 1.1, not to 1"),
     (["--loss-params", "0.2", "0.8"], "--loss-params", "nrd takes 3"),
     (["--loss", "js", "--loss-params", "1"], "--loss-params", "between 0 and 1"),
+    (["--loss", "gce", "--loss-params", "0"], "--loss-params", "--loss ce"),
+    (["--noise", "none", "--rate", "0"], "--rate", "leave --rate out"),
+    (["--seed", "99999999999999999999"], "--seed", "whole number"),
+    (["--epochs", "9" * 400], "--epochs", "whole number"),
+    (["--lr", "1e39"], "--lr", "number"),
+    (["--dataset", ""], "--dataset", "valid: shapes"),
+    (["--out", "x" * 300], "x" * 300, "File name too long"),
     (["--loss", "ce", "--loss-params", "1"], "--loss-params", "ce takes 0"),
     (["--student-augment", "crop+flop"], "--student-augment", "unknown 'flop'"),
     (["--epochs", "0"], "--epochs", "at least 1"),
@@ -273,6 +280,38 @@ def test_no_write_permission(nrd_cli, tmp_path, monkeypatch):
     assert status == 2 and err.count("\n") == 1 and "cannot write locked/run" in err and "Permission denied" in err
 
 
+def test_weights_that_are_not_finite_are_not_saved(nrd_cli, tmp_path):
+    """Two steps of absurd size, one an epoch: the losses are finite, what the second leaves behind is not."""
+    flags = ["--loss", "ce", "--limit-train", 32, "--limit-test", 10, "--epochs", 2, "--device", "cpu", "--out", "run"]
+    status, _, err = nrd_cli(*flags, "--lr", "1e9", "--weight-decay", "1e9")
+    assert status == 1 and err.count("\n") == 1 and "weights are not finite after epoch 2" in err
+    checkpoint = common.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert checkpoint["epoch"] == 1 and all(value.isfinite().all() for value in checkpoint["model"].values())
+
+
+def test_a_failed_first_save_leaves_a_folder_that_can_be_used_again(nrd_cli, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("PytorchStreamWriter failed writing file: no space")
+
+    monkeypatch.setattr(torch, "save", full)
+    status, _, err = nrd_cli(*TINY, "--out", "run")
+    assert status == 2 and "cannot write run/checkpoint.pt" in err and list((tmp_path / "run").iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/checkpoint.partial.pt").write_text("cut off by a kill")
+    assert nrd_cli(*TINY, "--epochs", 1, "--out", "run")[0] == 0
+
+
+def test_damaged_checkpoints_are_noticed(nrd_cli, tmp_path):
+    assert nrd_cli(*TINY, "--epochs", 1, "--out", "run")[0] == 0
+    path = tmp_path / "run/checkpoint.pt"
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes(x ^ 255 for x in whole[middle : middle + 50]) + whole[middle + 50 :])
+    status, _, err = nrd_cli(*TINY, "--epochs", 1, "--out", "run", "--resume")
+    assert status == 2 and err.startswith("error: --resume") and "damaged" in err and err.count("\n") == 1
+
+
 def test_interrupted_writing_keeps_the_old_file(tmp_path):
     path = tmp_path / "checkpoint.pt"
     path.write_text("old")
@@ -335,4 +374,4 @@ def test_analysis_of_a_memorised_model(nrd_cli, tmp_path):
 def test_analysis_needs_label_noise(nrd_cli):
     assert nrd_cli(*TINY, "--noise", "none", "--out", "run")[0] == 0
     status, _, err = nrd_cli("--analyze", "run/checkpoint.pt")
-    assert status == 2 and "without label noise" in err
+    assert status == 2 and "0 of its 96 labels are wrong" in err
