@@ -1067,7 +1067,7 @@ class Run:
     def end_epoch(self, losses, **metrics):
         """Record an epoch: check the losses, save the checkpoint, print a line.
 
-        losses: the loss of every step, a list of scalar tensors (left on the device until now). metrics: floats or None.
+        losses: the loss of every step, a list of scalar tensors, left on the device until now. metrics: floats or None.
         A loss or weight that is not finite ends the program with status 1 and leaves the epoch before's checkpoint.
         """
         losses = torch.stack(losses).float().cpu()
