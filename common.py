@@ -530,21 +530,19 @@ def apply_ops(images, op, magnitude, mode="nearest"):
 def _warp(images, op, magnitude, mode):
     """Shear, translate or rotate: sample the input at (a · (x, y, 1), b · (x, y, 1)), in pixels from the centre."""
     height, width = images.shape[2:]
-    zero = torch.zeros_like(magnitude)
-    angle = torch.where(op == ROTATE, magnitude * (math.pi / 180), zero)
-    shear_x, shear_y = torch.where(op == SHEAR_X, magnitude, zero), torch.where(op == SHEAR_Y, magnitude, zero)
-    shift_x = shear_x * (height / 2) - torch.where(
-        op == TRANSLATE_X, magnitude, zero
-    )  # shears keep the first row/column
-    shift_y = shear_y * (width / 2) - torch.where(op == TRANSLATE_Y, magnitude, zero)
-    a = torch.stack([angle.cos(), shear_x - angle.sin(), shift_x]).view(3, -1, 1, 1)
-    b = torch.stack([shear_y + angle.sin(), angle.cos(), shift_y]).view(3, -1, 1, 1)
+    kinds = (SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE)
+    shear_x, shear_y, move_x, move_y, degrees = (torch.where(op == kind, magnitude, 0) for kind in kinds)
+    cos, sin = (degrees * (math.pi / 180)).cos(), (degrees * (math.pi / 180)).sin()
+    a = (cos, shear_x - sin, shear_x * (height / 2) - move_x)  # shears keep the first row and column in place
+    b = (shear_y + sin, cos, shear_y * (width / 2) - move_y)
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device).view(-1, 1)
-    # element by element: a matrix product would run in TF32 or bfloat16 where those are on, too coarse for coordinates
-    grid = torch.stack(
-        [row[0] / half * x + row[1] / half * y + row[2] / half for row, half in ((a, width / 2), (b, height / 2))], -1
-    )
+
+    def coordinate(row, half):  # no matrix product: where TF32 or bfloat16 is on, it would be too coarse
+        by_x, by_y, shift = (part.view(-1, 1, 1) / half for part in row)
+        return by_x * x + by_y * y + shift
+
+    grid = torch.stack([coordinate(a, width / 2), coordinate(b, height / 2)], -1)
     return F.grid_sample(images, grid, mode=mode, align_corners=False)
 
 
@@ -635,13 +633,9 @@ def aug_mix(images, severity=3, width=3, depth=-1, alpha=1.0):
         strength = torch.randint(severity, (len(chains),), device=device)
         chains = apply_ops(chains, op, _signed(table[op, strength], op), mode="bilinear")
 
-    def dirichlet(count):
-        concentration = torch.full((count,), float(alpha), device=device)
-        return (
-            torch.distributions.Dirichlet(concentration, validate_args=False)
-            .sample((size,))
-            .T.view(count, size, 1, 1, 1)
-        )
+    def dirichlet(count):  # weights [count, B, 1, 1, 1]
+        law = torch.distributions.Dirichlet(torch.full((count,), float(alpha), device=device), validate_args=False)
+        return law.sample((size,)).T.view(count, size, 1, 1, 1)
 
     keep, change = dirichlet(2)
     mixed = (dirichlet(width) * chains.view(width, *images.shape)).sum(0)
