@@ -12,7 +12,7 @@ sys.path.append(str(ROOT))  # at the end: a script's name must not hide a librar
 
 
 @pytest.fixture(autouse=True)
-def one_thread_seeded():
+def seeded():
     import torch
 
     torch.manual_seed(0)
