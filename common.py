@@ -96,7 +96,7 @@ def number(kind, low, high=1e9):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            span = f"in [{low}, {high}]" if high in (0, 1) else f"of at least {low}"
+            span = f"in [{low}, {high}]" if high == 1 else f"of at least {low} and at most {high:g}"
             sort = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {sort} {span}")
         return value
@@ -135,7 +135,10 @@ def add_common_arguments(parser):
 
 
 def fill(args, preset):
-    """Give every argument that is still None its value from the dict `preset`; the rest stay as the user set them."""
+    """Give every argument that is still None its value from the dict `preset`; the rest stay as the user set them.
+
+    Raises UsageError for a --rate given with a kind of noise that has none to choose.
+    """
     if args.rate is not None and args.noise in ("none", *HUMAN):
         raise UsageError(f"--rate: --noise {args.noise} has no rate to choose; leave --rate out")
     for name, value in {"dataset": "shapes", "data_dir": Path("data"), **preset}.items():

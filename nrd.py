@@ -79,26 +79,24 @@ def preset(args):
     """
     noise, rate = args.noise or "sym", args.rate
     if rate is None:
-        rate = {"none": 0.0, "sym": 0.5, "sym-other": 0.5, "pair": 0.4, "asym": 0.4}.get(noise, 0.2)
-    if noise in ("human-worse", "human-noisy"):
-        rate = 0.4
+        forty = ("pair", "asym", "human-worse", "human-noisy")
+        rate = {"none": 0.0, "sym": 0.5, "sym-other": 0.5, **dict.fromkeys(forty, 0.4)}.get(noise, 0.2)
     symmetric = noise in ("none", "sym", "sym-other")
     row = TABLE_5["cifar100" if Path(args.dataset or "shapes").stem == "cifar100" else "cifar10"][args.loss]
     columns = {2: 0.0, 3: 0.2, 4: 0.4, 5: 0.6, 6: 0.8} if symmetric else {7: 0.2, 8: 0.4}
     nearest = min(columns, key=lambda column: round(abs(columns[column] - rate), 6))
     lr, weight_decay = row[0] if symmetric else row[1]
     params = row[nearest] if isinstance(row[nearest], tuple) else (row[nearest],)
-    run = {"arch": "preact_resnet34", "epochs": 400, "batch_size": 128, "beta": 0.99}
-    augment = {"student_augment": "randaugment+crop+cutout", "teacher_augment": "augmix"}
+    run = {"arch": "preact_resnet34", "epochs": 400, "batch_size": 128, "beta": 0.99,
+           "student_augment": "randaugment+crop+cutout", "teacher_augment": "augmix"}  # fmt: skip
     if args.dataset in (None, "shapes"):
-        run = {"arch": "wrn-10-1", "epochs": 20, "batch_size": 32, "beta": 0.95}
-        augment["student_augment"] = "none"
+        run |= {"arch": "wrn-10-1", "epochs": 20, "batch_size": 32, "beta": 0.95, "student_augment": "none"}
         lr = 0.3 if args.loss == "nrd" else lr
     fixed = noise in ("none", *common.HUMAN)  # these have a rate of their own
     return {
         "noise": noise, "rate": None if fixed else rate, "lr": lr, "weight_decay": weight_decay,
         "loss_params": list(params), "views": 10 if args.analyze else 1,
-        "data_dir": None if args.analyze else Path("data"), **run, **augment,
+        "data_dir": None if args.analyze else Path("data"), **run,
     }  # fmt: skip
 
 
@@ -257,7 +255,6 @@ def main():
         model.compile()
         ema.compile()
     scale = js_scale(args.loss_params[0]) if args.loss == "nrd" and args.jsd_scale else 1
-
     theta_bar, theta = float_state(ema), float_state(model)
 
     for _ in range(run.epoch, args.epochs):
@@ -325,29 +322,25 @@ def analyze(args, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             return torch.cat([model(augment(to_float(part), steps)).float().softmax(1) for part in images.split(500)])
 
-    plain = view(data.train_images, "none")
-    averaged = sum(view(data.train_images, unseen) for _ in range(args.views)) / args.views
+    predictions = {
+        "not transformed": view(data.train_images, "none"),
+        "transformed": sum(view(data.train_images, unseen) for _ in range(args.views)) / args.views,
+    }
 
     # Table 1: accuracy for the true label
-    table = {}
-    for name, p in (("not transformed", plain), ("transformed", averaged)):
-        subsets = {"clean": ~wrong, "mislabelled": wrong, "overall": torch.ones_like(wrong)}
+    subsets, table = {"clean": ~wrong, "mislabelled": wrong, "overall": torch.ones_like(wrong)}, {}
+    for name, p in predictions.items():
         table[name] = {subset: accuracy(p[mask], true[mask]) for subset, mask in subsets.items()}
         print(f"{name:>16}: " + "  ".join(f"{k} {v:.2f} %" for k, v in table[name].items()))
 
     # Figure 1: cross-entropy with the true label of the mislabelled samples, and how far the two histograms lie apart
-    nll = {
-        name: -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu()
-        for name, p in (("not transformed", plain), ("transformed", averaged))
-    }
-    from scipy.stats import mannwhitneyu
+    from scipy.stats import mannwhitneyu  # a second to import, and only here
 
+    nll = {name: -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu() for name, p in predictions.items()}
     before, after = nll.values()
     auroc = float(mannwhitneyu(before.numpy(), after.numpy()).statistic) / (len(before) * len(after))
     # Figure 2b
-    reliability = {
-        name: common.calibration(p, true) for name, p in (("not transformed", plain), ("transformed", averaged))
-    }
+    reliability = {name: common.calibration(p, true) for name, p in predictions.items()}
     result = {
         "checkpoint": str(args.analyze), "views": args.views, "accuracy_for_true_label": table, "auroc": auroc,
         "ece": {name: r[0] for name, r in reliability.items()},
@@ -384,13 +377,8 @@ def draw_analysis(path, nll, auroc, reliability, clouds, usual, given, true, cla
         edges = [i / len(acc) for i in range(len(acc))]
         calibration.bar(edges, acc, 1 / len(acc), align="edge", alpha=0.5, color=colour, label=f"{name}, ECE {ece:.2f}")
     calibration.plot([0, 1], [0, 1], "k--")
-    calibration.set(
-        title="training samples against their true labels",
-        xlabel="confidence",
-        ylabel="accuracy",
-        xlim=(0, 1),
-        ylim=(0, 1),
-    )
+    calibration.set(title="training samples against their true labels", xlim=(0, 1), ylim=(0, 1))
+    calibration.set(xlabel="confidence", ylabel="accuracy")
     calibration.legend(loc="upper left")
 
     angles = torch.arange(len(classes)) * (2 * math.pi / len(classes))
