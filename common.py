@@ -41,8 +41,11 @@ class UsageError(Exception):
     """Something the user can mend: the message names the flag or file and says what would work."""
 
 
-def run_main(main):
-    """Call main(); UsageError becomes one line on stderr and status 2, Ctrl-C and SIGTERM one line and status 130."""
+def run_main(main, stopped="a run's checkpoint.pt holds every finished epoch: --resume continues it"):
+    """Call main(); UsageError becomes one line on stderr and status 2, Ctrl-C and SIGTERM one line and status 130.
+
+    stopped: what that last line tells the user.
+    """
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -55,7 +58,7 @@ def run_main(main):
         sys.exit(2)
     except KeyboardInterrupt:
         print("\n" * sys.stdout.isatty(), end="", flush=True)  # below the live line
-        print("stopped; a run's checkpoint.pt holds every finished epoch: --resume continues it", file=sys.stderr)
+        print(f"stopped; {stopped}", file=sys.stderr)
         sys.exit(130)
 
 
