@@ -16,6 +16,7 @@ import codecs
 import contextlib
 import difflib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -135,6 +136,15 @@ def add_common_arguments(parser):
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models")
     add("--out", type=Path, metavar="DIR", help="run folder (default: runs/METHOD-DATASET-NOISE-seedS)")
     add("--resume", action="store_true", help="continue the run in the run folder, on CPU to the same bit")
+
+
+def add_teacher_arguments(parser):
+    """Add the flags of a script that distils from a teacher."""
+    add = parser.add_argument_group("teacher and student").add_argument
+    add("--teacher", type=Path, metavar="CKPT", help="checkpoint.pt of a trained teacher (default: train one, once)")
+    add("--teacher-arch", metavar="ARCH", help="of the teacher that is trained (default: wrn-40-2; on shapes wrn-10-2)")
+    add("--teacher-seeds", type=number(int, 1), default=1, metavar="K", help="train K, keep the best (default: 1)")
+    add("--student-arch", metavar="ARCH", help="wrn-D-K, resnetD, … (default: wrn-16-2; on shapes wrn-10-1)")
 
 
 def fill(args, preset):
@@ -376,11 +386,12 @@ maple_tree oak_tree palm_tree pine_tree willow_tree / bicycle bus motorcycle pic
 lawn_mower rocket streetcar tank tractor"""
 
 
-def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="data"):
+def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="data", per_sample=False):
     """A noisy copy of int64 labels [N], on the same device; the same for the same seed on every device.
 
     kind: none
-        sym        exactly round(rate·N) samples get a label uniform over all classes (their own included)
+        sym        exactly round(rate·N) samples get a label uniform over all classes (their own included);
+                   with per_sample, each sample gets one with probability rate
         sym-other  each sample, with probability rate, gets one of the other classes
         pair       each sample, with probability rate, gets the next class, y+1 mod C
         asym       CIFAR-10: exactly round(rate·n) of each confusable class go to their look-alike (Patrini et al.);
@@ -399,7 +410,10 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
     clean, count = labels.cpu(), len(labels)
     noisy = clean.clone()
     if kind == "sym":
-        chosen = torch.randperm(count, generator=generator)[: round(rate * count)]
+        if per_sample:
+            chosen = (torch.rand(count, generator=generator) < rate).nonzero().squeeze(1)
+        else:
+            chosen = torch.randperm(count, generator=generator)[: round(rate * count)]
         noisy[chosen] = torch.randint(num_classes, (len(chosen),), generator=generator)
     elif kind in ("sym-other", "pair"):
         flips = torch.rand(count, generator=generator) < rate
@@ -972,7 +986,8 @@ class Run:
             run.end_epoch(losses, lr=..., test_acc=...)
         run.finish()
 
-    The keyword arguments after `classes` are the parts whose state_dict() goes into the checkpoint. With --resume they
+    tag is what else the folder's name should tell. The keyword arguments after it are the parts whose state_dict() goes
+    into the checkpoint. With --resume they
     are loaded from it, with the random states, and run.epoch is the number of epochs done. Raises UsageError where the
     folder holds something that would be lost, or --resume finds nothing, or a run of another configuration.
     """
@@ -980,10 +995,11 @@ class Run:
     # flags that may differ between a run and its continuation
     SAME_RUN = frozenset(("out", "resume", "device", "data_dir", "amp", "compile"))
 
-    def __init__(self, args, device, method, arch, classes, dropout=0.0, **parts):
+    def __init__(self, args, device, method, arch, classes, dropout=0.0, tag="", **parts):
         noise = args.noise if args.rate is None or args.noise == "none" else f"{args.noise}{args.rate:g}"
-        name = f"{method}-{Path(args.dataset).stem}-{'clean' if args.noise == 'none' else noise}-seed{args.seed}"
-        args.out = args.out or Path("runs") / name
+        noise = "clean" if args.noise == "none" else noise
+        name = [method, Path(args.dataset).stem, noise, tag, f"seed{args.seed}"]
+        args.out = args.out or Path("runs") / "-".join(filter(None, name))
         self.folder, self.device, self.epochs, self.parts = args.out, device, args.epochs, parts
         self.path = self.folder / "checkpoint.pt"
         config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
@@ -1024,9 +1040,12 @@ class Run:
             if device.type == "cuda" and "cuda" in saved["rng"]:
                 torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
             print(f"resuming {self.folder} after epoch {len(self.metrics)} of {args.epochs}", flush=True)
-        self.save()
-        self.write_text("config.json", json.dumps(config, indent=2))
-        self.began, self.done_before, self.drawn = time.perf_counter(), len(self.metrics), time.perf_counter()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            hint = "--out chooses another folder"
+            raise UsageError(f"cannot write {self.folder}: {error.strerror}; {hint}") from None
+        self.began, self.done_before = None, len(self.metrics)
 
     @property
     def epoch(self):
@@ -1049,6 +1068,10 @@ class Run:
 
     def progress(self, batches):
         """Yield the index tensors of `batches`; on a terminal keep a line with images/s and time left up to date."""
+        if self.began is None:  # nothing is written before training starts
+            self.save()
+            self.write_text("config.json", json.dumps(self.header["config"], indent=2))
+            self.began = self.drawn = time.perf_counter()
         self.epoch_began, shown, images = time.perf_counter(), 0.0, 0
         for step, index in enumerate(batches):
             yield index
@@ -1108,6 +1131,79 @@ class Run:
             f"final test accuracy {final['test_acc']:.2f} %{ema} after epoch {final['epoch']}, "
             f"best {best['test_acc']:.2f} % after epoch {best['epoch']}: {self.folder}"
         )
+
+
+def load_teacher(args, run, data, labels, milestones, dropout=0.0):
+    """The teacher in --teacher, or a standard one, trained by cross-entropy now or by an earlier run.
+
+    run: the student's Run, whose checkpoints will name the teacher. data: the Dataset. labels: int64 [N], the training
+    labels as the student is given them. A teacher is trained with the student's epochs, batch size, lr and weight
+    decay, `milestones` (epochs after which lr falls to a fifth), crops padded by reflection, and flips; `dropout` is
+    its network's. It stays in runs/teachers, in a folder named by a digest of all that, images and labels included. Of
+    --teacher-seeds K, seeds 0 … K-1, the one with the highest test accuracy teaches.
+    Returns the model in evaluation mode, without gradients. The student's random states are as if it had been there.
+    Raises UsageError for a --teacher of other classes, another data set or another dropout.
+    """
+    if args.teacher:
+        path, checkpoint = args.teacher, load_checkpoint(args.teacher, "--teacher")
+        there = (Path(checkpoint["dataset"]).stem, checkpoint["classes"], checkpoint["dropout"])
+        here = (Path(args.dataset).stem, list(data.classes), dropout)
+        for what, theirs, ours in zip(("data set", "classes", "dropout"), there, here):
+            if theirs != ours:
+                theirs, ours = (textwrap.shorten(str(value), 60) for value in (theirs, ours))
+                raise UsageError(f"--teacher: {path} has {what} {theirs}, not {ours}; leave it out to train one")
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        if not args.teacher:
+            seeds = range(args.teacher_seeds)
+            trained = [train_teacher(args, run.device, data, labels, milestones, dropout, seed) for seed in seeds]
+            path, checkpoint = max(trained, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
+        teacher = load_model(checkpoint, "model", run.device).requires_grad_(False)
+    run.header["teacher"] = str(path)
+    print(f"teacher: {path}, test accuracy {checkpoint['metrics'][-1]['test_acc']:.2f} %", flush=True)
+    return teacher
+
+
+def train_teacher(args, device, data, labels, milestones, dropout, seed):
+    """Train a teacher, go on with it, or find it done: the path of its checkpoint, and the checkpoint."""
+    flags = "dataset data_dir noise rate limit_train limit_test epochs batch_size lr weight_decay device amp compile"
+    own = argparse.Namespace(**{flag: getattr(args, flag) for flag in flags.split()})
+    own.arch, own.dropout, own.milestones, own.seed = args.teacher_arch, dropout, list(milestones), seed
+    own.data = hashlib.sha256(data.train_images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
+    identity = {flag: value for flag, value in vars(own).items() if flag not in Run.SAME_RUN}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    own.out = Path("runs/teachers") / f"{own.arch}-{Path(own.dataset).stem}-dropout{dropout:g}-seed{seed}-{digest}"
+    path = own.out / "checkpoint.pt"
+    own.resume = path.is_file()
+    if own.resume:
+        checkpoint = load_checkpoint(path, "teacher")
+        if checkpoint["epoch"] == own.epochs:
+            return path, checkpoint
+    print(f"training a teacher first; it stays in {own.out} for later runs", flush=True)
+    torch.manual_seed(seed)
+    model = build_model(own.arch, len(data.classes), dropout).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), own.lr, momentum=0.9, weight_decay=own.weight_decay)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
+    run = Run(
+        own, device, method="teacher", arch=own.arch, classes=data.classes, dropout=dropout,
+        model=model, optimizer=optimizer, scheduler=scheduler,
+    )  # fmt: skip
+    if own.compile:
+        model.compile()
+    for _ in range(run.epoch, own.epochs):
+        model.train()
+        lr, losses = scheduler.get_last_lr()[0], []
+        for index in run.progress(batches(len(labels), own.batch_size, device)):
+            x = crop_flip(to_float(data.train_images[index]), mode="reflect")
+            with torch.autocast(device.type, torch.bfloat16, enabled=own.amp):
+                loss = F.cross_entropy(model(x).float(), labels[index])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        scheduler.step()
+        run.end_epoch(losses, lr=lr, test_acc=accuracy(predict(model, data.test_images, own.amp), data.test_labels))
+    run.finish()
+    return path, load_checkpoint(path, "teacher")
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
@@ -1188,7 +1284,9 @@ def plot_curves(path, metrics, title):
         axes.set(xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    test.legend(), train.legend(fontsize="small", loc="upper center")
+    test.legend()
+    if train.get_lines():
+        train.legend(fontsize="small", loc="upper center")
     lines = loss.get_lines() + rate.get_lines()
     loss.legend(lines, [line.get_label() for line in lines])
     with replacing(Path(path)) as partial:

@@ -718,9 +718,11 @@ def grouped(subjects):
     for members in groups.values():
         label, config = members[0].method, members[0].config
         rivals = [other[0].config for other in groups.values() if other[0].method == label and other is not members]
-        for flag, value in config.items():
-            alike = [rival for rival in rivals if rival.get(flag) == value]
-            label += f" {flag}={value}" * (len(alike) < len(rivals))
+        for flag in sorted(
+            config, key=("epochs", "batch_size", "lr", "weight_decay").__contains__
+        ):  # consequences last
+            alike = [rival for rival in rivals if rival.get(flag) == config[flag]]
+            label += f" {flag}={config[flag]}" * (len(alike) < len(rivals))
             rivals = alike
         labelled[f"{label} ({members[0].path})" if label in labelled else label] = members
     return labelled

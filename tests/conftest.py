@@ -1,5 +1,6 @@
 """Shared by the tests: the scripts' folder on the path, and a way to run a script as a user would."""
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -54,18 +55,17 @@ TINY = ["--limit-train", "96", "--limit-test", "40", "--batch-size", "32", "--ep
 
 
 @pytest.fixture
-def nrd_cli(tmp_path, monkeypatch, capsys):
-    """nrd_cli(*flags) runs nrd.py in this process in an empty folder: (exit status, stdout, stderr)."""
+def cli(tmp_path, monkeypatch, capsys):
+    """cli(module, *flags) runs a script in this process in an empty folder: (exit status, stdout, stderr)."""
     import common
-    import nrd
 
     monkeypatch.chdir(tmp_path)
 
-    def run(*flags):
-        monkeypatch.setattr(sys, "argv", ["nrd.py", *map(str, flags)])
+    def run(module, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         capsys.readouterr()
         try:
-            common.run_main(nrd.main)
+            common.run_main(module.main)
             status = 0
         except SystemExit as end:
             status = end.code
@@ -75,3 +75,11 @@ def nrd_cli(tmp_path, monkeypatch, capsys):
         return (status, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def nrd_cli(cli):
+    """nrd_cli(*flags) runs nrd.py so."""
+    import nrd
+
+    return functools.partial(cli, nrd)
