@@ -405,7 +405,9 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
     if kind in HUMAN:
         return human_labels(labels.cpu(), kind, data_dir).to(labels.device)
     if kind != "none" and not (rate is not None and 0 <= rate <= 1):
-        raise UsageError(f"--rate: {rate} is not in [0, 1]")
+        raise UsageError(
+            f"--rate: --noise {kind} needs a rate in [0, 1]" + (f", not {rate}" if rate is not None else "")
+        )
     generator = torch.Generator().manual_seed(seed)
     clean, count = labels.cpu(), len(labels)
     noisy = clean.clone()
@@ -759,7 +761,7 @@ class Classifier(nn.Module):
     """Every architecture here: normalise, stem, blocks at falling resolution, head.
 
     model(x) takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C];
-    model(x, features=True) gives (logits, list of the blocks' outputs, each [B, K, H', W']).
+    model(x, features=True) gives (logits, [output of the stem, of block 1, of block 2, …]), each [B, K, H', W'].
     """
 
     def __init__(self, stem, blocks, head, mean=(0, 0, 0), std=(1, 1, 1)):
@@ -770,7 +772,7 @@ class Classifier(nn.Module):
 
     def forward(self, images, features=False):
         x = self.stem((images - self.mean) / self.std)
-        outputs = []
+        outputs = [x]
         for block in self.blocks:
             x = block(x)
             outputs.append(x)
@@ -986,8 +988,8 @@ class Run:
             run.end_epoch(losses, lr=..., test_acc=...)
         run.finish()
 
-    tag is what else the folder's name should tell. The keyword arguments after it are the parts whose state_dict() goes
-    into the checkpoint. With --resume they
+    tag is what else the folder's name should tell; epochs their number, if not args.epochs. The other keyword arguments
+    are the parts whose state_dict() goes into the checkpoint. With --resume they
     are loaded from it, with the random states, and run.epoch is the number of epochs done. Raises UsageError where the
     folder holds something that would be lost, or --resume finds nothing, or a run of another configuration.
     """
@@ -995,12 +997,12 @@ class Run:
     # flags that may differ between a run and its continuation
     SAME_RUN = frozenset(("out", "resume", "device", "data_dir", "amp", "compile"))
 
-    def __init__(self, args, device, method, arch, classes, dropout=0.0, tag="", **parts):
+    def __init__(self, args, device, method, arch, classes, dropout=0.0, tag="", epochs=None, **parts):
         noise = args.noise if args.rate is None or args.noise == "none" else f"{args.noise}{args.rate:g}"
         noise = "clean" if args.noise == "none" else noise
         name = [method, Path(args.dataset).stem, noise, tag, f"seed{args.seed}"]
         args.out = args.out or Path("runs") / "-".join(filter(None, name))
-        self.folder, self.device, self.epochs, self.parts = args.out, device, args.epochs, parts
+        self.folder, self.device, self.epochs, self.parts = args.out, device, epochs or args.epochs, parts
         self.path = self.folder / "checkpoint.pt"
         config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         self.header = {
@@ -1039,7 +1041,7 @@ class Run:
             torch.set_rng_state(saved["rng"]["cpu"])
             if device.type == "cuda" and "cuda" in saved["rng"]:
                 torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
-            print(f"resuming {self.folder} after epoch {len(self.metrics)} of {args.epochs}", flush=True)
+            print(f"resuming {self.folder} after epoch {len(self.metrics)} of {self.epochs}", flush=True)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -1209,11 +1211,13 @@ def train_teacher(args, device, data, labels, milestones, dropout, seed):
 # ------------------------------------------------------------------------------------------------------------ reporting
 
 COLUMNS = {  # metric: its heading in the line printed each epoch
-    "test_acc": "test", "ema_test_acc": "EMA", "train_acc_right": "right", "train_acc_wrong": "wrong",
+    "test_acc": "test", "ema_test_acc": "EMA", "ensemble_test_acc": "ensemble",
+    "train_acc_right": "right", "train_acc_wrong": "wrong",
 }  # fmt: skip
 LEGENDS = {
     "test_acc": "test",
     "ema_test_acc": "test, EMA",
+    "ensemble_test_acc": "test, ensemble",
     "train_acc_right": "rightly labelled samples: the label",
     "train_acc_wrong": "wrongly labelled samples: the wrong label (memorised)",
     "train_acc_wrong_true": "wrongly labelled samples: the true label",

@@ -42,14 +42,16 @@ SHAPES = {  # (channels, side) of each block's output for 32×32 images
 
 
 @pytest.mark.parametrize("arch", SHAPES)
-def test_features_are_the_blocks_outputs(arch):
+def test_features_are_the_outputs_of_stem_and_blocks(arch):
     model = build_model(arch, 7).eval()
     images = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         logits, features = model(images, features=True)
         assert torch.equal(logits, model(images)) and logits.shape == (2, 7)
         kept = [feature.clone() for feature in features]
-        assert [(f.shape[1], f.shape[2]) for f in kept] == SHAPES[arch] and all(f.shape[2] == f.shape[3] for f in kept)
+        stem, *blocks = [(f.shape[1], f.shape[2]) for f in kept]
+        assert blocks == SHAPES[arch] and stem[1] == 32 and all(f.shape[2] == f.shape[3] for f in kept)
+        assert torch.equal(model.stem(images), kept[0])
         model(images)
         assert all(torch.equal(a, b) for a, b in zip(features, kept))  # not overwritten in place
         assert torch.allclose(model.head(features[-1]), logits, atol=1e-5)
