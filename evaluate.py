@@ -27,6 +27,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import statistics
 import sys
 import textwrap
@@ -39,6 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from matplotlib.figure import Figure
+from torchvision.datasets.folder import pil_loader
 
 import common
 from common import UsageError, number, predict, to_float
@@ -541,6 +543,8 @@ def official_corruptions(folder, subjects):
         except Exception as error:  # whatever a damaged or foreign file makes numpy raise
             raise UsageError(f"--cifar-c: {path} cannot be read as .npy ({type(error).__name__})") from None
         found = arrays[name]
+        if not isinstance(found, np.ndarray):
+            raise UsageError(f"--cifar-c: {path} is an archive, not a .npy file")
         if found.shape != shape or found.dtype.kind not in kind or kind == "u" and found.itemsize > 1:
             wanted = "integer [50000]" if name == "labels" else f"uint8 {list(shape)}"
             raise UsageError(f"--cifar-c: {path} is {found.dtype} {list(found.shape)}, not {wanted}")
@@ -595,9 +599,12 @@ def load_cinic(folder, data_dir, seed, per_class=2100):
     images = torch.empty(len(files), 3, 32, 32, dtype=torch.uint8)
     for i in progress(range(len(files)), "reading CINIC-10"):
         try:
-            images[i] = torchvision.io.decode_image(str(folder / files[i]), torchvision.io.ImageReadMode.RGB)
-        except RuntimeError as error:
-            raise UsageError(f"--cinic: {folder / files[i]} is no 32×32 PNG image: {error}") from None
+            image = torch.from_numpy(np.array(pil_loader(folder / files[i]))).permute(2, 0, 1)
+        except (OSError, SyntaxError, ValueError):  # as Pillow has it
+            image = None
+        if image is None or image.shape != images[i].shape:
+            raise UsageError(f"--cinic: {folder / files[i]} is no 32×32 PNG image; unpack CINIC-10 again")
+        images[i] = image
     with common.replacing(cache) as partial:
         np.savez(partial, images=images.numpy(), files=np.array(files))
     return images, labels
@@ -697,7 +704,7 @@ def read_weights(path):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise UsageError(f"CKPT: {path} holds no state_dict; torch.save(model.state_dict(), …) writes one")
-    return {key.removeprefix("_orig_mod.").removeprefix("module."): value for key, value in state.items()}
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
 
 
 def file_digest(path):
@@ -735,7 +742,7 @@ def check_fit(subject):
     subject.data = f"{subject.dataset}, {len(labels)} images, sha256 {content[:16]}"
     try:
         outputs = predict(subject.model, images[:1]).shape[1]
-    except RuntimeError as error:
+    except Exception as error:  # whatever a network says to images of a size it was not made for
         raise UsageError(f"CKPT: {subject.path} does not take {subject.dataset}'s images: {error}") from None
     if outputs != len(subject.test.classes):
         raise UsageError(f"CKPT: {subject.path} has {outputs} classes, {subject.dataset} {len(subject.test.classes)}")
@@ -748,10 +755,15 @@ class Evaluation:
         self.path, self.parts = folder / "evaluation.json", []
         try:
             self.parts = json.loads(self.path.read_text(encoding="utf-8"))["parts"]
+            usable = isinstance(self.parts, list) and all(
+                {"part", "sha256", "settings", "result"} <= p.keys() for p in self.parts
+            )
         except FileNotFoundError:
-            pass
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"--out: {self.path} is no evaluation of this script; name another folder") from None
+            usable = True
+        except (ValueError, KeyError, TypeError, AttributeError):
+            usable = False
+        if not usable:
+            raise UsageError(f"--out: {self.path} is no evaluation of this script; name another folder")
 
     def part(self, name, subject, settings, function, *arguments):
         """function(*arguments), a dict; taken from the file where that part of that model is done in these settings."""
@@ -936,11 +948,11 @@ def report(args, groups, teacher):
 
 def report_transfer(args, groups, subjects, teacher):
     """The matrix of KD Beyond's Figure 1: targets in rows, sources in columns, the teacher after the mean."""
-    labels = {
-        s: label if len(members) == 1 else f"{label} seed {s.seed}"
-        for label, members in groups.items()
-        for s in members
-    }
+    labels = {}
+    for label, members in groups.items():
+        for subject in members:
+            name = label if len(members) == 1 else f"{label} seed {subject.seed}"
+            labels[subject] = f"{name} ({subject.path})" if name in labels.values() else name
     rows = {labels[t]: [s.transfer[t.sha256] for s in subjects] for t in subjects}
     rows = {name: [*row, mean(row)] for name, row in rows.items()}
     if teacher:
@@ -961,9 +973,11 @@ def heat_map(axes, values, rows, columns, title):
     """Numbers in coloured cells; None leaves a cell empty."""
     values = np.array([[math.nan if v is None else v for v in row] for row in values])
     axes.imshow(values, cmap="viridis", aspect="auto")
+    known = values[~np.isnan(values)]
     for (i, j), v in np.ndenumerate(values):
-        dark = v < (np.nanmin(values) + np.nanmax(values)) / 2
-        axes.text(j, i, "" if math.isnan(v) else f"{v:.1f}", ha="center", va="center", color="w" if dark else "k")
+        if not math.isnan(v):
+            dark = v < (known.min() + known.max()) / 2
+            axes.text(j, i, f"{v:.1f}", ha="center", va="center", color="w" if dark else "k")
     axes.set_title(title, parse_math=False)
     axes.set_yticks(range(len(rows)), rows, parse_math=False)
     axes.set_xticks(range(len(columns)), columns, parse_math=False, rotation=30, ha="right", rotation_mode="anchor")
@@ -1120,8 +1134,9 @@ def main():
                     "CIFAR-C", subject, settings, evaluate_corruption, *arguments
                 )
     for subject in subjects if args.cinic else []:
+        settings = {"images": hashlib.sha256(cinic_images.cpu().numpy().tobytes()).hexdigest()}
         arguments = subject, cinic_images, cinic_labels, args.batch_size
-        subject.cinic = evaluation.part("CINIC", subject, {"seed": args.seed}, evaluate_cinic, *arguments)
+        subject.cinic = evaluation.part("CINIC", subject, settings, evaluate_cinic, *arguments)
     for source in subjects + teacher if args.transfer else []:
         settings = {"eps": args.eps[0], "step_size": args.step_size, "steps": 20, "seed": args.seed}
         settings["targets"] = [target.sha256 for target in subjects]
