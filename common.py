@@ -52,10 +52,16 @@ def run_main(main, stopped="a run's checkpoint.pt holds every finished epoch: --
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter must not end the program
     try:
         main()
     except (UsageError, OSError) as error:  # OSError: a path that may not even be looked at
         print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print("error: out of memory, a smaller --batch-size needs less:", str(error).split(". ")[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\n" * sys.stdout.isatty(), end="", flush=True)  # below the live line
@@ -909,7 +915,7 @@ def predict(model, images, amp=False, batch_size=500):
 
 def accuracy(scores, labels):
     """Top-1 accuracy in percent of scores [N, C] for labels int64 [N], as a float."""
-    return 100 * (scores.argmax(1) == labels).float().mean().item()
+    return 100 * (scores.argmax(1) == labels).double().mean().item()
 
 
 # ------------------------------------------------------------------------------------------------------- training state

@@ -1,7 +1,7 @@
 """Evaluate any checkpoint: PGD, CIFAR-C, CINIC-10, calibration and the transferability of adversarial examples.
 
     python evaluate.py CKPT                                          # clean accuracy, ECE, PGD-20
-    python evaluate.py CKPT … --pgd 1 5 10 15 20 100 200 1000        # Table 4: more and more steps
+    python evaluate.py CKPT … --pgd 1 5 10 15 20 100 200 1000 --eps 8/255   # Table 4: more and more steps
     python evaluate.py CKPT … --pgd 20 --eps 1/255 2/255 10/255 20/255 25/255 50/255 100/255 200/255      # Table 5
     python evaluate.py CKPT … --cifar-c CIFAR-10-C --cinic CINIC-10  # mCA and CINIC columns, Figure 3
     python evaluate.py CKPT … --transfer --teacher TEACHER_CKPT      # Figure 1 of KD Beyond Model Compression
@@ -21,6 +21,8 @@ NAME [weights.pt] (a torchvision model; without a file its published ImageNet we
 Everything is float32 in evaluation mode with deterministic convolutions, on CUDA as on the CPU.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -28,12 +30,14 @@ import itertools
 import json
 import math
 import re
+import shutil
 import statistics
 import sys
 import textwrap
 import time
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
@@ -55,20 +59,30 @@ def fraction(text):
         value = float(top) / float(bottom or 1)
     except (ValueError, ZeroDivisionError):
         value = math.nan
-    return number(float, 0, 1)(text if math.isnan(value) else value)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in [0, 1] like 0.031 or 8/255")
+    return value
 
 
 def parse_args():
     parser = common.Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CKPT", help="checkpoint.pt of one or more runs")
+    parser.add_argument(
+        "checkpoints", nargs="*", type=Path, metavar="CKPT", help="checkpoint.pt, or the folder, of runs"
+    )
     parser.add_argument("--part", default="model", help='which weights of CKPT: "model" (default), "ema", …')
 
     add = parser.add_argument_group("what to run (default: clean accuracy, --ece and --pgd 20)").add_argument
     add("--ece", action="store_true", help="ECE (15 equal-width bins), NLL, Brier score, reliability diagram")
-    add("--pgd", nargs="*", type=number(int, 1), metavar="STEPS", help="l∞ PGD of so many steps; several: a sweep")
+    add(
+        "--pgd",
+        nargs="*",
+        type=number(int, 1, 100_000),
+        metavar="STEPS",
+        help="l∞ PGD of so many steps; several: a sweep",
+    )
     add("--eps", nargs="+", type=fraction, default=[0.031], help="radius in [0, 1], several: a sweep (default: 0.031)")
     add("--step-size", type=fraction, default=0.003, help="in [0, 1] (default: 0.003)")
-    add("--restarts", type=number(int, 1), default=5, help="random starts, the worst counts (default: 5)")
+    add("--restarts", type=number(int, 1, 100), default=5, help="random starts, the worst counts (default: 5)")
     add("--cifar-c", nargs="?", const="", metavar="DIR", help="19 corruptions: the official .npy files, else generated")
     add("--cinic", type=Path, metavar="DIR", help="the ImageNet images of CINIC-10, 2,100 a class")
     add("--transfer", action="store_true", help="adversarial images of each checkpoint on each other")
@@ -93,12 +107,19 @@ def parse_args():
     add("--arch", help="CKPT is a state_dict for this architecture of common.build_model")
     add("--torchvision", metavar="NAME", help="a torchvision model: weights CKPT, or its published ones without")
     add("--num-classes", type=number(int, 2), metavar="N", help="outputs of that model")
-    add("--mean", nargs=3, type=float, default=[0, 0, 0], help="what it subtracts from each channel in [0, 1] …")
-    add("--std", nargs=3, type=float, default=[1, 1, 1], help="… and then divides by")
+    add(
+        "--mean",
+        nargs=3,
+        type=number(float, -1e9),
+        default=[0, 0, 0],
+        help="what it subtracts from each channel in [0, 1] …",
+    )
+    add("--std", nargs=3, type=number(float, 0), default=[1, 1, 1], help="… and then divides by")
     parser.set_defaults(amp=False)  # float32 throughout
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
-    args.checkpoints = list(dict.fromkeys(args.checkpoints))
+    paths = (path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints)
+    args.checkpoints = list(dict.fromkeys(paths))
     foreign = "--arch" if args.arch else "--torchvision" if args.torchvision else None
     if args.arch and args.torchvision:
         raise UsageError("--arch, --torchvision: name one of the two")
@@ -108,7 +129,7 @@ def parse_args():
         raise UsageError("--arch: name a file of weights too: --arch NAME --num-classes N weights.pt")
     if foreign and args.checkpoints and not args.num_classes:
         raise UsageError(f"--num-classes: {foreign} with a file of weights needs the number of classes")
-    if min(args.std) <= 0:
+    if min(args.std) == 0:
         raise UsageError("--std: must be above 0")
     if not args.checkpoints and not foreign and not (args.show_corruptions and args.dataset):
         raise UsageError("CKPT: name the checkpoint.pt of a run folder, before the other flags (--help explains)")
@@ -118,9 +139,10 @@ def parse_args():
         raise UsageError("--teacher: is for --transfer; add it")
     if args.transfer and len(args.eps) > 1:
         raise UsageError("--eps: --transfer takes one")
-    if not any((args.ece, args.pgd is not None, args.cifar_c is not None, args.cinic, args.transfer)):
-        args.ece = args.pgd = True
-    args.pgd = [20] if args.pgd in (True, []) else sorted(set(args.pgd or ()))
+    chosen = args.ece, args.pgd is not None, args.cifar_c is not None, args.cinic, args.transfer, args.show_corruptions
+    if not any(chosen):
+        args.ece, args.pgd = True, []
+    args.pgd = [] if args.pgd is None else sorted(set(args.pgd)) or [20]
     args.eps = sorted(set(args.eps))
     args.out = args.out or (args.checkpoints[0].parent if args.checkpoints else Path("runs") / "evaluation")
     return args
@@ -129,15 +151,17 @@ def parse_args():
 def progress(items, label):
     """Yield the items of a list; on a terminal keep a line with the share done and the time left; end with a line."""
     live, began, shown = sys.stdout.isatty(), time.perf_counter(), 0.0
+    short = label[: shutil.get_terminal_size().columns - 25]
     for done, item in enumerate(items, 1):
         yield item
         now = time.perf_counter()
         if live and now - shown > 0.2:
             left = common.duration((now - began) / done * (len(items) - done))
-            print(f"\r{label}  {100 * done / len(items):.0f} %  {left} left\x1b[K", end="", flush=True)
+            print(f"\r{short}  {100 * done / len(items):.0f} %  {left} left\x1b[K", end="", flush=True)
             shown = now
     start, end = ("\r", "\x1b[K") if live else ("", "")
-    print(f"{start}{label}  took {common.duration(time.perf_counter() - began)}{end}", flush=True)
+    with contextlib.suppress(OSError):  # a reader that has gone must not cost the result
+        print(f"{start}{label}  took {common.duration(time.perf_counter() - began)}{end}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------ PGD
@@ -162,6 +186,7 @@ def random_start(clean, eps, generator):
     return (clean + eps * (2 * noise - 1)).clamp(0, 1)
 
 
+@torch.enable_grad()
 def pgd(model, images, labels, eps=0.031, step_size=0.003, steps=20, generator=None):
     """Projected gradient descent (Madry et al. 2018), l∞, from one random start: the adversarial images.
 
@@ -169,6 +194,7 @@ def pgd(model, images, labels, eps=0.031, step_size=0.003, steps=20, generator=N
     eps, step_size: in [0, 1]. generator: of the random start, on the images' device; None: the global one.
     Returns float [B, 3, H, W], within eps of `images` and within [0, 1].
     """
+    images = images.detach()
     x = random_start(images, eps, generator)
     for _ in range(steps):
         _, gradient = input_gradient(model, x, labels)
@@ -211,7 +237,8 @@ SEVERITIES = {  # severity 1 … 5
 def corrupt(images, name, severity, seed=0):
     """CIFAR-C's corruption `name` of uint8 images [N, 3, H, W], H and W at least 16: the same, on the same device.
 
-    severity: 1 … 5. The same seed gives the same pixels on the same kind of device, and one draw for all severities.
+    severity: 1 … 5. The same seed gives the same pixels on the same kind of device, whatever images follow: each
+    thousand has a generator of its own.
     Raises UsageError for an unknown name or severity.
     """
     if name not in SEVERITIES:
@@ -219,8 +246,9 @@ def corrupt(images, name, severity, seed=0):
     if severity not in (1, 2, 3, 4, 5):
         raise UsageError(f"corruption: severity {severity} is not one of 1, 2, 3, 4, 5")
     function, constants = CORRUPTIONS[name], SEVERITIES[name][severity - 1]
-    generator = torch.Generator(images.device).manual_seed(seed)
-    parts = [function(to_float(part), constants, generator) for part in images.split(1000)]
+    parts = []
+    for i, part in enumerate(images.split(1000)):
+        parts.append(function(to_float(part), constants, torch.Generator(images.device).manual_seed(seed + i)))
     return torch.cat([(part * 255).round().clamp(0, 255).byte() for part in parts])
 
 
@@ -251,19 +279,22 @@ def speckle_noise(x, sigma, generator):
 
 
 @functools.cache
-def gaussian_matrix(size, sigma, device):
-    """[size, size]: blur of an axis by a Gaussian cut off at four deviations, its ends repeated beyond the border."""
-    reach = int(4 * sigma + 0.5)
+def gaussian_matrix(size, sigma, device, cut, mirrored):
+    """[size, size]: blur of an axis by a Gaussian, as scipy's: cut off at so many deviations, mirrored at its ends or
+    with the last value repeated."""
+    reach = int(cut * sigma + 0.5)
     taps = torch.arange(-reach, reach + 1)
     weights = (-0.5 * (taps / max(sigma, 1e-6)) ** 2).exp()
-    source = (torch.arange(size).view(-1, 1) + taps).clamp(0, size - 1)
+    source = torch.arange(size).view(-1, 1) + taps
+    folded = torch.minimum(source % (2 * size), 2 * size - 1 - source % (2 * size))
+    source = folded if mirrored else source.clamp(0, size - 1)
     matrix = torch.zeros(size, size).scatter_add_(1, source, (weights / weights.sum()).expand(size, -1))
     return matrix.to(device)
 
 
-def blur(x, sigma):
+def blur(x, sigma, cut=4, mirrored=False):
     """Gaussian blur of [B, K, H, W], sigma in pixels: a matrix for each axis."""
-    height, width = (gaussian_matrix(size, sigma, x.device) for size in x.shape[2:])
+    height, width = (gaussian_matrix(size, sigma, x.device, cut, mirrored) for size in x.shape[2:])
     return torch.einsum("bkhw,ih,jw->bkij", x, height, width)
 
 
@@ -372,7 +403,7 @@ def frost_texture(size, device):
 def frost(x, constants, generator):
     keep, amount = constants
     height, width = x.shape[2:]
-    pane = frost_texture(8 * max(height, width), x.device)
+    pane = frost_texture(max(height, width) + 224, x.device)
     windows = pane.unfold(1, height, 1).unfold(2, width, 1)  # a view: [3, tops, lefts, H, W]
     top, left = (torch.randint(n, (len(x),), device=x.device, generator=generator) for n in windows.shape[1:3])
     return keep * x + amount * windows[:, top, left].transpose(0, 1)
@@ -417,9 +448,9 @@ def spatter(x, constants, generator):
         cover = blur(wet, amount)
         cover = cover.masked_fill(cover < 0.8, 0)
         return x * (1 - cover) + cover * torch.tensor([63, 42, 20], device=x.device).view(3, 1, 1) / 255
-    light = torch.tensor([[-2.0, -1, 0], [-1, 1, 1], [0, 1, 2]], device=x.device)[None, None]  # from the bottom right
+    light = torch.tensor([[-2.0, -1, 0], [-1, 0, 1], [0, 1, 2]], device=x.device)[None, None]  # on the upper left rims
     relief = F.avg_pool2d(F.pad(wet, (1,) * 4, mode="replicate"), 3, 1)
-    relief = F.conv2d(F.pad(relief, (1,) * 4, mode="replicate"), light).clamp(0, 1)
+    relief = F.conv2d(F.pad(relief, (1,) * 4, mode="replicate"), light).clamp(min=0)
     drops = liquid * wet * F.avg_pool2d(F.pad(relief, (1,) * 4, mode="replicate"), 3, 1)
     drops = drops / drops.amax((2, 3), keepdim=True).clamp(min=1e-6)
     return x + amount * drops * torch.tensor([175, 238, 238], device=x.device).view(3, 1, 1) / 255
@@ -519,7 +550,7 @@ def elastic_transform(x, constants, generator):
     x = sampled(x, torch.einsum("hwi,bij->bhwj", F.pad(points, (0, 1), value=1.0), inverse))
     if amount == 0:
         return x
-    shift = amount * blur(uniform(-1, 1, (count, 2, height, width), x, generator), smoothness)
+    shift = amount * blur(uniform(-1, 1, (count, 2, height, width), x, generator), smoothness, 3, True)
     return sampled(x, points + shift.permute(0, 2, 3, 1))
 
 
@@ -589,10 +620,12 @@ def load_cinic(folder, data_dir, seed, per_class=2100):
         files += [paths[i] for i in sorted(random.permutation(len(paths))[:per_class])]
     labels = torch.arange(len(CIFAR10)).repeat_interleave(per_class)
     cache = data_dir / f"cinic10-imagenet-{per_class}-seed{seed}.npz"
+    stats = [(folder / file).stat() for file in files]
+    files_now = [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in zip(files, stats)]
     if cache.exists():
         try:
             with np.load(cache, allow_pickle=False) as saved:
-                if saved["files"].tolist() == files:
+                if saved["files"].tolist() == files_now:
                     return torch.from_numpy(saved["images"]), labels
         except Exception:  # damaged or foreign: made again
             print(f"{cache} cannot be used; making it again")
@@ -606,7 +639,7 @@ def load_cinic(folder, data_dir, seed, per_class=2100):
             raise UsageError(f"--cinic: {folder / files[i]} is no 32×32 PNG image; unpack CINIC-10 again")
         images[i] = image
     with common.replacing(cache) as partial:
-        np.savez(partial, images=images.numpy(), files=np.array(files))
+        np.savez(partial, images=images.numpy(), files=np.array(files_now))
     return images, labels
 
 
@@ -639,21 +672,27 @@ class Subject:
         return predict(self.model, self.test.test_images).argmax(1) == self.test.test_labels
 
 
-def load_subject(path, args, device):
+def load_subject(path, args, device, flag="CKPT", part="model"):
     """The Subject in a run's checkpoint; UsageError where it is none or lacks the part asked for."""
     try:
-        checkpoint = common.load_checkpoint(path, "CKPT")
+        checkpoint = common.load_checkpoint(path, flag)
     except UsageError as error:
         raise UsageError(f"{error}; other people's weights take --arch or --torchvision") from None
-    parts = [k for k, v in checkpoint.items() if isinstance(v, dict) and v.keys() == checkpoint["model"].keys()]
-    if args.part not in parts:
-        raise UsageError(f"--part: {path}: {common.unknown(args.part, parts)}")
     config, apart = checkpoint["config"], ("seed", *common.Run.SAME_RUN)
-    return Subject(
-        str(path), f"{file_digest(path)} {args.part}", common.load_model(checkpoint, args.part, device),
-        args.dataset or checkpoint["dataset"], args.data_dir or Path(config["data_dir"]), checkpoint["method"],
-        {k: v for k, v in config.items() if k not in apart}, config["seed"],
-    )  # fmt: skip
+    try:
+        parts = [k for k, v in checkpoint.items() if isinstance(v, dict) and v.keys() == checkpoint["model"].keys()]
+        model = common.load_model(checkpoint, part if part in parts else "model", device).requires_grad_(False)
+        subject = Subject(
+            str(path), f"{file_digest(path)} {part}", model, args.dataset or checkpoint["dataset"],
+            args.data_dir or Path(config["data_dir"]), checkpoint["method"],
+            {k: v for k, v in config.items() if k not in apart}, config["seed"],
+        )  # fmt: skip
+    except (UsageError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        fault = f"does not fit together ({type(error).__name__}): {str(error)[:80]}"
+        raise UsageError(f"{flag}: {path} {fault}; name a checkpoint that these scripts wrote") from None
+    if part not in parts:
+        raise UsageError(f"--part: {path}: {common.unknown(part, parts)}")
+    return subject
 
 
 def load_foreign(path, args, device):
@@ -686,7 +725,8 @@ def load_foreign(path, args, device):
     if args.torchvision:
         model = nn.Sequential(torchvision.transforms.Normalize(mean, std), model)
     return Subject(
-        str(path or name), f"{file_digest(path) if path else 'published'} {name} {mean} {std}", model.to(device).eval(),
+        str(path or name), f"{file_digest(path) if path else 'published'} {name} {mean} {std}",
+        model.to(device).eval().requires_grad_(False),
         args.dataset, args.data_dir or Path("data"), path.stem if path else name, {}, None,
     )  # fmt: skip
 
@@ -699,12 +739,15 @@ def read_weights(path):
         raise UsageError(f"CKPT: no file {path}") from None
     except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
         raise UsageError(f"CKPT: {path} is no file of weights that loads safely ({type(error).__name__})") from None
-    for key in ("state_dict", "model", "net"):
+    for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+    tensors = (
+        {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)} if isinstance(state, dict) else {}
+    )
+    if not tensors:
         raise UsageError(f"CKPT: {path} holds no state_dict; torch.save(model.state_dict(), …) writes one")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in tensors.items()}
 
 
 def file_digest(path):
@@ -739,45 +782,53 @@ def check_fit(subject):
     """Give the test set its fingerprint; UsageError where the model cannot take its images or has other classes."""
     images, labels = subject.test.test_images, subject.test.test_labels
     content = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
-    subject.data = f"{subject.dataset}, {len(labels)} images, sha256 {content[:16]}"
+    subject.data = f"{Path(subject.dataset).stem}, {len(labels)} images, sha256 {content[:16]}"
     try:
-        outputs = predict(subject.model, images[:1]).shape[1]
+        logits = predict(subject.model, images[:2])
     except Exception as error:  # whatever a network says to images of a size it was not made for
         raise UsageError(f"CKPT: {subject.path} does not take {subject.dataset}'s images: {error}") from None
-    if outputs != len(subject.test.classes):
-        raise UsageError(f"CKPT: {subject.path} has {outputs} classes, {subject.dataset} {len(subject.test.classes)}")
+    theirs, ours = logits.shape[1], len(subject.test.classes)
+    if theirs != ours:
+        raise UsageError(f"CKPT: {subject.path} has {theirs} classes, {subject.dataset} {ours}")
+    if not logits.isfinite().all():
+        raise UsageError(f"CKPT: {subject.path} answers NaN: its training went wrong; train it again with a lower --lr")
 
 
 class Evaluation:
     """evaluation.json: what has been measured of which model, so that nothing is measured twice."""
 
     def __init__(self, folder):
-        self.path, self.parts = folder / "evaluation.json", []
+        self.path, self.summary, self.parts = folder / "evaluation.json", {}, []
+        self.save()  # finds out now whether that can be read and written
+
+    def part(self, name, subject, settings, function, *arguments, needed=()):
+        """function(*arguments), a dict; taken from the file where that part of that model is done in these settings and
+        has the keys `needed`."""
+        head = {"part": name, "sha256": subject.sha256, "settings": {"data": subject.data, **settings}}
+        for old in self.parts:
+            if all(old[key] == head[key] for key in head) and set(needed) <= old["result"].keys():
+                return old["result"]
+        self.parts.append({**head, "checkpoint": subject.path, "result": function(*arguments)})
+        self.save()
+        return self.parts[-1]["result"]
+
+    def save(self):
+        """Write the summary and the parts, with those that another process may have added."""
         try:
-            self.parts = json.loads(self.path.read_text(encoding="utf-8"))["parts"]
-            usable = isinstance(self.parts, list) and all(
-                {"part", "sha256", "settings", "result"} <= p.keys() for p in self.parts
-            )
+            saved = json.loads(self.path.read_text(encoding="utf-8"))
+            usable = isinstance(saved["parts"], list)
+            usable &= all({"part", "sha256", "settings", "result"} <= part.keys() for part in saved["parts"])
         except FileNotFoundError:
-            usable = True
+            saved, usable = {"parts": []}, True
         except (ValueError, KeyError, TypeError, AttributeError):
             usable = False
         if not usable:
             raise UsageError(f"--out: {self.path} is no evaluation of this script; name another folder")
-
-    def part(self, name, subject, settings, function, *arguments):
-        """function(*arguments), a dict; taken from the file where that part of that model is done in these settings."""
-        head = {"part": name, "sha256": subject.sha256, "settings": {"data": subject.data, **settings}}
-        for old in self.parts:
-            if all(old[key] == head[key] for key in head):
-                return old["result"]
-        self.parts.append({**head, "checkpoint": subject.path, "result": function(*arguments)})
-        self.save({})
-        return self.parts[-1]["result"]
-
-    def save(self, summary):
+        known = saved.pop("parts")
+        self.parts = known + [part for part in self.parts if part not in known]
+        self.summary = self.summary or saved
         with common.replacing(self.path) as partial:
-            partial.write_text(json.dumps({**summary, "parts": self.parts}, indent=1) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps({**self.summary, "parts": self.parts}, indent=1) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------- what is measured
@@ -807,15 +858,20 @@ def evaluate_pgd(subject, eps, args):
     longest = max(args.pgd)
     below = [max((k for k in args.pgd if k < step), default=0) for step in range(longest + 1)]
     survived = longest * subject.right.long()  # the largest of the step counts that each sample withstands
-    turns = list(itertools.product(range(args.restarts), range(longest + 1)))
-    for restart, step in progress(turns, f"PGD, ε {eps_name(eps)}, on {subject.path}"):
+    turns = range(args.restarts * (longest + 1))
+    for turn in progress(turns, f"PGD, ε {eps_name(eps)}, on {subject.path}"):
+        restart, step = divmod(turn, longest + 1)
         if step == 0:
             x = random_start(clean, eps, torch.Generator(clean.device).manual_seed(args.seed + restart))
         for rows in (survived >= max(step, 1)).nonzero().squeeze(1).split(args.batch_size):
-            logits, gradient = input_gradient(subject.model, x[rows], labels[rows])
-            survived[rows[logits.argmax(1) != labels[rows]]] = below[step]
-            x[rows] = ascend(x[rows], clean[rows], gradient, eps, args.step_size)
-    return {str(k): 100 * (survived >= k).float().mean().item() for k in args.pgd}
+            if step < longest:
+                logits, gradient = input_gradient(subject.model, x[rows], labels[rows])
+                x[rows] = ascend(x[rows], clean[rows], gradient, eps, args.step_size)
+            else:
+                with torch.no_grad():
+                    logits = subject.model(x[rows])
+            survived[rows] = torch.where(logits.argmax(1) == labels[rows], survived[rows], below[step])
+    return {str(k): 100 * (survived >= k).double().mean().item() for k in args.pgd}
 
 
 def evaluate_corruption(subject, corrupted, batch_size):
@@ -827,9 +883,9 @@ def evaluate_corruption(subject, corrupted, batch_size):
         predict(subject.model, corrupted(severity), batch_size=batch_size).argmax(1) == subject.test.test_labels
         for severity in range(1, 6)
     ]
-    given = [hit[subject.right].float() for hit in hits]
+    given = [hit[subject.right].double() for hit in hits]
     return {
-        "accuracy": [100 * hit.float().mean().item() for hit in hits],
+        "accuracy": [100 * hit.double().mean().item() for hit in hits],
         "natural_robustness": [100 * hit.mean().item() if len(hit) else None for hit in given],
     }
 
@@ -854,9 +910,9 @@ def evaluate_transfer(source, targets, args):
         for target in targets:
             with torch.no_grad():
                 wrong = target.model(adversarial).argmax(1) != labels[part]
-            fooled[target] += (wrong & target.right[part]).sum().item()
-            both[target] += target.right[part].sum().item()
-    return {target.sha256: 100 * fooled[target] / both[target] if both[target] else None for target in targets}
+            fooled[target] += (wrong & target.right[part]).sum()  # stays on the device
+            both[target] += target.right[part].sum()
+    return {t.sha256: 100 * int(fooled[t]) / int(both[t]) if both[t] else None for t in targets}
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
@@ -874,9 +930,9 @@ def mean(values):
 
 
 def mean_std(values):
-    """Mean, sample standard deviation (0 of one value) and number of the values that are not None."""
+    """Mean, sample standard deviation (None of one value) and number of the values that are not None."""
     values = [v for v in values if v is not None]
-    return mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values)
+    return mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
 
 
 def cell(values, digits=2):
@@ -909,7 +965,7 @@ def report(args, groups, teacher):
     if args.cinic:
         metrics["CINIC (%)"] = lambda s: s.cinic["accuracy"]
     if args.cifar_c is not None:
-        metrics["mCA (%)"] = lambda s: averages(s, "accuracy")["mean"]
+        metrics[f"mCA, {'official' if args.cifar_c else 'generated'} (%)"] = lambda s: averages(s, "accuracy")["mean"]
         metrics["natural robustness (%)"] = lambda s: averages(s, "natural_robustness")["mean"]
     for eps, steps in itertools.product(args.eps, args.pgd):
         metrics[f"PGD-{steps}, ε {eps_name(eps)} (%)"] = lambda s, eps=eps, steps=steps: s.pgd[eps][str(steps)]
@@ -969,6 +1025,10 @@ def report_transfer(args, groups, subjects, teacher):
     return {"columns are sources": columns, "rows are targets": list(rows), "success_rate": list(rows.values())}
 
 
+def wrapped(text, width=25):
+    return "\n".join(textwrap.wrap(text, width))
+
+
 def heat_map(axes, values, rows, columns, title):
     """Numbers in coloured cells; None leaves a cell empty."""
     values = np.array([[math.nan if v is None else v for v in row] for row in values])
@@ -979,8 +1039,8 @@ def heat_map(axes, values, rows, columns, title):
             dark = v < (known.min() + known.max()) / 2
             axes.text(j, i, f"{v:.1f}", ha="center", va="center", color="w" if dark else "k")
     axes.set_title(title, parse_math=False)
-    axes.set_yticks(range(len(rows)), rows, parse_math=False)
-    axes.set_xticks(range(len(columns)), columns, parse_math=False, rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), map(wrapped, rows), parse_math=False)
+    axes.set_xticks(range(len(columns)), map(wrapped, columns), parse_math=False, rotation=90)
 
 
 def save_figure(figure, path):
@@ -1012,7 +1072,7 @@ def draw_reliability(path, groups):
         axes.plot([0, 1], [0, 1], "k--", lw=1)
         axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
         ece = cell([s.clean["ece"] for s in members], 3)
-        axes.set_title("\n".join(textwrap.wrap(f"{label}, ECE {ece}", 50)), fontsize="medium", parse_math=False)
+        axes.set_title(wrapped(f"{label}, ECE {ece}", 45), fontsize="medium", parse_math=False)
     panels[0].legend(loc="upper left", fontsize="small")
     save_figure(figure, path)
 
@@ -1024,17 +1084,23 @@ def draw_pgd(path, groups, steps, eps):
         sweeps += [("PGD steps", steps, [[(e, k) for k in steps] for e in eps])]
     if len(eps) > 1:
         sweeps += [(f"ε of PGD-{steps[-1]}", eps, [[(e, steps[-1]) for e in eps]])]
-    figure = Figure(figsize=(6.5 * len(sweeps), 4.5), layout="constrained")
+    colours = matplotlib.colormaps["tab20"]
+    entries = len(groups) * max(len(lines) for _, _, lines in sweeps)
+    figure = Figure(figsize=(8.5 * len(sweeps), max(4.5, 0.3 * entries)), layout="constrained")
     for axes, (name, ticks, lines) in zip(figure.subplots(1, len(sweeps), squeeze=False).flat, sweeps):
-        for (label, members), line in itertools.product(groups.items(), lines):
-            means, deviations, _ = zip(*(mean_std([s.pgd[e][str(k)] for s in members]) for e, k in line))
-            legend = label if len(lines) == 1 else f"{label}, ε {eps_name(line[0][0])}"
-            axes.errorbar(ticks, means, deviations, fmt=".-", capsize=3, label=legend)
-        axes.set(xscale="log", ylim=(0, None), ylabel="accuracy under attack (%)", xlabel=name)
+        for i, (label, members) in enumerate(groups.items()):
+            for line, style in zip(lines, itertools.cycle(("-", "--", "-.", ":"))):
+                stats = [mean_std([s.pgd[e][str(k)] for s in members]) for e, k in line]
+                legend = wrapped(label if len(lines) == 1 else f"{label}, ε {eps_name(line[0][0])}", 30)
+                options = {"linestyle": style, "color": f"C{i}" if len(groups) <= 10 else colours(i), "marker": "."}
+                means, deviations = [m for m, _, _ in stats], [d or 0 for _, d, _ in stats]
+                axes.errorbar(ticks, means, deviations, capsize=3 * (len(members) > 1), label=legend, **options)
+        axes.set(ylim=(0, None), ylabel="accuracy under attack (%)", xlabel=name)
+        axes.set_xscale("symlog", linthresh=min(filter(None, ticks)))
         axes.set_xticks(ticks, [eps_name(t) if ticks is eps else t for t in ticks], rotation=45)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        for text in axes.legend(fontsize="small").get_texts():
+        for text in axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)).get_texts():
             text.set_parse_math(False)
     save_figure(figure, path)
 
@@ -1045,7 +1111,7 @@ def draw_corruptions(path, groups, source):
     figure.suptitle(f"CIFAR-C, {source}", parse_math=False)
     titles = {
         "accuracy": "accuracy (%)",
-        "natural_robustness": "accuracy (%), given that the clean image is classified right",
+        "natural_robustness": "natural robustness: accuracy (%) where\nthe clean image is classified right",
     }
     for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
         columns = {label: [averages(s, kind) for s in members] for label, members in groups.items()}
@@ -1060,7 +1126,7 @@ def draw_corruptions(path, groups, source):
 
 
 def show_corruptions(path, images, seed):
-    """A contact sheet: a corruption a row, clean and severity 1 … 5 of two images uint8 [2, 3, H, W]."""
+    """A contact sheet: a corruption a row, clean and severity 1 … 5 of two images uint8 [2 or 1, 3, H, W]."""
     side = images.shape[3] + 2
     rows = []
     for name in SEVERITIES:
@@ -1071,7 +1137,7 @@ def show_corruptions(path, images, seed):
     axes = figure.subplots()
     axes.imshow(sheet, interpolation="nearest")
     axes.set_yticks([(i + 0.5) * side for i in range(len(SEVERITIES))], SEVERITIES)
-    axes.set_xticks([(i + 0.5) * side for i in range(12)], ["clean", *"12345"] * 2)
+    axes.set_xticks([(i + 0.5) * side for i in range(6 * len(images))], ["clean", *"12345"] * len(images))
     axes.xaxis.tick_top()
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -1092,9 +1158,18 @@ def main():
         images = common.load_dataset(args.dataset, args.data_dir or "data", 1, args.limit_test, device).test_images
         return show_corruptions(args.out / "corruptions.png", images[common.spread(len(images), 2)], args.seed)
 
-    load = load_foreign if args.arch or args.torchvision else load_subject
-    subjects = [load(path, args, device) for path in args.checkpoints or [None]]
-    teacher = [load_subject(args.teacher, args, device)] if args.teacher else []
+    if args.arch or args.torchvision:
+        subjects = [load_foreign(path, args, device) for path in args.checkpoints or [None]]
+    else:
+        subjects = [load_subject(path, args, device, part=args.part) for path in args.checkpoints]
+    once = {subject.sha256: subject for subject in reversed(subjects)}
+    for subject in subjects:
+        if subject is not once[subject.sha256]:
+            print(f"{subject.path} is the same as {once[subject.sha256].path}, and left out")
+    subjects = [subject for subject in subjects if subject is once[subject.sha256]]
+    teacher = [load_subject(args.teacher, args, device, "--teacher")] if args.teacher else []
+    if args.transfer and len(subjects + teacher) < 2:
+        raise UsageError("--transfer: takes two or more different checkpoints")
     load_data = functools.cache(lambda *name: common.load_dataset(*name, 1, args.limit_test, device))
     for subject in subjects + teacher:
         subject.test = load_data(subject.dataset, subject.data_dir)
@@ -1107,9 +1182,7 @@ def main():
         for subject in subjects:
             if tuple(subject.test.classes) != CIFAR10:
                 raise UsageError(f"--cinic: has the classes of cifar10; {subject.path} has those of {subject.dataset}")
-        cinic_images, cinic_labels = (
-            part.to(device) for part in load_cinic(args.cinic, subjects[0].data_dir, args.seed)
-        )
+        cinic = [part.to(device) for part in load_cinic(args.cinic, subjects[0].data_dir, args.seed)]
     evaluation = Evaluation(args.out)
     print(f"{len(subjects)} models on {device}, results in {args.out}", flush=True)
 
@@ -1118,30 +1191,29 @@ def main():
         show_corruptions(args.out / "corruptions.png", images[common.spread(len(images), 2)], args.seed)
     for subject in subjects:
         subject.clean = evaluation.part("clean", subject, {}, evaluate_clean, subject, args.batch_size)
-        for eps in args.eps if args.pgd else []:
-            settings = {"eps": eps, "step_size": args.step_size, "steps": args.pgd, "restarts": args.restarts}
-            settings["seed"] = args.seed
-            subject.pgd[eps] = evaluation.part("PGD", subject, settings, evaluate_pgd, subject, eps, args)
+    for subject, eps in itertools.product(subjects, args.eps if args.pgd else []):
+        settings = {"eps": eps, "step_size": args.step_size, "restarts": args.restarts, "seed": args.seed}
+        steps = map(str, args.pgd)
+        subject.pgd[eps] = evaluation.part("PGD", subject, settings, evaluate_pgd, subject, eps, args, needed=steps)
     for data in {subject.data: 0 for subject in subjects} if args.cifar_c is not None else []:
         members = [subject for subject in subjects if subject.data == data]
+        images = members[0].test.test_images
         for name in progress(list(SEVERITIES), f"CIFAR-C, {args.cifar_c or 'generated'}, of {members[0].dataset}"):
-            images = members[0].test.test_images
             corrupted = functools.cache(functools.partial(corrupted_images, official, images, name, seed=args.seed))
-            settings = {"corruption": name, "source": args.cifar_c or f"generated, seed {args.seed}"}
+            source = file_digest(Path(args.cifar_c) / f"{name}.npy") if official else f"generated, seed {args.seed}"
+            settings, work = {"corruption": name, "source": source}, (corrupted, args.batch_size)
             for subject in members:
-                arguments = subject, corrupted, args.batch_size
-                subject.corruptions[name] = evaluation.part(
-                    "CIFAR-C", subject, settings, evaluate_corruption, *arguments
-                )
+                result = evaluation.part("CIFAR-C", subject, settings, evaluate_corruption, subject, *work)
+                subject.corruptions[name] = result
     for subject in subjects if args.cinic else []:
-        settings = {"images": hashlib.sha256(cinic_images.cpu().numpy().tobytes()).hexdigest()}
-        arguments = subject, cinic_images, cinic_labels, args.batch_size
-        subject.cinic = evaluation.part("CINIC", subject, settings, evaluate_cinic, *arguments)
+        settings = {"images": hashlib.sha256(cinic[0].cpu().numpy().tobytes()).hexdigest()}
+        subject.cinic = evaluation.part("CINIC", subject, settings, evaluate_cinic, subject, *cinic, args.batch_size)
     for source in subjects + teacher if args.transfer else []:
         settings = {"eps": args.eps[0], "step_size": args.step_size, "steps": 20, "seed": args.seed}
-        settings["targets"] = [target.sha256 for target in subjects]
-        source.transfer = evaluation.part("transfer", source, settings, evaluate_transfer, source, subjects, args)
-    evaluation.save(report(args, grouped(subjects), teacher))
+        work, targets = (source, subjects, args), [target.sha256 for target in subjects]
+        source.transfer = evaluation.part("transfer", source, settings, evaluate_transfer, *work, needed=targets)
+    evaluation.summary = report(args, grouped(subjects), teacher)
+    evaluation.save()
     print(f"wrote {evaluation.path}")
 
 
