@@ -1184,7 +1184,7 @@ def main():
                 raise UsageError(f"--cinic: has the classes of cifar10; {subject.path} has those of {subject.dataset}")
         cinic = [part.to(device) for part in load_cinic(args.cinic, subjects[0].data_dir, args.seed)]
     evaluation = Evaluation(args.out)
-    print(f"{len(subjects)} models on {device}, results in {args.out}", flush=True)
+    print(f"{len(subjects)} model{'s' * (len(subjects) > 1)} on {device}, results in {args.out}", flush=True)
 
     if args.show_corruptions:
         images = subjects[0].test.test_images

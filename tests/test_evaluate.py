@@ -146,6 +146,17 @@ def test_pgd_reaches_the_optimum_of_a_linear_model(eps):
     assert torch.equal(adversarial, model.optimum(images, labels, eps))
 
 
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_pgd_goes_as_many_steps_as_it_is_told(steps):
+    images, labels = torch.full((6, 3, 16, 16), 0.5), torch.arange(6) % 2
+    model, generator = Linear(768), torch.Generator()
+    start = evaluate.random_start(images, 0.3, generator.manual_seed(2))
+    out = evaluate.pgd(model, images, labels, 0.3, 0.01, steps, generator.manual_seed(2))
+    direction = (model.optimum(images, labels, 0.3) - images).sign()
+    expected = (start + 0.01 * steps * direction).clamp(0.2, 0.8)
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("eps, step_size", [(0, 0.003), (0.031, 0.003), (0.031, 0.5), (1, 0.3), (1, 1), (0.1, 0)])
 def test_pgd_stays_in_the_ball_and_in_the_range(eps, step_size):
     images, labels = common.to_float(random_images(8)), torch.arange(8) % 10
@@ -359,6 +370,12 @@ class Knows(nn.Module):
         attacked = ((levels - levels.round()).abs().amax(1) > 1e-3).long()
         zero = self.bits[attacked, levels[:, 0].round().long()].float().view(-1, 1)
         return torch.cat([zero, 1 - zero], 1) + 0 * images.sum((1, 2, 3)).view(-1, 1)
+
+
+def test_a_sample_that_is_wrong_when_clean_is_lost_whatever_the_attack_does():
+    """The third is misclassified at its own pixels, and nowhere else."""
+    subject = subject_of(Knows("110", "111"), numbered(3), torch.zeros(3).long(), 2)
+    assert evaluate.evaluate_pgd(subject, 0.0015, pgd_args([1, 3])) == pytest.approx(dict.fromkeys("13", 200 / 3))
 
 
 def test_only_samples_that_both_classify_correctly_count():
