@@ -8,7 +8,7 @@ student that is taught by such answers gets to see the teacher's uncertainty; it
 Arani, Sarfraz, Zonooz: Noise as a Resource for Learning in Knowledge Distillation, WACV 2021. Equation 1, section 4.1,
 Table 1. Without dropout FT is Hinton's method.
 
-    python fickle_teacher.py                                   # built-in data, ATTAINED_TIME
+    python fickle_teacher.py                                   # built-in data, a few minutes on two CPU cores
     python fickle_teacher.py --dropout 0                       # Hinton
     python fickle_teacher.py --method baseline                 # the student alone, cross-entropy
     python fickle_teacher.py --dataset cifar10 --dropout 0.4   # a row of Table 1

@@ -7,7 +7,7 @@ formula; the loop adds them up.
 Sarfraz, Arani, Zonooz: Knowledge Distillation Beyond Model Compression, ICPR 2020. Tables I-VI and Figure 1. And with
 --add Table 2 of Noise as a Resource for Learning in Knowledge Distillation.
 
-    python kd_zoo.py                                                        # Hinton on built-in data, ATTAINED_TIME
+    python kd_zoo.py                                                        # Hinton on built-in data, two CPU cores are enough
     python kd_zoo.py --method rkd-da                                        # another way
     python kd_zoo.py --method at --dataset cifar10                          # a cell of Table III
     python kd_zoo.py --method sp --dataset cifar10 --noise sym --rate 0.4   # … of Table V
