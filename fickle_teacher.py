@@ -8,10 +8,13 @@ student that is taught by such answers gets to see the teacher's uncertainty; it
 Arani, Sarfraz, Zonooz: Noise as a Resource for Learning in Knowledge Distillation, WACV 2021. Equation 1, section 4.1,
 Table 1. Without dropout FT is Hinton's method.
 
-    python fickle_teacher.py                                   # built-in data, a few minutes on two CPU cores
+    python fickle_teacher.py                                   # built-in data, teacher and student
     python fickle_teacher.py --dropout 0                       # Hinton
     python fickle_teacher.py --method baseline                 # the student alone, cross-entropy
     python fickle_teacher.py --dataset cifar10 --dropout 0.4   # a row of Table 1
+
+Attained by the first command: 95.7 % test accuracy (teacher 92.1 %), last epoch, n = 1, FTTIME on two CPU cores, with
+its teacher. Not yet run at the paper's size (94.67); README.md has runs of the size of a CPU.
 """
 
 import torch

@@ -7,12 +7,14 @@ formula; the loop adds them up.
 Sarfraz, Arani, Zonooz: Knowledge Distillation Beyond Model Compression, ICPR 2020. Tables I-VI and Figure 1. And with
 --add Table 2 of Noise as a Resource for Learning in Knowledge Distillation.
 
-    python kd_zoo.py                                                        # Hinton on built-in data, two CPU cores are enough
+    python kd_zoo.py                                                        # Hinton on built-in data
     python kd_zoo.py --method rkd-da                                        # another way
     python kd_zoo.py --method at --dataset cifar10                          # a cell of Table III
     python kd_zoo.py --method sp --dataset cifar10 --noise sym --rate 0.4   # … of Table V
     python kd_zoo.py --method dml --dataset cifar10 --imbalance 0.6         # … of Table VI
     python kd_zoo.py --method sp --add ft --dataset cifar10                 # … of Table 2 of Noise as a Resource
+
+Not yet run at the paper's size, and on CIFAR-10 not at all.
 
 Our choices where the paper is silent: the distillation terms of BSS and DML are Hinton's loss with its factor tau². BSS
 attacks the teacher and moves no pixel further than 16/255. FSP's matrices relate a group's input, max-pooled to the

@@ -9,10 +9,13 @@ teacher, trained on the same corrupted labels, still tells which classes resembl
 Arani, Sarfraz, Zonooz: Noise as a Resource for Learning in Knowledge Distillation, WACV 2021. Equation 1, section 4.3,
 Tables 7-9, Figures 4 and 5. With r = 0 MC is Hinton's method.
 
-    python messy_collaboration.py                                                     # built-in data, 2 minutes on two CPU cores
+    python messy_collaboration.py                                                     # built-in data
     python messy_collaboration.py --target-noise 0                                    # Hinton
     python messy_collaboration.py --method baseline                                   # the student alone
     python messy_collaboration.py --dataset cifar10 --rate 0.25 --target-noise 0.1    # a cell of Table 7
+
+Attained by the first command: 90.1 % test accuracy, last epoch, n = 1, 1:53 minutes on two CPU cores, teacher included.
+Not yet run at the paper's size (85.22 at 25 % and r = 0.1); README.md has runs of the size of a CPU.
 """
 
 import torch

@@ -8,10 +8,13 @@ that sees the clean image x tells the student, which sees x + delta, how its ans
 Arani, Sarfraz, Zonooz: Noise as a Resource for Learning in Knowledge Distillation, WACV 2021. Equations 1 and 2,
 section 4.2, Tables 3-6, Figures 1-3. GA is cross-entropy on x + delta alone.
 
-    python soft_randomization.py                                                  # built-in data, 2 minutes on two CPU cores
+    python soft_randomization.py                                                  # built-in data
     python soft_randomization.py --method ga                                      # the same without a teacher
     python soft_randomization.py --dataset cifar10 --sigma 0.2                    # a cell of Table 3
     python evaluate.py runs/sr-cifar10-clean-sigma0.2-seed0/checkpoint.pt --pgd 20   # … and of Table 6
+
+Attained by the first command: 98.5 % test accuracy (teacher 98.6 %), last epoch, n = 1, 1:58 minutes on two CPU cores,
+teacher included. Not yet run at the paper's size (84.07 at sigma 0.2); README.md has runs of the size of a CPU.
 """
 
 import torch
