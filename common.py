@@ -148,9 +148,9 @@ def add_teacher_arguments(parser):
     """Add the flags of a script that distils from a teacher."""
     add = parser.add_argument_group("teacher and student").add_argument
     add("--teacher", type=Path, metavar="CKPT", help="checkpoint.pt of a trained teacher (default: train one, once)")
-    add("--teacher-arch", metavar="ARCH", help="of the teacher that is trained (default: wrn-40-2; on shapes wrn-10-2)")
+    add("--teacher-arch", metavar="ARCH", help="of the teacher that is trained (default: the paper's; on shapes small)")
     add("--teacher-seeds", type=number(int, 1), default=1, metavar="K", help="train K, keep the best (default: 1)")
-    add("--student-arch", metavar="ARCH", help="wrn-D-K, resnetD, … (default: wrn-16-2; on shapes wrn-10-1)")
+    add("--student-arch", metavar="ARCH", help="wrn-D-K, resnetD, … (default: the paper's; on shapes small)")
 
 
 def fill(args, preset):
