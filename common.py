@@ -977,7 +977,8 @@ def load_checkpoint(path, flag="checkpoint"):
 
 def load_model(checkpoint, part="model", device="cpu"):
     """Rebuild the model whose weights are checkpoint[part] ("model", "ema", …), in evaluation mode on `device`."""
-    model = build_model(checkpoint["arch"], checkpoint["num_classes"], checkpoint["dropout"])
+    arch = checkpoint.get("archs", {}).get(part, checkpoint["arch"])  # a part may be of another architecture
+    model = build_model(arch, checkpoint["num_classes"], checkpoint["dropout"])
     model.load_state_dict(checkpoint[part])
     return model.to(device).eval()
 
@@ -1134,9 +1135,10 @@ class Run:
         plot_curves(self.folder / "curves.png", self.metrics, self.folder.name)
         best = max(self.metrics, key=lambda record: record["test_acc"])
         final = self.metrics[-1]
-        ema = f" (EMA {final['ema_test_acc']:.2f} %)" if "ema_test_acc" in final else ""
+        others = [k for k in COLUMNS if k != "test_acc" and not k.startswith("train") and final.get(k) is not None]
+        beside = f" ({', '.join(f'{COLUMNS[k]} {final[k]:.2f} %' for k in others)})" if others else ""
         print(
-            f"final test accuracy {final['test_acc']:.2f} %{ema} after epoch {final['epoch']}, "
+            f"final test accuracy {final['test_acc']:.2f} %{beside} after epoch {final['epoch']}, "
             f"best {best['test_acc']:.2f} % after epoch {best['epoch']}: {self.folder}"
         )
 
@@ -1218,12 +1220,16 @@ def train_teacher(args, device, data, labels, milestones, dropout, seed):
 
 COLUMNS = {  # metric: its heading in the line printed each epoch
     "test_acc": "test", "ema_test_acc": "EMA", "ensemble_test_acc": "ensemble",
+    "test_acc_A": "A", "test_acc_B": "B", "val_acc": "validation",
     "train_acc_right": "right", "train_acc_wrong": "wrong",
 }  # fmt: skip
 LEGENDS = {
     "test_acc": "test",
     "ema_test_acc": "test, EMA",
     "ensemble_test_acc": "test, ensemble",
+    "test_acc_A": "test, A",
+    "test_acc_B": "test, B",
+    "val_acc": "validation",
     "train_acc_right": "rightly labelled samples: the label",
     "train_acc_wrong": "wrongly labelled samples: the wrong label (memorised)",
     "train_acc_wrong_true": "wrongly labelled samples: the true label",

@@ -681,6 +681,7 @@ def load_subject(path, args, device, flag="CKPT", part="model"):
     config, apart = checkpoint["config"], ("seed", *common.Run.SAME_RUN)
     try:
         parts = [k for k, v in checkpoint.items() if isinstance(v, dict) and v.keys() == checkpoint["model"].keys()]
+        parts += [k for k in checkpoint.get("archs", {}) if k not in parts]
         model = common.load_model(checkpoint, part if part in parts else "model", device).requires_grad_(False)
         subject = Subject(
             str(path), f"{file_digest(path)} {part}", model, args.dataset or checkpoint["dataset"],
