@@ -902,6 +902,16 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1)):
     return model.to(memory_format=torch.channels_last)
 
 
+def current_statistics(layers):
+    """Make these BatchNorm layers normalise by the batch at hand from now on, in evaluation mode too.
+
+    Their running statistics are taken from them, so that nothing can change those.
+    """
+    for layer in layers:
+        layer.track_running_stats = False
+        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+
+
 @torch.no_grad()
 def predict(model, images, amp=False, batch_size=500):
     """Logits float32 [N, C] of uint8 images [N, 3, H, W], the model in evaluation mode (its mode is put back after)."""
@@ -1143,14 +1153,16 @@ class Run:
         )
 
 
-def load_teacher(args, run, data, labels, milestones, dropout=0.0):
+def load_teacher(args, run, data, labels, milestones, dropout=0.0, **recipe):
     """The teacher in --teacher, or a standard one, trained by cross-entropy now or by an earlier run.
 
     run: the student's Run, whose checkpoints will name the teacher. data: the Dataset. labels: int64 [N], the training
-    labels as the student is given them. A teacher is trained with the student's epochs, batch size, lr and weight
-    decay, `milestones` (epochs after which lr falls to a fifth), crops padded by reflection, and flips; `dropout` is
-    its network's. It stays in runs/teachers, in a folder named by a digest of all that, images and labels included. Of
-    --teacher-seeds K, seeds 0 … K-1, the one with the highest test accuracy teaches.
+    labels as the student is given them. A teacher is trained by SGD with the student's epochs, batch size, lr and
+    weight decay, `milestones` (epochs after which lr falls to a fifth; None: to a tenth where the test loss has not
+    fallen for ten), crops padded by reflection, and flips; `dropout` is its network's. recipe: epochs, lr, weight_decay
+    and optimizer ("sgd" or "adam"), where they are other ones. It stays in runs/teachers, in a folder named by a digest
+    of all that, images and labels included. Of --teacher-seeds K, seeds 0 … K-1, the one with the highest test accuracy
+    teaches.
     Returns the model in evaluation mode, without gradients. The student's random states are as if it had been there.
     Raises UsageError for a --teacher of other classes, another data set or another dropout.
     """
@@ -1165,7 +1177,9 @@ def load_teacher(args, run, data, labels, milestones, dropout=0.0):
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         if not args.teacher:
             seeds = range(args.teacher_seeds)
-            trained = [train_teacher(args, run.device, data, labels, milestones, dropout, seed) for seed in seeds]
+            trained = [
+                train_teacher(args, run.device, data, labels, milestones, dropout, seed, recipe) for seed in seeds
+            ]
             path, checkpoint = max(trained, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
         teacher = load_model(checkpoint, "model", run.device).requires_grad_(False)
     run.header["teacher"] = str(path)
@@ -1173,11 +1187,12 @@ def load_teacher(args, run, data, labels, milestones, dropout=0.0):
     return teacher
 
 
-def train_teacher(args, device, data, labels, milestones, dropout, seed):
+def train_teacher(args, device, data, labels, milestones, dropout, seed, recipe):
     """Train a teacher, go on with it, or find it done: the path of its checkpoint, and the checkpoint."""
     flags = "dataset data_dir noise rate limit_train limit_test epochs batch_size lr weight_decay device amp compile"
     own = argparse.Namespace(**{flag: getattr(args, flag) for flag in flags.split()})
-    own.arch, own.dropout, own.milestones, own.seed = args.teacher_arch, dropout, list(milestones), seed
+    own.arch, own.dropout, own.milestones, own.seed = args.teacher_arch, dropout, milestones, seed
+    vars(own).update({"optimizer": "sgd", **recipe})
     own.data = hashlib.sha256(data.train_images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
     identity = {flag: value for flag, value in vars(own).items() if flag not in Run.SAME_RUN}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -1191,8 +1206,14 @@ def train_teacher(args, device, data, labels, milestones, dropout, seed):
     print(f"training a teacher first; it stays in {own.out} for later runs", flush=True)
     torch.manual_seed(seed)
     model = build_model(own.arch, len(data.classes), dropout).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), own.lr, momentum=0.9, weight_decay=own.weight_decay)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
+    if own.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), own.lr, momentum=0.9, weight_decay=own.weight_decay)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), own.lr, weight_decay=own.weight_decay)
+    if milestones:
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
+    else:
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=10)
     run = Run(
         own, device, method="teacher", arch=own.arch, classes=data.classes, dropout=dropout,
         model=model, optimizer=optimizer, scheduler=scheduler,
@@ -1201,7 +1222,7 @@ def train_teacher(args, device, data, labels, milestones, dropout, seed):
         model.compile()
     for _ in range(run.epoch, own.epochs):
         model.train()
-        lr, losses = scheduler.get_last_lr()[0], []
+        lr, losses = optimizer.param_groups[0]["lr"], []
         for index in run.progress(batches(len(labels), own.batch_size, device)):
             x = crop_flip(to_float(data.train_images[index]), mode="reflect")
             with torch.autocast(device.type, torch.bfloat16, enabled=own.amp):
@@ -1210,8 +1231,9 @@ def train_teacher(args, device, data, labels, milestones, dropout, seed):
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        scheduler.step()
-        run.end_epoch(losses, lr=lr, test_acc=accuracy(predict(model, data.test_images, own.amp), data.test_labels))
+        logits = predict(model, data.test_images, own.amp)
+        scheduler.step(*[] if milestones else [F.cross_entropy(logits, data.test_labels).item()])
+        run.end_epoch(losses, lr=lr, test_acc=accuracy(logits, data.test_labels))
     run.finish()
     return path, load_checkpoint(path, "teacher")
 
@@ -1221,6 +1243,7 @@ def train_teacher(args, device, data, labels, milestones, dropout, seed):
 COLUMNS = {  # metric: its heading in the line printed each epoch
     "test_acc": "test", "ema_test_acc": "EMA", "ensemble_test_acc": "ensemble",
     "test_acc_A": "A", "test_acc_B": "B", "val_acc": "validation",
+    "test_acc_current": "current", "test_acc_running": "running", "test_acc_adjusted": "adjusted",
     "train_acc_right": "right", "train_acc_wrong": "wrong",
 }  # fmt: skip
 LEGENDS = {
@@ -1230,6 +1253,9 @@ LEGENDS = {
     "test_acc_A": "test, A",
     "test_acc_B": "test, B",
     "val_acc": "validation",
+    "test_acc_current": "test, current statistics",
+    "test_acc_running": "test, running statistics",
+    "test_acc_adjusted": "test, re-estimated statistics",
     "train_acc_right": "rightly labelled samples: the label",
     "train_acc_wrong": "wrongly labelled samples: the wrong label (memorised)",
     "train_acc_wrong_true": "wrongly labelled samples: the true label",

@@ -1,0 +1,452 @@
+"""Distilling from noise alone: a student that never sees an image of the data set.
+
+A trained teacher knows nothing about Gaussian noise as long as its BatchNorm layers normalise by the running statistics
+of its training images: the activations leave the range that they had in training. Let the layers normalise by the
+*current* batch instead, and they come back: the teacher's answers to noise are worth learning from.
+
+    L = H(softmax T(x), softmax S(x))     x ~ N(0, 1), or dead leaves; T's BatchNorm on the statistics of the batch x
+
+The student, whose running statistics are those of noise, is tested with current statistics too.
+
+Raikwar, Mishra: Discovering and Overcoming Limitations of Noise-engineered Data-free Knowledge Distillation, NeurIPS
+2022, and its appendix: Tables 1-3, Figures 1-8.
+
+    python noise_data_free_kd.py                                               # built-in data
+    python noise_data_free_kd.py --bn running                                  # the same, with running statistics
+    python noise_data_free_kd.py --dataset cifar10 --source dead-leaves        # a cell of Table 2
+    python noise_data_free_kd.py --dataset cifar10 --running-fraction 0.25     # … of Table 1
+    python noise_data_free_kd.py --source dead-leaves --show-source            # Figure 4
+    python noise_data_free_kd.py --plot-activations runs/…/checkpoint.pt       # Figures 2, 3a, 5-8
+    python noise_data_free_kd.py --plot-batch-size runs/…/checkpoint.pt …      # Figure 3b
+    python noise_data_free_kd.py --toy                                         # Figure 1
+
+Not yet run at the paper's size.
+
+The learning rate falls where the loss on the test set stops falling, as the paper has it. That looks at test data;
+--schedule cosine does not. Dead leaves follow the "shapes" of Baradad et al. 2021. Our choices where the paper is silent:
+original data come in crops and flips; test batches are a fixed random order of the test set; statistics are
+re-estimated as the plain mean over the batches of their means and variances.
+"""
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import common
+from common import UsageError, accuracy, number, one_of, predict, to_float
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+
+def preset(args):
+    """What the flags left unset, from appendix A.7; on shapes, small nets for a CPU."""
+    name = Path(args.dataset or "shapes").stem
+    teacher = {"cifar100": "wrn-28-10", "svhn": "resnet18"}.get(name, "resnet34")
+    run = {
+        "epochs": 200, "teacher_epochs": 100, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0, "noise": "none",
+        "teacher_arch": teacher, "student_arch": "resnet18", "eval_batch_size": 16 if args.plot_activations else args.batch_size or 256,
+    }  # fmt: skip
+    if name == "shapes":
+        run |= {"epochs": 20, "teacher_epochs": 15, "batch_size": 64, "lr": 2e-3, "teacher_arch": "wrn-16-1"}
+        run |= {"student_arch": "wrn-10-1", "eval_batch_size": 16 if args.plot_activations else args.batch_size or 64}
+    bn = args.bn or ("running" if args.source == "data" else "current")
+    return run | {"bn": bn, "running_fraction": float(bn == "running")}
+
+
+def parse_args():
+    parser = common.Parser(__doc__)
+    common.add_common_arguments(parser)
+    common.add_teacher_arguments(parser)
+    add = parser.add_argument_group("method (appendix A.2-A.7)").add_argument
+    add("--source", default="dead-leaves", type=one_of("gaussian", "dead-leaves", "data"), help="what the student sees")
+    add("--bn", type=one_of("current", "running"), help="the teacher's statistics (default: current; of data running)")
+    add("--running-fraction", type=number(float, 0, 1), metavar="P", help="of the layers, drawn at random, on running")
+    add("--schedule", default="plateau", type=one_of("plateau", "cosine"), help="of lr; plateau looks at test data")
+    add("--teacher-epochs", type=number(int, 1), help="of the teacher that is trained (default: 100; on shapes 15)")
+    add("--eval-batch-size", type=number(int, 2), help="of current and re-estimated statistics (default: batch size)")
+    add("--adjust-batches", type=number(int, 1), default=16, metavar="K", help="re-estimate on K batches (default: 16)")
+    add = parser.add_argument_group("pictures, without training").add_argument
+    add("--show-source", action="store_true", help="write a sheet of samples, source.png")
+    add("--plot-activations", type=Path, metavar="CKPT", help="of a student and its teacher, and Figure 3a")
+    add("--plot-batch-size", type=Path, nargs="+", metavar="CKPT", help="accuracy of these runs by batch size")
+    add("--toy", action="store_true", help="concentric circles and a perceptron with two BatchNorm layers")
+    args = parser.parse_args()
+    if args.bn and args.running_fraction is not None:
+        raise UsageError("--running-fraction: --bn is short for 0 (current) or 1 (running); leave one of them out")
+    return common.fill(args, preset(args))
+
+
+# ------------------------------------------------------------------------------------------------------------ the noise
+
+
+def ranges(start, length):
+    """The integers start[i] … start[i] + length[i] - 1 of all i, one after the other, and to which i each belongs."""
+    owner = torch.repeat_interleave(length)
+    before = start - (length.cumsum(0, dtype=length.dtype) - length)  # what to add to the place in the list
+    return owner, torch.arange(len(owner), dtype=length.dtype, device=owner.device) + before.index_select(0, owner)
+
+
+def leaf_radii(*shape, generator, device):
+    """Radii in units of the side, of density ∝ r^-3 - 1 on [0.03, 1]: drawn from r^-3, kept with probability 1 - r³.
+
+    A radius that is not kept is given as -1: such a leaf covers nothing.
+    """
+    u, v = torch.rand(2, *shape, generator=generator, device=device)
+    r = (0.03**-2 - u * (0.03**-2 - 1)).rsqrt()
+    return torch.where(v < r**3, -1, r)
+
+
+def leaf_edges(r, generator):
+    """Four edges of each leaf of radius r [L]: normals (cos, sin) [L, 2, 4] and their distances from its centre [L, 4].
+
+    Inside is where the circle and all four half-planes are. Disc, square, rotated square, rectangle, triangle and
+    quadrilateral are equally likely; their corners are on the circle, those of the last two at any angles.
+    """
+    kind = torch.randint(6, r.shape, generator=generator, device=r.device).unsqueeze(1)
+    free = 2 * math.pi * torch.rand(len(r), 4, generator=generator, device=r.device)
+    corner = torch.where(kind == 3, free[:, :1] / 4, math.pi / 4)  # a rectangle's in the first quadrant
+    turn = torch.where(kind == 2, free[:, 1:2], 0)
+    box = torch.cat([corner, math.pi - corner, math.pi + corner, 2 * math.pi - corner], 1) + turn
+    free = torch.where(kind == 4, free[:, [0, 1, 2, 2]], free).sort(1).values  # a triangle has one corner twice
+    angles = torch.where(kind < 4, box, free)
+    after = torch.cat([angles[:, 1:], angles[:, :1] + 2 * math.pi], 1)
+    normal, half_gap = (angles + after) / 2, (after - angles) / 2
+    distance = torch.where(kind == 0, 2.0, half_gap.cos()) * r.unsqueeze(1)
+    return torch.stack([normal.cos(), normal.sin()], 1), distance
+
+
+def dead_leaves(n, size, generator, device):
+    """Dead-leaves images (Baradad et al. 2021, "shapes"), float32 [n, 3, size, size] in [0, 1].
+
+    Leaves of random place, radius, shape and colour are laid one behind the other until nothing shows through. All
+    images are laid at once, many leaves a round: of each leaf that may still show, the rows; of each row, the columns
+    between its edges; of each pixel, the foremost leaf. generator: a torch.Generator of `device`, which decides all;
+    None: the global one.
+    """
+
+    def uniform(high, *shape):
+        return high * torch.rand(*shape, generator=generator, device=device)
+
+    def pixels(low, high):
+        """The first whole number from `low` on, and how many there are up to `high`, both within the image."""
+        first = low.ceil().clamp_(0, size)
+        return first.int(), (high.floor().clamp_(-1, size - 1) - first + 1).clamp_(min=0).int()
+
+    area, leaves = size * size, 192  # a round, then 256: few enough to waste little, many enough to be fast
+    image = torch.zeros(n * area, 3, device=device)
+    bare = torch.ones(n, area, dtype=torch.bool, device=device)
+    unfinished = torch.arange(n, device=device)  # the images that still have bare pixels
+    while len(unfinished):
+        shape = (len(unfinished), leaves)
+        r = size * leaf_radii(*shape, generator=generator, device=device)  # in pixels, whose centres are whole numbers
+        x, y = uniform(size, *shape) - 0.5, uniform(size, *shape) - 0.5
+        # a leaf may show where its box holds a bare pixel; counts by a summed-area table
+        (left, width), (top, height) = pixels(x - r, x + r), pixels(y - r, y + r)
+        table = F.pad(bare[unfinished].view(-1, size, size), (1, 0, 1, 0)).int().cumsum(1).cumsum(2).flatten()
+        tables = torch.arange(len(unfinished), device=device, dtype=torch.int32) * (size + 1) ** 2
+        at = (tables.unsqueeze(1) + top * (size + 1) + left).flatten()
+        width, below = width.flatten(), at + height.flatten() * (size + 1)
+        count = [table.index_select(0, corner) for corner in (below + width, below, at + width, at)]
+        shows = (count[0] - count[1] != count[2] - count[3]).nonzero().squeeze(1).int()
+        x, y, r, top, height = (v.flatten().index_select(0, shows) for v in (x, y, r, top, height))
+        (normal, distance), colour = leaf_edges(r, generator), uniform(1, len(shows), 3)
+
+        leaf, row = ranges(top, height)
+        dy = row - y.index_select(0, leaf)
+        half = (r.square().index_select(0, leaf) - dy**2).clamp_(min=0).sqrt_()
+        cos, sin = normal.index_select(0, leaf).unbind(1)
+        cut = (distance.index_select(0, leaf) - sin * dy.unsqueeze(1)) / cos  # where the row meets each edge
+        high = torch.minimum(torch.where(cos > 0, cut, math.inf).amin(1), half)
+        low = torch.maximum(torch.where(cos < 0, cut, -math.inf).amax(1), -half)
+        start = (shows // leaves * area).index_select(0, leaf) + row * size  # of the row, among the unfinished images
+        centre = x.index_select(0, leaf)
+        run, column = ranges(*pixels(centre + low, centre + high))
+
+        foremost = torch.full((len(unfinished) * area,), len(shows), dtype=torch.int32, device=device)
+        covered = (start.index_select(0, run) + column).long()
+        foremost.scatter_reduce_(0, covered, leaf.index_select(0, run), "amin")
+        now = (bare[unfinished].flatten() & (foremost < len(shows))).nonzero().squeeze(1)
+        pixel = unfinished.index_select(0, now // area) * area + now % area
+        image.index_copy_(0, pixel, colour.index_select(0, foremost.index_select(0, now)))
+        bare.view(-1).index_fill_(0, pixel, False)
+        unfinished, leaves = unfinished[bare[unfinished].any(1)], 256
+    return image.view(n, size, size, 3).permute(0, 3, 1, 2).contiguous()
+
+
+def samples(source, count, data, index=None):
+    """`count` inputs float32 [count, 3, H, W]: noise, dead leaves (cut from squares), or training images by index."""
+    shape, device = data.train_images.shape[1:], data.train_images.device
+    if source == "data":
+        return common.crop_flip(to_float(data.train_images[index]))
+    if source == "gaussian":
+        return torch.randn(count, *shape, device=device)
+    return dead_leaves(count, max(shape[1:]), None, device)[:, :, : shape[1], : shape[2]]
+
+
+# ------------------------------------------------------------------------------------------------------------ BatchNorm
+
+
+def batch_norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def on_running_statistics(teacher, fraction, seed):
+    """Put all BatchNorm layers but a random `fraction` on current statistics; the list of those on running ones."""
+    layers = batch_norms(teacher)
+    order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(seed)).tolist()
+    running = round(fraction * len(layers))
+    common.current_statistics([layers[i] for i in order[running:]])
+    return [layers[i] for i in sorted(order[:running])]
+
+
+@torch.no_grad()
+def logits_by_statistics(student, images, batch_size, adjust_batches, amp=False):
+    """Logits [M, C] of uint8 images, the student's BatchNorm on current, running and re-estimated statistics: a dict.
+
+    current: of batches of about batch_size of these images. running: those that training left. adjusted: the plain mean
+    over the first adjust_batches of these batches, which the first pass gathers on its way. The student stays as it is.
+    """
+    probe = copy.deepcopy(student).train()
+    for layer in batch_norms(probe):
+        layer.reset_running_stats()
+        layer.momentum = None  # a cumulative mean
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
+    current = []
+    for i, part in enumerate(order.tensor_split(max(1, round(len(images) / batch_size)))):
+        for layer in batch_norms(probe):
+            layer.track_running_stats = i < adjust_batches
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+            current.append(probe(to_float(images[part])).float())
+    return {
+        "current": torch.cat(current)[order.argsort()],
+        "running": predict(student, images, amp),
+        "adjusted": predict(probe, images, amp),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def main():
+    args = parse_args()
+    device = common.setup(args)
+    if args.toy:
+        return toy(args)
+    if args.plot_batch_size:
+        return plot_batch_size(args)
+    if args.plot_activations:
+        return plot_activations(args, device)
+    data = common.load_dataset(args.dataset, args.data_dir, args.limit_train, args.limit_test, device)
+    if args.show_source:
+        return show_source(args, data)
+    num_classes = len(data.classes)
+    labels = common.corrupt_labels(
+        data.train_labels, args.noise, args.rate, num_classes, args.seed, data.classes, args.data_dir
+    )
+    student = common.build_model(args.student_arch, num_classes).to(device)
+    optimizer = torch.optim.Adam(student.parameters(), args.lr, weight_decay=args.weight_decay)
+    if args.schedule == "plateau":
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=10)
+    else:
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    partly = args.running_fraction not in (0, 1)
+    run = common.Run(
+        args, device, method=f"{args.source}-" + ("partly" if partly else args.bn), arch=args.student_arch,
+        classes=data.classes, tag=f"running{args.running_fraction:g}" if partly else "",
+        model=student, optimizer=optimizer, scheduler=scheduler,
+    )  # fmt: skip
+    mode = run.header["batch_norm"] = "running" if args.source == "data" else "current"
+    sgd = Path(args.dataset).stem == "cifar100"  # appendix A.7
+    recipe = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4} if sgd else {"optimizer": "adam", "lr": args.lr}
+    teacher = common.load_teacher(args, run, data, labels, milestones=None, epochs=args.teacher_epochs, **recipe)
+    running = on_running_statistics(teacher, args.running_fraction, args.seed)
+    print(f"of the teacher's {len(batch_norms(teacher))} BatchNorm layers {len(running)} use running statistics")
+    untouched = [value.clone() for value in teacher.state_dict().values()]
+    if args.compile:
+        student.compile()
+
+    for _ in range(run.epoch, args.epochs):
+        student.train()
+        lr, losses = optimizer.param_groups[0]["lr"], []
+        for index in run.progress(common.batches(len(labels), args.batch_size, device)):
+            x = samples(args.source, len(index), data, index)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                with torch.no_grad():
+                    T = teacher(x).float()
+                S = student(x).float()
+                loss = F.cross_entropy(S, T.softmax(1))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        if not all(map(torch.equal, untouched, teacher.state_dict().values())):
+            raise RuntimeError("the teacher has changed")
+        logits = logits_by_statistics(student, data.test_images, args.eval_batch_size, args.adjust_batches, args.amp)
+        scores = {f"test_acc_{name}": accuracy(S, data.test_labels) for name, S in logits.items()}
+        test_loss = F.cross_entropy(logits[mode], data.test_labels).item()
+        scheduler.step(*[test_loss] if args.schedule == "plateau" else [])
+        run.end_epoch(losses, lr=lr, test_acc=scores[f"test_acc_{mode}"], **scores, test_loss=test_loss)
+    run.finish()
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def save(figure, path):
+    with common.replacing(path) as partial:
+        figure.savefig(partial, dpi=110)
+    print(f"wrote {path}")
+
+
+def show_source(args, data):
+    """source.png: 64 of the inputs that the student would see; Gaussian noise squeezed into [0, 1] to be drawn."""
+    from matplotlib.figure import Figure
+
+    x = samples(args.source, 64, data, torch.arange(64, device=data.train_images.device) % len(data.train_images)).cpu()
+    x = (x / 6 + 0.5).clamp(0, 1) if args.source == "gaussian" else x
+    sheet = x.unflatten(0, (8, 8)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    figure = Figure(figsize=(6, 6))
+    axes = figure.add_axes((0, 0, 1, 0.95))
+    axes.imshow(sheet)
+    axes.set_title(f"{args.source}, {x.shape[2]}×{x.shape[3]}", fontsize="medium")
+    axes.axis("off")
+    save(figure, (args.out or Path("runs")) / f"{args.source}.png")
+
+
+@torch.no_grad()
+def activations(model, images):
+    """Outputs of stem and blocks, each averaged over channels and positions: a list of [N] tensors; and the last
+    block's, averaged over positions, [N, K]. images: float [N, 3, H, W], taken in batches of 250."""
+    parts = [model(part, features=True)[1] for part in images.split(250)]
+    means = [torch.cat([part[i].mean((1, 2, 3)) for part in parts]).cpu() for i in range(len(parts[0]))]
+    return means, torch.cat([part[-1].mean((2, 3)) for part in parts]).cpu()
+
+
+def plot_activations(args, device):
+    """activations.png: mean activation of the teacher's layers (Figures 5-8) and of the student's neurons (Figure 2);
+    adjust.png: accuracy by the number of batches that statistics are re-estimated on (Figure 3a)."""
+    from matplotlib.figure import Figure
+
+    checkpoint = common.load_checkpoint(args.plot_activations, "--plot-activations")
+    config = checkpoint["config"]
+    if "source" not in config or "teacher" not in checkpoint:
+        raise UsageError(f"--plot-activations: {args.plot_activations} is no student of this script; name one")
+    data_dir = args.data_dir or Path(config["data_dir"])
+    data = common.load_dataset(config["dataset"], data_dir, args.limit_train or 1000, args.limit_test, device)
+    teachers = common.load_checkpoint(Path(checkpoint["teacher"]), "the student's teacher")
+    real = to_float(data.train_images)
+    source = "gaussian" if config["source"] == "data" else config["source"]
+    torch.manual_seed(args.seed)
+    noise = samples(source, len(real), data)
+    teacher, current = (common.load_model(teachers, "model", device) for _ in range(2))
+    common.current_statistics(batch_norms(current))
+    cases = {
+        "original data, running statistics": (activations(teacher, real), "tab:red"),
+        f"{source}, running statistics": (activations(teacher, noise), "tab:blue"),
+        f"{source}, current statistics": (activations(current, noise), "black"),
+    }
+    layers = len(next(iter(cases.values()))[0][0])
+    figure = Figure(figsize=(4 * layers, 8), layout="constrained")
+    upper, lower = figure.subfigures(2, 1)
+    upper.suptitle(f"teacher {teachers['arch']}: mean activation of an image, by layer", parse_math=False)
+    for i, axes in enumerate(upper.subplots(1, layers)):
+        for label, ((means, _), colour) in cases.items():
+            axes.hist(means[i].numpy(), bins=60, density=True, histtype="step", color=colour, label=label)
+        axes.set(title="stem" if i == 0 else f"block {i}", xlabel="mean activation", yscale="log")
+    upper.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+
+    student, adapted = (common.load_model(checkpoint, "model", device) for _ in range(2))
+    common.current_statistics(batch_norms(adapted))
+    lower.suptitle(f"student {checkpoint['arch']}, last block, trained on {config['source']}", parse_math=False)
+    scatter, density = lower.subplots(1, 2)
+    trained = activations(student, noise if config["source"] != "data" else real)[1]
+    for label, colour, values in (
+        ("as in training, running statistics", "tab:blue", trained),
+        ("original data, running statistics", "tab:red", activations(student, real)[1]),
+        ("original data, current statistics", "black", activations(adapted, real)[1]),
+    ):
+        scatter.plot(trained.mean(0), values.mean(0), ".", color=colour, label=label)
+        density.hist(values.flatten().numpy(), bins=100, density=True, histtype="step", color=colour, label=label)
+    scatter.set(xlabel="mean activation of a neuron as in training", ylabel="mean activation of the neuron")
+    density.set(xlabel="activation of a neuron for an image", ylabel="density", yscale="log")
+    scatter.legend(fontsize="small")
+    folder = args.out or args.plot_activations.parent
+    save(figure, folder / "activations.png")
+
+    size, figure = args.eval_batch_size, Figure(figsize=(6, 4), layout="constrained")
+    counts = [2**i for i in range(12) if 2**i * size <= 2 * len(data.test_labels)]
+    table = []
+    for count in counts:
+        logits = logits_by_statistics(student, data.test_images, size, count)
+        table.append([accuracy(logits[name], data.test_labels) for name in ("adjusted", "current", "running")])
+    axes = figure.subplots()
+    for values, label in zip(zip(*table), ("re-estimated on this many batches", "current", "running")):
+        axes.plot(counts, values, ".-" if label[0] == "r" and " " in label else "--", label=label)
+    axes.set(xscale="log", xlabel=f"batches of {size}", ylabel="test accuracy (%)", title=str(folder.name))
+    axes.legend()
+    save(figure, folder / "adjust.png")
+    print(f"batches of {size}: " + ", ".join(f"{k}: {row[0]:.2f} %" for k, row in zip(counts, table)))
+
+
+def plot_batch_size(args):
+    """batch-size.png: final test accuracy of several runs by their batch size (Figure 3b)."""
+    from matplotlib.figure import Figure
+
+    runs_ = [common.load_checkpoint(path, "--plot-batch-size") for path in args.plot_batch_size]
+    points = sorted((run["config"]["batch_size"], run["metrics"][-1]["test_acc"]) for run in runs_ if run["metrics"])
+    if not points:
+        raise UsageError("--plot-batch-size: none of these runs has finished an epoch")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*points), "o-")
+    axes.set(xscale="log", xlabel="batch size", ylabel="test accuracy, last epoch (%)")
+    axes.set_xticks([size for size, _ in points], [str(size) for size, _ in points])
+    save(figure, (args.out or Path("runs")) / "batch-size.png")
+    print(", ".join(f"{size}: {acc:.2f} %" for size, acc in points))
+
+
+def toy(args):
+    """toy.png (Figure 1): two circles, Gaussian noise, and a perceptron's two-dimensional embeddings of both."""
+    from matplotlib.figure import Figure
+
+    torch.manual_seed(args.seed)
+    y = torch.arange(1000) % 2
+    angle = 2 * math.pi * torch.rand(1000)
+    circles = (0.5 + 0.5 * y).unsqueeze(1) * torch.stack([angle.cos(), angle.sin()], 1) + 0.05 * torch.randn(1000, 2)
+    noise = torch.randn(1000, 2)
+    embed = nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2), nn.BatchNorm1d(2))
+    head = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+    optimizer = torch.optim.Adam([*embed.parameters(), *head.parameters()], 0.01)
+    for _ in range(1000):
+        loss = F.cross_entropy(head(embed(circles)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    cases = {}
+    with torch.no_grad():
+        embed.eval()
+        cases["circles, running statistics"], cases["noise, running statistics"] = embed(circles), embed(noise)
+        common.current_statistics([embed[1], embed[4]])
+        cases["noise, current statistics"] = embed(noise)
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.scatter(*circles.T, c=y, s=4, cmap="coolwarm")
+    left.set(title="circles, on which the perceptron is trained", aspect="equal")
+    middle.scatter(*noise.T, s=4, color="grey")
+    middle.set(title="Gaussian noise", aspect="equal")
+    (mean, cov), *_ = moments = [(e.mean(0), e.T.cov()) for e in cases.values()]
+    for (label, e), (m, c), colour in zip(cases.items(), moments, ("tab:red", "tab:blue", "black")):
+        right.scatter(*e.T, s=4, color=colour, label=label, alpha=0.5)
+        between = (m - mean).square().sum() + (c + cov).trace() - 2 * torch.linalg.eigvals(c @ cov).sqrt().real.sum()
+        print(f"{label}: Fréchet distance to the embeddings of the circles {between.clamp(min=0):.3f}")
+    right.set(title="embeddings")
+    right.legend(fontsize="small")
+    save(figure, (args.out or Path("runs")) / "toy.png")
+
+
+if __name__ == "__main__":
+    common.run_main(main)
