@@ -683,8 +683,13 @@ def load_subject(path, args, device, flag="CKPT", part="model"):
         parts = [k for k, v in checkpoint.items() if isinstance(v, dict) and v.keys() == checkpoint["model"].keys()]
         parts += [k for k in checkpoint.get("archs", {}) if k not in parts]
         model = common.load_model(checkpoint, part if part in parts else "model", device).requires_grad_(False)
+        digest = f"{file_digest(path)} {part}"
+        if checkpoint.get("batch_norm") == "current":  # its accuracy holds on the statistics of the batch
+            common.current_statistics(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+            digest += f", batches of {args.batch_size}"
+            print(f"{path}: BatchNorm on the statistics of each batch (--batch-size {args.batch_size})")
         subject = Subject(
-            str(path), f"{file_digest(path)} {part}", model, args.dataset or checkpoint["dataset"],
+            str(path), digest, model, args.dataset or checkpoint["dataset"],
             args.data_dir or Path(config["data_dir"]), checkpoint["method"],
             {k: v for k, v in config.items() if k not in apart}, config["seed"],
         )  # fmt: skip

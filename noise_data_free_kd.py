@@ -23,9 +23,9 @@ Raikwar, Mishra: Discovering and Overcoming Limitations of Noise-engineered Data
 Not yet run at the paper's size.
 
 The learning rate falls where the loss on the test set stops falling, as the paper has it. That looks at test data;
---schedule cosine does not. Dead leaves follow the "shapes" of Baradad et al. 2021. Our choices where the paper is silent:
-original data come in crops and flips; test batches are a fixed random order of the test set; statistics are
-re-estimated as the plain mean over the batches of their means and variances.
+--schedule cosine does not. Our choices where the paper is silent: dead leaves are the "shapes" of Baradad et al. 2021;
+original data come in crops and flips; test batches are a fixed random order of the test set; re-estimated statistics
+are the plain mean over the batches of their means and variances.
 """
 
 import copy
@@ -45,14 +45,14 @@ from common import UsageError, accuracy, number, one_of, predict, to_float
 def preset(args):
     """What the flags left unset, from appendix A.7; on shapes, small nets for a CPU."""
     name = Path(args.dataset or "shapes").stem
-    teacher = {"cifar100": "wrn-28-10", "svhn": "resnet18"}.get(name, "resnet34")
     run = {
         "epochs": 200, "teacher_epochs": 100, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0, "noise": "none",
-        "teacher_arch": teacher, "student_arch": "resnet18", "eval_batch_size": 16 if args.plot_activations else args.batch_size or 256,
+        "teacher_arch": {"cifar100": "wrn-28-10", "svhn": "resnet18"}.get(name, "resnet34"), "student_arch": "resnet18",
     }  # fmt: skip
     if name == "shapes":
-        run |= {"epochs": 20, "teacher_epochs": 15, "batch_size": 64, "lr": 2e-3, "teacher_arch": "wrn-16-1"}
-        run |= {"student_arch": "wrn-10-1", "eval_batch_size": 16 if args.plot_activations else args.batch_size or 64}
+        run |= {"epochs": 20, "teacher_epochs": 12, "batch_size": 64, "lr": 2e-3}
+        run |= {"teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1"}
+    run["eval_batch_size"] = 16 if args.plot_activations else args.batch_size or run["batch_size"]
     bn = args.bn or ("running" if args.source == "data" else "current")
     return run | {"bn": bn, "running_fraction": float(bn == "running")}
 
@@ -66,7 +66,7 @@ def parse_args():
     add("--bn", type=one_of("current", "running"), help="the teacher's statistics (default: current; of data running)")
     add("--running-fraction", type=number(float, 0, 1), metavar="P", help="of the layers, drawn at random, on running")
     add("--schedule", default="plateau", type=one_of("plateau", "cosine"), help="of lr; plateau looks at test data")
-    add("--teacher-epochs", type=number(int, 1), help="of the teacher that is trained (default: 100; on shapes 15)")
+    add("--teacher-epochs", type=number(int, 1), help="of the teacher that is trained (default: 100; on shapes 12)")
     add("--eval-batch-size", type=number(int, 2), help="of current and re-estimated statistics (default: batch size)")
     add("--adjust-batches", type=number(int, 1), default=16, metavar="K", help="re-estimate on K batches (default: 16)")
     add = parser.add_argument_group("pictures, without training").add_argument
@@ -311,7 +311,7 @@ def show_source(args, data):
     sheet = x.unflatten(0, (8, 8)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     figure = Figure(figsize=(6, 6))
     axes = figure.add_axes((0, 0, 1, 0.95))
-    axes.imshow(sheet)
+    axes.imshow(sheet.numpy())
     axes.set_title(f"{args.source}, {x.shape[2]}×{x.shape[3]}", fontsize="medium")
     axes.axis("off")
     save(figure, (args.out or Path("runs")) / f"{args.source}.png")
@@ -369,7 +369,7 @@ def plot_activations(args, device):
         ("original data, running statistics", "tab:red", activations(student, real)[1]),
         ("original data, current statistics", "black", activations(adapted, real)[1]),
     ):
-        scatter.plot(trained.mean(0), values.mean(0), ".", color=colour, label=label)
+        scatter.plot(trained.mean(0).numpy(), values.mean(0).numpy(), ".", color=colour, label=label)
         density.hist(values.flatten().numpy(), bins=100, density=True, histtype="step", color=colour, label=label)
     scatter.set(xlabel="mean activation of a neuron as in training", ylabel="mean activation of the neuron")
     density.set(xlabel="activation of a neuron for an image", ylabel="density", yscale="log")
@@ -434,13 +434,13 @@ def toy(args):
         cases["noise, current statistics"] = embed(noise)
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    left.scatter(*circles.T, c=y, s=4, cmap="coolwarm")
+    left.scatter(*circles.T.numpy(), c=y.numpy(), s=4, cmap="coolwarm")
     left.set(title="circles, on which the perceptron is trained", aspect="equal")
-    middle.scatter(*noise.T, s=4, color="grey")
+    middle.scatter(*noise.T.numpy(), s=4, color="grey")
     middle.set(title="Gaussian noise", aspect="equal")
     (mean, cov), *_ = moments = [(e.mean(0), e.T.cov()) for e in cases.values()]
     for (label, e), (m, c), colour in zip(cases.items(), moments, ("tab:red", "tab:blue", "black")):
-        right.scatter(*e.T, s=4, color=colour, label=label, alpha=0.5)
+        right.scatter(*e.T.numpy(), s=4, color=colour, label=label, alpha=0.5)
         between = (m - mean).square().sum() + (c + cov).trace() - 2 * torch.linalg.eigvals(c @ cov).sqrt().real.sum()
         print(f"{label}: Fréchet distance to the embeddings of the circles {between.clamp(min=0):.3f}")
     right.set(title="embeddings")
