@@ -299,7 +299,7 @@ def draw(run, everything):
     chi = axes.twinx()
     chi.plot(epochs, [record["threshold"] for record in run.metrics], "k:", label="threshold (right)")
     chi.set(ylabel="entropy (nats)")
-    axes.legend(handles=[*axes.get_lines(), *chi.get_lines()], loc="center left", fontsize="small")
+    figure.legend(handles=[*axes.get_lines(), *chi.get_lines()], loc="outside lower center", ncols=3, fontsize="small")
     with common.replacing(run.folder / "communication.png") as partial:
         figure.savefig(partial, dpi=110)
 

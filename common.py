@@ -1309,27 +1309,30 @@ def plot_curves(path, metrics, title):
     if not metrics:
         return
     epochs = [record["epoch"] for record in metrics]
-    figure = Figure(figsize=(15, 4), layout="constrained")
+    shown = [key for key in LEGENDS if metrics[-1].get(key) is not None]
+    panels = {"test": "test accuracy (%)", "train": "share of training samples predicted as … (%)", "loss": "loss"}
+    if not any(key.startswith("train") for key in shown):
+        del panels["train"]
+    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
     figure.suptitle(title, parse_math=False)
-    test, train, loss = figure.subplots(1, 3)
-    for key, legend in LEGENDS.items():
-        if metrics[-1].get(key) is not None:
-            (train if key.startswith("train") else test).plot(epochs, [m[key] for m in metrics], ".-", label=legend)
-    test.set(ylabel="test accuracy (%)")
-    train.set(ylabel="share of training samples predicted as … (%)", ylim=(-2, 135), yticks=range(0, 101, 20))
-    loss.plot(epochs, [m["train_loss"] for m in metrics], ".-", label="training loss")
-    loss.set(ylabel="loss")
-    rate = loss.twinx()
-    rate.plot(epochs, [m["lr"] for m in metrics], "k:", drawstyle="steps-post", label="learning rate (right)")
+    axes = dict(zip(panels, figure.subplots(1, len(panels))))
+    for key in shown:
+        axes["train" if key.startswith("train") else "test"].plot(
+            epochs, [record[key] for record in metrics], ".-", label=LEGENDS[key]
+        )
+    axes["loss"].plot(epochs, [record["train_loss"] for record in metrics], ".-", label="training loss")
+    for name, panel in axes.items():
+        panel.set(xlabel="epoch", ylabel=panels[name])
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.grid(alpha=0.3)
+    rate = axes["loss"].twinx()
+    rate.plot(epochs, [record["lr"] for record in metrics], "k:", drawstyle="steps-post", label="learning rate (right)")
     rate.set(yscale="log" if metrics[-1]["lr"] > 0 else "linear", ylabel="learning rate")
-    for axes in (test, train, loss):
-        axes.set(xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-    test.legend()
-    if train.get_lines():
-        train.legend(fontsize="small", loc="upper center")
-    lines = loss.get_lines() + rate.get_lines()
-    loss.legend(lines, [line.get_label() for line in lines])
+    axes["test"].legend(fontsize="small")
+    if "train" in axes:
+        axes["train"].set(ylim=(-2, 135), yticks=range(0, 101, 20))
+        axes["train"].legend(fontsize="small", loc="upper center")
+    lines = axes["loss"].get_lines() + rate.get_lines()
+    axes["loss"].legend(lines, [line.get_label() for line in lines])
     with replacing(Path(path)) as partial:
         figure.savefig(partial, dpi=110)

@@ -386,7 +386,8 @@ def plot_activations(args, device):
     axes = figure.subplots()
     for values, label in zip(zip(*table), ("re-estimated on this many batches", "current", "running")):
         axes.plot(counts, values, ".-" if label[0] == "r" and " " in label else "--", label=label)
-    axes.set(xscale="log", xlabel=f"batches of {size}", ylabel="test accuracy (%)", title=str(folder.name))
+    axes.set(xlabel=f"batches of {size}", ylabel="test accuracy (%)", title=folder.name)
+    axes.set_xscale("log", base=2)
     axes.legend()
     save(figure, folder / "adjust.png")
     print(f"batches of {size}: " + ", ".join(f"{k}: {row[0]:.2f} %" for k, row in zip(counts, table)))
@@ -403,7 +404,8 @@ def plot_batch_size(args):
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*points), "o-")
-    axes.set(xscale="log", xlabel="batch size", ylabel="test accuracy, last epoch (%)")
+    axes.set(xlabel="batch size", ylabel="test accuracy, last epoch (%)")
+    axes.set_xscale("log", base=2)
     axes.set_xticks([size for size, _ in points], [str(size) for size, _ in points])
     save(figure, (args.out or Path("runs")) / "batch-size.png")
     print(", ".join(f"{size}: {acc:.2f} %" for size, acc in points))
@@ -421,7 +423,7 @@ def toy(args):
     embed = nn.Sequential(nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2), nn.BatchNorm1d(2))
     head = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
     optimizer = torch.optim.Adam([*embed.parameters(), *head.parameters()], 0.01)
-    for _ in range(1000):
+    for _ in range(200):
         loss = F.cross_entropy(head(embed(circles)), y)
         optimizer.zero_grad()
         loss.backward()
@@ -439,8 +441,9 @@ def toy(args):
     middle.scatter(*noise.T.numpy(), s=4, color="grey")
     middle.set(title="Gaussian noise", aspect="equal")
     (mean, cov), *_ = moments = [(e.mean(0), e.T.cov()) for e in cases.values()]
-    for (label, e), (m, c), colour in zip(cases.items(), moments, ("tab:red", "tab:blue", "black")):
-        right.scatter(*e.T.numpy(), s=4, color=colour, label=label, alpha=0.5)
+    styles = (("tab:red", 3, 3), ("tab:blue", 12, 1), ("black", 40, 2))  # colour, size, order: they lie on one another
+    for (label, e), (m, c), (colour, dot, order) in zip(cases.items(), moments, styles):
+        right.scatter(*e.T.numpy(), s=dot, color=colour, zorder=order, label=label)
         between = (m - mean).square().sum() + (c + cov).trace() - 2 * torch.linalg.eigvals(c @ cov).sqrt().real.sum()
         print(f"{label}: Fréchet distance to the embeddings of the circles {between.clamp(min=0):.3f}")
     right.set(title="embeddings")
