@@ -25,19 +25,22 @@ given one: a sample of which the peer is sure counts twice.
 
 Our choices where the paper is silent: eps is 0.1 for LS and CP and 0.05 for Boot-soft, as in their own papers; b1 = 16.
 CMD-S has eta = 4, the one of Table 7 that agrees with Table 1; CMD-P eta = 2, b2 = -8. t counts epochs, 1 … T. Mconf
-trusts nothing in the first epoch. Tf-KD_reg is the label 0.9 q + 0.1 softmax(p_d / 20), p_d being 0.99 at the label.
+has r = 0 in the first epoch. Tf-KD_reg is the label 0.9 q + 0.1 softmax(p_d / 20), p_d being 0.99 at the label.
 SyncMKD and AsyncMKD have eps = 0.5. KDCL is its MinLogit, temperature 2, weight 1. Crops come with flips, as in the
 paper of ResNet. ResNet-50 follows the settings of CDR as we know them: 100 epochs, lr 0.01, ×0.1 after 40 and 80,
 weight decay 1e-3, batches of 64. Table 1's cell CE, all is Table 5's SyncMKD: --mutual sync.
+
+`import cmd` is Python's module of that name; to import from this file, copy it under another one.
 """
 
 if __name__ == "cmd":  # pdb and others import Python's own module of this name, and find this file first: it gives way
     import sys
-    import sysconfig
-    from importlib.util import module_from_spec, spec_from_file_location
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
     from pathlib import Path
 
-    spec = spec_from_file_location("cmd", Path(sysconfig.get_path("stdlib")) / "cmd.py")
+    elsewhere = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
+    spec = PathFinder.find_spec("cmd", elsewhere)
     sys.modules["cmd"] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules["cmd"])
 else:  # nothing outside functions may need these
@@ -127,7 +130,7 @@ def parse_args():
 
 def logistic(x, b):
     """h(x, b) = 1 / (1 + exp(-b x))."""
-    return 1 / (1 + math.exp(-b * x))
+    return 0.5 + 0.5 * math.tanh(b * x / 2)  # the same, and never too large
 
 
 def entropy(p):
@@ -181,7 +184,7 @@ def kl_divergence(S, T):
 
 def hold_out(count, share, seed):
     """Indices of training and of validation samples, both ascending."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(2**63 - 1 - seed))  # not the noise's order
     held = round(share * count)
     return order[held:].sort().values, order[:held].sort().values
 
@@ -195,12 +198,16 @@ def main():
         data.train_labels, args.noise, args.rate, num_classes, args.seed, data.classes, args.data_dir
     )
     kept, held = hold_out(len(labels), args.validation, args.seed)
-    if not len(kept):
-        raise UsageError(f"--validation: {args.validation:g} of {len(labels)} leaves nothing to train on")
+    if not len(kept) or args.validation and not len(held):
+        raise UsageError(f"--validation: {args.validation:g} of {len(labels)} samples leaves one part empty")
     held_images, held_labels = data.train_images[held], data.train_labels[held]
     images, labels, true = data.train_images[kept], labels[kept], data.train_labels[kept]
     stats = common.channel_stats(images)
-    A, B = (common.build_model(arch, num_classes, 0.0, *stats).to(device) for arch in (args.arch, args.arch_b))
+    A = common.build_model(args.arch, num_classes, 0.0, *stats).to(device)
+    try:
+        B = common.build_model(args.arch_b, num_classes, 0.0, *stats).to(device)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--arch:", "--arch-b:")) from None
     optimizer = torch.optim.SGD(
         [*A.parameters(), *B.parameters()], args.lr, momentum=0.9, weight_decay=args.weight_decay
     )
@@ -295,7 +302,8 @@ def draw(run, everything):
         epochs, [record["communication"] for record in run.metrics], ".-", label="samples taught, A to B plus B to A"
     )
     axes.axhline(everything, color="grey", lw=0.8, ls="--", label="all")
-    axes.set(title=run.folder.name, xlabel="epoch", ylabel="knowledge communication (samples)", ylim=(0, None))
+    axes.set_title(run.folder.name, parse_math=False)
+    axes.set(xlabel="epoch", ylabel="knowledge communication (samples)", ylim=(0, None))
     chi = axes.twinx()
     chi.plot(epochs, [record["threshold"] for record in run.metrics], "k:", label="threshold (right)")
     chi.set(ylabel="entropy (nats)")

@@ -158,11 +158,14 @@ def fill(args, preset):
 
     Raises UsageError for a --rate given with a kind of noise that has none to choose.
     """
-    if args.rate is not None and args.noise in ("none", *HUMAN):
-        raise UsageError(f"--rate: --noise {args.noise} has no rate to choose; leave --rate out")
+    rate_given = args.rate is not None
     for name, value in {"dataset": "shapes", "data_dir": Path("data"), **preset}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if rate_given and args.noise in ("none", *HUMAN):
+        raise UsageError(
+            f"--rate: --noise {args.noise} has no rate to choose; leave --rate out, or name another --noise"
+        )
     return args
 
 
@@ -346,11 +349,15 @@ def draw_shapes(count, seed, size=32):
 
 
 def channel_stats(images):
-    """Mean and standard deviation of each channel of uint8 images [N, 3, H, W], in [0, 1]: two lists of 3."""
+    """Mean and standard deviation of each channel of uint8 images [N, 3, H, W], in [0, 1]: two lists of 3.
+
+    The deviation of a channel that is constant is given as 1, so that one can divide by it.
+    """
     counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double().cpu()
     share, level = counts / counts.sum(1, keepdim=True), torch.arange(256) / 255
     mean = (share * level).sum(1)
-    return mean.tolist(), ((share * level**2).sum(1) - mean**2).sqrt().tolist()
+    std = ((share * level**2).sum(1) - mean**2).clamp(min=0).sqrt()
+    return mean.tolist(), std.where(std > 0, 1.0).tolist()
 
 
 def to_float(images):
@@ -902,6 +909,15 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1)):
     return model.to(memory_format=torch.channels_last)
 
 
+def even_batches(rows, batch_size):
+    """Cut index tensor rows [N] into batches of nearly equal size, at most batch_size, each from all over `rows`.
+
+    So that a batch stands for the whole where files are sorted by class.
+    """
+    count = math.ceil(len(rows) / batch_size)
+    return [rows[i::count] for i in range(count)]
+
+
 def current_statistics(layers):
     """Make these BatchNorm layers normalise by the batch at hand from now on, in evaluation mode too.
 
@@ -918,9 +934,10 @@ def predict(model, images, amp=False, batch_size=500):
     training = model.training
     model.eval()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        logits = torch.cat([model(to_float(part)).float() for part in images.split(batch_size)])
+        parts = even_batches(torch.arange(len(images), device=images.device), batch_size)
+        logits = torch.cat([model(to_float(images[part])).float() for part in parts])
     model.train(training)
-    return logits
+    return logits[torch.cat(parts).argsort()]
 
 
 def accuracy(scores, labels):

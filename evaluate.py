@@ -665,11 +665,14 @@ class Subject:
     corruptions: dict = dataclasses.field(default_factory=dict)  # {name: what evaluate_corruption returns}
     cinic: dict = dataclasses.field(default_factory=dict)  # {"accuracy": percent}
     transfer: dict = dataclasses.field(default_factory=dict)  # what evaluate_transfer returns
+    by_batch: bool = False  # BatchNorm on the statistics of each batch
+    batch_size: int = 500
 
     @functools.cached_property
     def right(self):
         """bool [N]: the test images that are classified correctly."""
-        return predict(self.model, self.test.test_images).argmax(1) == self.test.test_labels
+        logits = predict(self.model, self.test.test_images, batch_size=self.batch_size)
+        return logits.argmax(1) == self.test.test_labels
 
 
 def load_subject(path, args, device, flag="CKPT", part="model"):
@@ -683,8 +686,8 @@ def load_subject(path, args, device, flag="CKPT", part="model"):
         parts = [k for k, v in checkpoint.items() if isinstance(v, dict) and v.keys() == checkpoint["model"].keys()]
         parts += [k for k in checkpoint.get("archs", {}) if k not in parts]
         model = common.load_model(checkpoint, part if part in parts else "model", device).requires_grad_(False)
-        digest = f"{file_digest(path)} {part}"
-        if checkpoint.get("batch_norm") == "current":  # its accuracy holds on the statistics of the batch
+        digest, by_batch = f"{file_digest(path)} {part}", checkpoint.get("batch_norm") == "current"
+        if by_batch:  # its accuracy holds on the statistics of the batch
             common.current_statistics(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
             digest += f", batches of {args.batch_size}"
             print(f"{path}: BatchNorm on the statistics of each batch (--batch-size {args.batch_size})")
@@ -692,6 +695,7 @@ def load_subject(path, args, device, flag="CKPT", part="model"):
             str(path), digest, model, args.dataset or checkpoint["dataset"],
             args.data_dir or Path(config["data_dir"]), checkpoint["method"],
             {k: v for k, v in config.items() if k not in apart}, config["seed"],
+            by_batch=by_batch, batch_size=args.batch_size,
         )  # fmt: skip
     except (UsageError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         fault = f"does not fit together ({type(error).__name__}): {str(error)[:80]}"
@@ -858,7 +862,8 @@ def evaluate_pgd(subject, eps, args):
     """Accuracy in percent under PGD of each number of steps in args.pgd, in the worst of args.restarts random starts.
 
     A sample is lost to PGD-k if any point visited in the first k steps, the start included, is misclassified; so one
-    trajectory serves all step counts. It leaves the work as soon as no step to come could change its result.
+    trajectory serves all step counts. It leaves the work as soon as no step to come could change its result, except
+    where it is part of its batch's statistics.
     """
     clean, labels = to_float(subject.test.test_images), subject.test.test_labels
     longest = max(args.pgd)
@@ -869,14 +874,16 @@ def evaluate_pgd(subject, eps, args):
         restart, step = divmod(turn, longest + 1)
         if step == 0:
             x = random_start(clean, eps, torch.Generator(clean.device).manual_seed(args.seed + restart))
-        for rows in (survived >= max(step, 1)).nonzero().squeeze(1).split(args.batch_size):
+        at_stake = (survived >= max(step, 1)) | subject.by_batch
+        for rows in common.even_batches(at_stake.nonzero().squeeze(1), args.batch_size):
             if step < longest:
                 logits, gradient = input_gradient(subject.model, x[rows], labels[rows])
                 x[rows] = ascend(x[rows], clean[rows], gradient, eps, args.step_size)
             else:
                 with torch.no_grad():
                     logits = subject.model(x[rows])
-            survived[rows] = torch.where(logits.argmax(1) == labels[rows], survived[rows], below[step])
+            lost = logits.argmax(1) != labels[rows]
+            survived[rows] = torch.where(lost, survived[rows].clamp(max=below[step]), survived[rows])
     return {str(k): 100 * (survived >= k).double().mean().item() for k in args.pgd}
 
 
@@ -909,7 +916,7 @@ def evaluate_transfer(source, targets, args):
     images, labels = source.test.test_images, source.test.test_labels
     generator = torch.Generator(images.device).manual_seed(args.seed)
     fooled, both = dict.fromkeys(targets, 0), dict.fromkeys(targets, 0)
-    rows = source.right.nonzero().squeeze(1).split(args.batch_size)
+    rows = common.even_batches(source.right.nonzero().squeeze(1), args.batch_size)
     for part in progress(rows, f"transfer, ε {eps_name(args.eps[0])}, from {source.path}"):
         attack = args.eps[0], args.step_size, 20, generator
         adversarial = pgd(source.model, to_float(images[part]), labels[part], *attack)

@@ -14,7 +14,7 @@ Raikwar, Mishra: Discovering and Overcoming Limitations of Noise-engineered Data
     python noise_data_free_kd.py                                               # built-in data
     python noise_data_free_kd.py --bn running                                  # the same, with running statistics
     python noise_data_free_kd.py --dataset cifar10 --source dead-leaves        # a cell of Table 2
-    python noise_data_free_kd.py --dataset cifar10 --running-fraction 0.25     # … of Table 1
+    python noise_data_free_kd.py --source gaussian --running-fraction 0.25     # … of Table 1, with --dataset cifar10
     python noise_data_free_kd.py --source dead-leaves --show-source            # Figure 4
     python noise_data_free_kd.py --plot-activations runs/…/checkpoint.pt       # Figures 2, 3a, 5-8
     python noise_data_free_kd.py --plot-batch-size runs/…/checkpoint.pt …      # Figure 3b
@@ -22,10 +22,10 @@ Raikwar, Mishra: Discovering and Overcoming Limitations of Noise-engineered Data
 
 Not yet run at the paper's size.
 
-The learning rate falls where the loss on the test set stops falling, as the paper has it. That looks at test data;
---schedule cosine does not. Our choices where the paper is silent: dead leaves are the "shapes" of Baradad et al. 2021;
-original data come in crops and flips; test batches are a fixed random order of the test set; re-estimated statistics
-are the plain mean over the batches of their means and variances.
+Learning rates, the teacher's too, fall where the loss on the test set stops falling, as the paper has it: that is to
+look at test data. --schedule cosine, for the student, does not. Our choices where the paper is silent: dead leaves are
+the "shapes" of Baradad et al. 2021; original data come in crops and flips; test batches are a fixed random order of the
+test set; re-estimated statistics are the plain mean over the batches of their means and variances.
 """
 
 import copy
@@ -52,7 +52,7 @@ def preset(args):
     if name == "shapes":
         run |= {"epochs": 20, "teacher_epochs": 12, "batch_size": 64, "lr": 2e-3}
         run |= {"teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1"}
-    run["eval_batch_size"] = 16 if args.plot_activations else args.batch_size or run["batch_size"]
+    run["eval_batch_size"] = 16 if args.plot_activations else max(2, args.batch_size or run["batch_size"])
     bn = args.bn or ("running" if args.source == "data" else "current")
     return run | {"bn": bn, "running_fraction": float(bn == "running")}
 
@@ -70,14 +70,16 @@ def parse_args():
     add("--eval-batch-size", type=number(int, 2), help="of current and re-estimated statistics (default: batch size)")
     add("--adjust-batches", type=number(int, 1), default=16, metavar="K", help="re-estimate on K batches (default: 16)")
     add = parser.add_argument_group("pictures, without training").add_argument
-    add("--show-source", action="store_true", help="write a sheet of samples, source.png")
+    add("--show-source", action="store_true", help="write a sheet of samples, SOURCE.png")
     add("--plot-activations", type=Path, metavar="CKPT", help="of a student and its teacher, and Figure 3a")
     add("--plot-batch-size", type=Path, nargs="+", metavar="CKPT", help="accuracy of these runs by batch size")
     add("--toy", action="store_true", help="concentric circles and a perceptron with two BatchNorm layers")
     args = parser.parse_args()
     if args.bn and args.running_fraction is not None:
         raise UsageError("--running-fraction: --bn is short for 0 (current) or 1 (running); leave one of them out")
-    return common.fill(args, preset(args))
+    common.fill(args, preset(args))
+    args.bn = {0: "current", 1: "running"}.get(args.running_fraction, f"running{args.running_fraction:g}")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------------ the noise
@@ -253,10 +255,8 @@ def main():
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=10)
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    partly = args.running_fraction not in (0, 1)
     run = common.Run(
-        args, device, method=f"{args.source}-" + ("partly" if partly else args.bn), arch=args.student_arch,
-        classes=data.classes, tag=f"running{args.running_fraction:g}" if partly else "",
+        args, device, method=f"{args.source}-{args.bn}", arch=args.student_arch, classes=data.classes,
         model=student, optimizer=optimizer, scheduler=scheduler,
     )  # fmt: skip
     mode = run.header["batch_norm"] = "running" if args.source == "data" else "current"
@@ -303,7 +303,7 @@ def save(figure, path):
 
 
 def show_source(args, data):
-    """source.png: 64 of the inputs that the student would see; Gaussian noise squeezed into [0, 1] to be drawn."""
+    """SOURCE.png: 64 of the inputs that the student would see; Gaussian noise squeezed into [0, 1] to be drawn."""
     from matplotlib.figure import Figure
 
     x = samples(args.source, 64, data, torch.arange(64, device=data.train_images.device) % len(data.train_images)).cpu()
@@ -319,11 +319,10 @@ def show_source(args, data):
 
 @torch.no_grad()
 def activations(model, images):
-    """Outputs of stem and blocks, each averaged over channels and positions: a list of [N] tensors; and the last
-    block's, averaged over positions, [N, K]. images: float [N, 3, H, W], taken in batches of 250."""
-    parts = [model(part, features=True)[1] for part in images.split(250)]
-    means = [torch.cat([part[i].mean((1, 2, 3)) for part in parts]).cpu() for i in range(len(parts[0]))]
-    return means, torch.cat([part[-1].mean((2, 3)) for part in parts]).cpu()
+    """Outputs of stem and blocks, averaged over positions: a list of [N, K] tensors. images: float [N, 3, H, W]."""
+    rows = common.even_batches(torch.arange(len(images), device=images.device), 250)
+    parts = [model(images[part], features=True)[1] for part in rows]
+    return [torch.cat([part[i].mean((2, 3)) for part in parts]).cpu() for i in range(len(parts[0]))]
 
 
 def plot_activations(args, device):
@@ -332,65 +331,68 @@ def plot_activations(args, device):
     from matplotlib.figure import Figure
 
     checkpoint = common.load_checkpoint(args.plot_activations, "--plot-activations")
-    config = checkpoint["config"]
+    config, folder = checkpoint["config"], args.out or args.plot_activations.parent
     if "source" not in config or "teacher" not in checkpoint:
         raise UsageError(f"--plot-activations: {args.plot_activations} is no student of this script; name one")
     data_dir = args.data_dir or Path(config["data_dir"])
     data = common.load_dataset(config["dataset"], data_dir, args.limit_train or 1000, args.limit_test, device)
-    teachers = common.load_checkpoint(Path(checkpoint["teacher"]), "the student's teacher")
-    real = to_float(data.train_images)
-    source = "gaussian" if config["source"] == "data" else config["source"]
+    of_teacher = common.load_checkpoint(args.teacher or Path(checkpoint["teacher"]), "--teacher")
+
+    def pair(checkpoint):
+        """The network on running and on current statistics."""
+        nets = [common.load_model(checkpoint, "model", device) for _ in range(2)]
+        common.current_statistics(batch_norms(nets[1]))
+        return nets
+
+    (teacher, teacher_current), (student, student_current) = pair(of_teacher), pair(checkpoint)
+    source = config["source"] if config["source"] != "data" else "gaussian"
     torch.manual_seed(args.seed)
-    noise = samples(source, len(real), data)
-    teacher, current = (common.load_model(teachers, "model", device) for _ in range(2))
-    common.current_statistics(batch_norms(current))
+    real, noise = to_float(data.train_images), samples(source, len(data.train_images), data)
+    seen = real if config["source"] == "data" else noise
     cases = {
-        "original data, running statistics": (activations(teacher, real), "tab:red"),
-        f"{source}, running statistics": (activations(teacher, noise), "tab:blue"),
-        f"{source}, current statistics": (activations(current, noise), "black"),
+        "original data, running statistics": (activations(teacher, real), activations(student, real)[-1]),
+        f"{source}, running statistics": (activations(teacher, noise), activations(student, seen)[-1]),
+        "current statistics": (activations(teacher_current, noise), activations(student_current, real)[-1]),
     }
-    layers = len(next(iter(cases.values()))[0][0])
+    labels = [*list(cases)[:2], f"{source}, current statistics"]
+    of_student = [labels[0], "as in training, running statistics", "original data, current statistics"]
+    trained = cases[labels[1]][1].mean(0).numpy()
+
+    layers = len(cases[labels[0]][0])
     figure = Figure(figsize=(4 * layers, 8), layout="constrained")
     upper, lower = figure.subfigures(2, 1)
-    upper.suptitle(f"teacher {teachers['arch']}: mean activation of an image, by layer", parse_math=False)
-    for i, axes in enumerate(upper.subplots(1, layers)):
-        for label, ((means, _), colour) in cases.items():
-            axes.hist(means[i].numpy(), bins=60, density=True, histtype="step", color=colour, label=label)
-        axes.set(title="stem" if i == 0 else f"block {i}", xlabel="mean activation", yscale="log")
-    upper.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-
-    student, adapted = (common.load_model(checkpoint, "model", device) for _ in range(2))
-    common.current_statistics(batch_norms(adapted))
+    upper.suptitle(f"teacher {of_teacher['arch']}: mean activation of an image, by layer", parse_math=False)
     lower.suptitle(f"student {checkpoint['arch']}, last block, trained on {config['source']}", parse_math=False)
-    scatter, density = lower.subplots(1, 2)
-    trained = activations(student, noise if config["source"] != "data" else real)[1]
-    for label, colour, values in (
-        ("as in training, running statistics", "tab:blue", trained),
-        ("original data, running statistics", "tab:red", activations(student, real)[1]),
-        ("original data, current statistics", "black", activations(adapted, real)[1]),
-    ):
-        scatter.plot(trained.mean(0).numpy(), values.mean(0).numpy(), ".", color=colour, label=label)
-        density.hist(values.flatten().numpy(), bins=100, density=True, histtype="step", color=colour, label=label)
+    panels, (scatter, density) = upper.subplots(1, layers), lower.subplots(1, 2)
+    style = {"bins": 80, "density": True, "histtype": "step"}
+    for colour, label, own, (by_layer, last) in zip(("red", "blue", "black"), labels, of_student, cases.values()):
+        for axes, values in zip(panels, by_layer):
+            axes.hist(values.mean(1).numpy(), color=colour, label=label, **style)
+        scatter.plot(trained, last.mean(0).numpy(), ".", color=colour, label=own)
+        density.hist(last.flatten().numpy(), color=colour, **style)
+    for i, axes in enumerate(panels):
+        axes.set(title=f"block {i}" if i else "stem", xlabel="mean activation", yscale="log")
+    upper.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     scatter.set(xlabel="mean activation of a neuron as in training", ylabel="mean activation of the neuron")
-    density.set(xlabel="activation of a neuron for an image", ylabel="density", yscale="log")
     scatter.legend(fontsize="small")
-    folder = args.out or args.plot_activations.parent
+    density.set(xlabel="activation of a neuron for an image", ylabel="density", yscale="log")
     save(figure, folder / "activations.png")
 
-    size, figure = args.eval_batch_size, Figure(figsize=(6, 4), layout="constrained")
-    counts = [2**i for i in range(12) if 2**i * size <= 2 * len(data.test_labels)]
-    table = []
-    for count in counts:
+    size, table = args.eval_batch_size, {}
+    most = max(1, round(len(data.test_labels) / size))
+    for count in [2**i for i in range(20) if 2**i < most] + [most]:
         logits = logits_by_statistics(student, data.test_images, size, count)
-        table.append([accuracy(logits[name], data.test_labels) for name in ("adjusted", "current", "running")])
+        table[count] = [accuracy(logits[name], data.test_labels) for name in ("adjusted", "current", "running")]
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for values, label in zip(zip(*table), ("re-estimated on this many batches", "current", "running")):
-        axes.plot(counts, values, ".-" if label[0] == "r" and " " in label else "--", label=label)
-    axes.set(xlabel=f"batches of {size}", ylabel="test accuracy (%)", title=folder.name)
+    for values, label, line in zip(zip(*table.values()), ("re-estimated", "current", "running"), ("o-", "--", "--")):
+        axes.plot(table.keys(), values, line, label=f"{label} statistics")
+    axes.set(xlabel=f"batches of {size}", ylabel="test accuracy (%)")
+    axes.set_title(folder.name, parse_math=False)
     axes.set_xscale("log", base=2)
     axes.legend()
     save(figure, folder / "adjust.png")
-    print(f"batches of {size}: " + ", ".join(f"{k}: {row[0]:.2f} %" for k, row in zip(counts, table)))
+    print(f"batches of {size}: " + ", ".join(f"{k}: {row[0]:.2f} %" for k, row in table.items()))
 
 
 def plot_batch_size(args):
@@ -440,7 +442,7 @@ def toy(args):
     left.set(title="circles, on which the perceptron is trained", aspect="equal")
     middle.scatter(*noise.T.numpy(), s=4, color="grey")
     middle.set(title="Gaussian noise", aspect="equal")
-    (mean, cov), *_ = moments = [(e.mean(0), e.T.cov()) for e in cases.values()]
+    (mean, cov), *_ = moments = [(e.mean(0), e.T.cov()) for e in map(torch.Tensor.double, cases.values())]
     styles = (("tab:red", 3, 3), ("tab:blue", 12, 1), ("black", 40, 2))  # colour, size, order: they lie on one another
     for (label, e), (m, c), (colour, dot, order) in zip(cases.items(), moments, styles):
         right.scatter(*e.T.numpy(), s=dot, color=colour, zorder=order, label=label)

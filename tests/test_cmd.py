@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY
+from test_augment import within
 from test_run import assert_same_run
 
 import common
@@ -59,6 +60,7 @@ def test_self_trust_is_model_trust_times_sample_confidence():
     assert torch.allclose(cmd.self_trust(p, 0.6), torch.tensor([[0.0], [0.6], [0.3]]), atol=1e-6)
     assert cmd.logistic(0, 16) == 0.5 and cmd.logistic(0.5, 16) == pytest.approx(1 / (1 + math.exp(-8)))
     assert cmd.logistic(-0.25, 2) == pytest.approx(1 / (1 + math.exp(0.5)))
+    assert cmd.logistic(-0.5, 1e9) == 0 and cmd.logistic(0.5, 1e9) == 1  # the flags' whole range
 
 
 @pytest.mark.parametrize("self_kd, epsilon", [
@@ -194,6 +196,25 @@ def test_the_held_out_samples():
     assert [len(part) for part in cmd.hold_out(50, 0.0, seed=3)] == [50, 0]
 
 
+def test_held_out_samples_are_not_the_corrupted_ones():
+    """With the exact count of symmetric noise too, whose samples are drawn from the same seed."""
+    true = torch.arange(20_000) % 10
+    noisy = common.corrupt_labels(true, "sym", 0.4, 10, seed=0)
+    for part in cmd.hold_out(20_000, 0.1, seed=0):
+        within((noisy[part] != true[part]).sum(), len(part), 0.36)
+
+
+def test_validation_is_clean_and_apart(cli, monkeypatch):
+    """Labels, all of which noise moves, stay true in the validation set; none of its images is trained on."""
+    data = common.load_dataset("shapes", limit_train=96, limit_test=40)
+    kept, held = cmd.hold_out(96, 0.25, seed=0)
+    scored, shown, accuracy, batches = [], [], common.accuracy, common.batches
+    monkeypatch.setattr(cmd, "accuracy", lambda S, labels: scored.append(labels) or accuracy(S, labels))
+    monkeypatch.setattr(common, "batches", lambda count, *rest: shown.append(count) or batches(count, *rest))
+    assert cli(cmd, *TINY, "--epochs", 1, "--noise", "pair", "--rate", 1, "--validation", 0.25)[0] == 0
+    assert torch.equal(scored[-1], data.train_labels[held]) and shown == [72] == [len(kept)]
+
+
 # ------------------------------------------------------------------------------------------------------------ the name
 
 
@@ -202,7 +223,7 @@ STANDARD = {  # what a user does in the repository's root, or a fork's
     "pdb": ["-c", "import pdb; print(issubclass(pdb.Pdb, __import__('cmd').Cmd))"],
     "torch": ["-c", "import torch, cmd; print(cmd.Cmd)"],
     "pytest": ["-m", "pytest", "--version"],
-    "compile": ["-c", "import torch; f = torch.compile(lambda x: x + 1, backend='eager'); print(f(torch.ones(1)))"],
+    "compile": ["-c", "import torch; f = torch.compile(lambda x: x + 1); print(f(torch.ones(1)))"],
 }
 
 
@@ -253,6 +274,19 @@ def test_the_presets_are_those_of_the_supplement(monkeypatch, tiny_npz, arch, sc
     assert (args.epochs, args.batch_size, args.lr, args.weight_decay) == schedule
     assert (args.arch_b, args.augment, args.noise, args.rate) == (arch, "crop", "sym-other", 0.4)
     assert (args.self_kd, args.select, args.eta, args.b2, args.b1) == ("proselflc", "progressive", 2, -8, 16)
+
+
+@pytest.mark.parametrize("arch, first, falls, factor", [
+    ("resnet34", 0.1, (5, 8), 0.1), ("resnet18", 0.1, (3, 6, 8), 0.2), ("resnet50", 0.01, (4, 8), 0.1),
+])  # fmt: skip
+def test_the_learning_rate_falls_as_in_the_supplement(cli, monkeypatch, arch, first, falls, factor):
+    """Ten epochs in place of a hundred or two hundred, of a small network in the large one's place."""
+    build = common.build_model
+    monkeypatch.setattr(common, "build_model", lambda arch, *rest: build("wrn-10-1", *rest))
+    flags = ["--arch", arch, "--epochs", 10, "--limit-train", 4, "--limit-test", 4, "--device", "cpu", "--out", "run"]
+    assert cli(cmd, *flags)[0] == 0
+    rates = [record["lr"] for record in common.load_checkpoint(common.Path("run/checkpoint.pt"))["metrics"]]
+    assert rates == pytest.approx([first * factor ** sum(epoch >= fall for fall in falls) for epoch in range(10)])
 
 
 RUNS = {
@@ -348,8 +382,10 @@ def test_mconf_trusts_by_the_certainty_of_the_last_epoch(cli, monkeypatch):
     (["--select", "progresive"], "did you mean progressive"), (["--self-kd", "ce", "--epsilon", 0.2], "--epsilon"),
     (["--mutual", "sync", "--self-kd", "ls"], "--self-kd"), (["--select", "zero", "--eta", 2], "--eta"),
     (["--select", "static", "--b2", 1], "--b2"), (["--self-kd", "ls", "--b1", 1], "--b1"),
-    (["--arch-b", "resnet9"], "--arch"), (["--validation", 2], "--validation"), (["--rate", 2], "--rate"),
-    (["--mutual", "kdcl", "--epsilon", 0.2], "--epsilon"), (["--eta", 0], "--eta"),
+    (["--arch-b", "resnet9"], "--arch-b: unknown 'resnet9'"), (["--validation", 2], "--validation"),
+    (["--rate", 2], "--rate"),
+    (["--mutual", "kdcl", "--epsilon", 0.2], "--epsilon"), (["--eta", 0], "--eta"), (["--validation", 0.001], "--val"),
+    (["--noise", "none", "--rate", 0.2], "--rate"),
 ])  # fmt: skip
 def test_bad_input(cli, flags, names, tmp_path):
     status, _, err = cli(cmd, *TINY, *flags)

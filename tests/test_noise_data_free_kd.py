@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import TINY
+from conftest import TINY, write_npz
 from test_augment import within
 from test_run import assert_same_run
 
@@ -254,7 +254,7 @@ def test_a_run_interrupted_and_continued_to_the_same_bit(cli, monkeypatch, flags
     assert cli(dfkd, *flags, "--out", "broken")[0] == 130
     monkeypatch.setattr(common.Run, "end_epoch", end_epoch)
     assert cli(dfkd, *flags, "--out", "broken", "--resume")[0] == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "broken", ("model", "optimizer", "rng"))
+    assert_same_run(tmp_path / "whole", tmp_path / "broken", ("model", "optimizer", "scheduler", "rng"))
     checkpoint = common.load_checkpoint("whole/checkpoint.pt")
     last = checkpoint["metrics"][-1]
     mode = "running" if "data" in flags else "current"
@@ -282,29 +282,30 @@ def test_the_teacher_is_checked_in_every_epoch(cli, monkeypatch):
 
 
 def test_the_student_sees_no_image(cli, monkeypatch):
-    """Every batch that reaches the two networks in training is noise, the teacher's the same as the student's."""
-    seen, build = [], common.build_model
+    """While it trains, student and teacher are given the same noise and nothing else."""
+    seen, sources, loss = [], [], torch.nn.functional.cross_entropy
+    forward, make = common.Classifier.forward, dfkd.samples
 
-    def watched(*args):
-        net = build(*args)
-        net.register_forward_pre_hook(lambda net, x: seen.append((net, x[0])) if net.training or seen else None)
-        return net
+    def watched(net, images, features=False):
+        seen.append(images)
+        return forward(net, images, features)
 
-    assert cli(dfkd, *SMALL, "--source", "gaussian", "--epochs", 1, "--out", "first")[0] == 0  # trains the teacher
-    monkeypatch.setattr(common, "build_model", watched)
-    steps = []
-    cross_entropy = torch.nn.functional.cross_entropy
+    def made(*args):
+        seen.clear()
+        sources.append(make(*args))
+        return sources[-1]
 
-    def loss(S, target):
+    def check(S, target):
         if target.is_floating_point():
-            steps.append(target)
-        return cross_entropy(S, target)
+            assert len(seen) == 2 and all(x is sources[-1] for x in seen)
+            assert not target.requires_grad and torch.allclose(target.sum(1), torch.ones(32))
+        return loss(S, target)
 
-    monkeypatch.setattr(torch.nn.functional, "cross_entropy", loss)
-    assert cli(dfkd, *SMALL, "--source", "gaussian", "--epochs", 1, "--out", "second")[0] == 0
-    assert len(steps) == 3 and all(not t.requires_grad and torch.allclose(t.sum(1), torch.ones(32)) for t in steps)
-    noise = [x for _, x in seen if x.min() < 0]
-    assert len(noise) >= 5  # three steps: the student's and the teacher's, from the first seen on
+    monkeypatch.setattr(common.Classifier, "forward", watched)
+    monkeypatch.setattr(dfkd, "samples", made)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", check)
+    assert cli(dfkd, *SMALL, "--source", "gaussian", "--epochs", 1)[0] == 0
+    assert len(sources) == 3 and all(abs(x.mean()) < 0.05 and abs(x.std() - 1) < 0.05 for x in sources)
 
 
 def test_the_paper_is_the_preset(monkeypatch, tiny_npz):
@@ -320,11 +321,23 @@ def test_the_paper_is_the_preset(monkeypatch, tiny_npz):
 
 
 def test_the_teachers_recipe(cli, tmp_path):
-    assert cli(dfkd, *SMALL, "--epochs", 1)[0] == 0
-    assert cli(dfkd, *SMALL, "--epochs", 1, "--lr", 0.002, "--out", "b")[0] == 0
+    """Adam at the student's rate; for CIFAR-100 SGD 0.1, weight decay 5e-4 (A.7); a plateau schedule for both."""
+    write_npz(tmp_path / "cifar100.npz")
+    for flags in (["--lr", 0.003], ["--dataset", "cifar100.npz"]):
+        assert cli(dfkd, *SMALL, "--epochs", 1, "--limit-train", 40, *flags)[0] == 0
     configs = [json.loads(path.read_text()) for path in (tmp_path / "runs/teachers").glob("*/config.json")]
-    assert sorted(c["lr"] for c in configs) == sorted({c["lr"] for c in configs})
-    assert all(c["optimizer"] == "adam" and c["epochs"] == 1 and c["milestones"] is None for c in configs)
+    recipes = sorted((c["optimizer"], c["lr"], c["weight_decay"], c["epochs"], c["milestones"]) for c in configs)
+    assert recipes == [("adam", 0.003, 0.0, 1, None), ("sgd", 0.1, 5e-4, 1, None)]
+
+
+def test_the_rate_falls_on_a_plateau(cli, monkeypatch, tmp_path):
+    """The test loss stands still: after ten such epochs the rate is a tenth."""
+    S = torch.randn(40, 10)
+    monkeypatch.setattr(dfkd, "logits_by_statistics", lambda *_: dict.fromkeys(("current", "running", "adjusted"), S))
+    flags = ["--limit-train", 32, "--source", "gaussian", "--lr", 0.01, "--epochs", 14, "--out", "run"]
+    assert cli(dfkd, *SMALL, *flags)[0] == 0
+    rates = [record["lr"] for record in common.load_checkpoint(tmp_path / "run/checkpoint.pt")["metrics"]]
+    assert rates == pytest.approx([0.01] * 12 + [0.001] * 2)
 
 
 def test_pictures(cli, tmp_path):
@@ -334,7 +347,7 @@ def test_pictures(cli, tmp_path):
     assert cli(dfkd, *SMALL, "--out", "a", "--batch-size", 16)[0] == cli(dfkd, *SMALL, "--out", "b")[0] == 0
     flags = ["--limit-train", 40, "--limit-test", 40, "--device", "cpu"]
     status, out, err = cli(dfkd, "--plot-activations", "a/checkpoint.pt", *flags)
-    assert (status, err) == (0, "") and "batches of 16: 1: " in out and "4: " in out
+    assert (status, err) == (0, "") and "batches of 16: 1: " in out and ", 2: " in out and ", 4: " not in out
     status, out, err = cli(dfkd, "--plot-batch-size", "b/checkpoint.pt", "a/checkpoint.pt")
     finals = {
         b: common.load_checkpoint(f"{n}/checkpoint.pt")["metrics"][-1]["test_acc"] for n, b in (("a", 16), ("b", 32))
@@ -366,15 +379,44 @@ def test_bad_input(cli, flags, names, tmp_path):
 
 
 def test_evaluate_honours_the_mode(script, tmp_path):
-    """The accuracy of the batch's own statistics, here of one batch, which the run reports as current."""
-    flags = ["--eval-batch-size", 40, "--out", "run", "--lr", "0.003", "--epochs", 3]
+    """The accuracy on the statistics of its batches, in whatever order the file has the classes."""
+    data = common.load_dataset("shapes", limit_train=96, limit_test=40)
+    order = data.test_labels.argsort()
+    write_npz(
+        tmp_path / "sorted.npz", train_images=data.train_images.numpy(), train_labels=data.train_labels.numpy(),
+        test_images=data.test_images[order].numpy(), test_labels=data.test_labels[order].numpy(), classes=data.classes,
+    )  # fmt: skip
+    flags = ["--eval-batch-size", 40, "--out", "run", "--lr", 0.003, "--epochs", 3, "--dataset", "sorted.npz"]
     assert script("noise_data_free_kd.py", *SMALL, *flags).returncode == 0
-    last = common.load_checkpoint(tmp_path / "run/checkpoint.pt")["metrics"][-1]
-    result = script("evaluate.py", "run/checkpoint.pt", "--ece", "--limit-test", 40, "--device", "cpu")
-    assert (result.returncode, result.stderr) == (0, "") and "statistics of each batch" in result.stdout
-    measured = json.loads((tmp_path / "run/evaluation.json").read_text())
-    assert f"{last['test_acc_current']:.1f}" in result.stdout and str(measured)
-    net = common.load_model(common.load_checkpoint(tmp_path / "run/checkpoint.pt"))
+    checkpoint = common.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    net = common.load_model(checkpoint)
     common.current_statistics(dfkd.batch_norms(net))
-    data = common.load_dataset("shapes", limit_train=1, limit_test=40)
-    assert common.accuracy(common.predict(net, data.test_images), data.test_labels) == last["test_acc_current"]
+    images, labels = (common.load_dataset(tmp_path / "sorted.npz")[i] for i in (2, 3))
+    for size in (40, 20):
+        flags = ["--ece", "--pgd", 1, "--eps", "1/255", "--batch-size", size, "--device", "cpu", "--out", f"e{size}"]
+        result = script("evaluate.py", "run/checkpoint.pt", *flags)
+        assert (result.returncode, result.stderr) == (0, "")
+        assert f"statistics of each batch (--batch-size {size})" in result.stdout
+        with torch.no_grad():  # two batches of every other image
+            parts = [net(common.to_float(images[i :: 40 // size])) for i in range(40 // size)]
+        hits = sum((S.argmax(1) == labels[i :: 40 // size]).sum().item() for i, S in enumerate(parts))
+        parts = {
+            p["part"]: p["result"] for p in json.loads((tmp_path / f"e{size}/evaluation.json").read_text())["parts"]
+        }
+        assert parts["clean"]["accuracy"] == 100 * hits / 40 and parts["PGD"]["1"] <= parts["clean"]["accuracy"]
+    assert checkpoint["metrics"][-1]["test_acc_current"] > 0
+
+
+def test_bfloat16(cli):
+    assert cli(dfkd, *SMALL, "--epochs", 1, "--amp")[::2] == (0, "")
+
+
+def test_a_compiled_student_is_tested_like_any_other():
+    """Its copy, whose statistics are re-estimated, is a network of its own."""
+    net, images = common.build_model("wrn-10-1", 5), torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
+    plain = dfkd.logits_by_statistics(net, images, 20, 1)
+    net.compile(backend="eager")
+    before = copy.deepcopy(net.state_dict())
+    for name, logits in dfkd.logits_by_statistics(net, images, 20, 1).items():
+        assert torch.allclose(logits, plain[name], atol=1e-5)
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
