@@ -1,0 +1,313 @@
+"""Speed, side by side in one run: ours and what a user would otherwise pick, interleaved, medians after a warm-up.
+
+    python tests/benchmark.py [augment|corrupt|attack|leaves|train|all] [--device cpu|cuda] [--repeats 5]
+
+Peers: torchvision is there; `pip install -r tests/benchmark-requirements.txt` for kornia, imagecorruptions and
+torchattacks. A peer that is missing, or fails under the installed libraries, is named in a line and left out.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import v2
+
+import common
+import evaluate
+import kd_zoo
+import noise_data_free_kd
+from common import to_float
+
+GENERATOR = 26  # dead-leaves images (32×32) a second and core of the public generator, which is no package
+
+
+def speed(function, device):
+    """Items a second of one call; the function returns how many items it has done."""
+    start = time.perf_counter()
+    count = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return count / (time.perf_counter() - start)
+
+
+def compare(work, ours, peers, args):
+    """Print a row for each peer: the median of its speed and of ours, measured in turn."""
+    functions = {"ours": ours, **peers}
+    measured = {name: [] for name in functions}
+    for repeat in range(args.repeats + 1):
+        for name, function in functions.items():
+            value = speed(function, args.device)
+            if repeat:  # the first is the warm-up
+                measured[name].append(value)
+    median = {name: statistics.median(values) for name, values in measured.items()}
+    for name in peers:
+        ratio = median["ours"] / median[name]
+        print(f"| {work} | {median['ours']:,.0f} | {name} | {median[name]:,.0f} | {ratio:.2f} |", flush=True)
+    return median["ours"]
+
+
+def peer(name):
+    """The package, or None and a line."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever an old package makes of new libraries
+        print(f"(without {name}: {error})")
+        return None
+
+
+def version(name):
+    return f"{name} {importlib.metadata.version(name)}"
+
+
+class PerSample(torch.utils.data.Dataset):
+    """A transform applied to one image at a time, as DataLoader workers do."""
+
+    def __init__(self, images, labels, transform):
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), self.labels[i]
+
+
+def loader(images, labels, transform, batch_size=128, shuffle=False):
+    workers = {"num_workers": os.cpu_count(), "persistent_workers": True}
+    pinned = torch.cuda.is_available()
+    data = PerSample(images, labels, transform)
+    return torch.utils.data.DataLoader(data, batch_size, shuffle, drop_last=True, pin_memory=pinned, **workers)
+
+
+def augment(args):
+    images, labels = common.draw_shapes(2048, seed=0)
+    resident = images.to(args.device)
+
+    def batched(function):
+        def run():
+            for part in resident.split(128):
+                function(to_float(part))
+            return len(resident)
+
+        return run
+
+    def per_sample(*transforms):
+        to = v2.Compose([*transforms, v2.ToDtype(torch.float32, scale=True)])
+        batches = loader(images, labels, to)
+
+        def run():
+            for x, _ in batches:
+                x.to(args.device, non_blocking=True)
+            return len(images)
+
+        return run
+
+    crop = [v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()]
+    works = {
+        "AugMix": (common.aug_mix, [v2.AugMix()], None),
+        "RandAugment": (lambda x: common.rand_augment(x, 1, 3), [v2.RandAugment(1, 3)], "RandAugment"),
+        "AutoAugment": (common.auto_augment, [v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)], "AutoAugment"),
+        "crop and flip": (common.crop_flip, crop, "crop"),
+    }
+    kornia = peer("kornia.augmentation")
+    for work, (ours, theirs, name) in works.items():
+        peers = {f"{version('torchvision')} v2, {os.cpu_count()} workers": per_sample(*theirs)}
+        if kornia and name:
+            other = {
+                "RandAugment": lambda: kornia.auto.RandAugment(1, 3),
+                "AutoAugment": lambda: kornia.auto.AutoAugment("cifar10"),
+                "crop": lambda: torch.nn.Sequential(
+                    kornia.RandomCrop((32, 32), padding=4), kornia.RandomHorizontalFlip()
+                ),
+            }[name]()
+            peers[f"{version('kornia')}, batched"] = batched(other)
+        compare(f"{work}, images/s", batched(ours), peers, args)
+
+
+def corrupt(args):
+    library = peer("imagecorruptions")
+    if not library:
+        return
+    images, _ = common.draw_shapes(1000, seed=0)
+    resident, few = images.to(args.device), [image.permute(1, 2, 0).numpy() for image in images[:20]]
+    works = []
+    for name in evaluate.CORRUPTIONS:
+        try:
+            library.corrupt(few[0], corruption_name=name, severity=3)
+            works.append(name)
+        except Exception as error:
+            print(f"(imagecorruptions cannot do {name} here: {str(error)[:60]})")
+
+    def ours():
+        for name in works:
+            evaluate.corrupt(resident, name, 3)
+        return len(images) * len(works)
+
+    def theirs():
+        for name in works:
+            for image in few:
+                library.corrupt(image, corruption_name=name, severity=3)
+        return len(few) * len(works)
+
+    what = f"CIFAR-C, {len(works)} corruptions, severity 3, images/s"
+    compare(what, ours, {f"{version('imagecorruptions')}, one core": theirs}, args)
+
+
+def attack(args):
+    library = peer("torchattacks")
+    if not library:
+        return
+    images, labels = (part.to(args.device) for part in common.draw_shapes(2000, seed=0))
+    net = common.build_model("wrn-10-1", 10).to(args.device)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
+    for _ in range(4):  # so that there is something to attack
+        for index in common.batches(2000, 32, args.device):
+            loss = F.cross_entropy(net(to_float(images[index])), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    net.eval().requires_grad_(False)
+    x, y = to_float(images[:500]), labels[:500]
+    test = common.Dataset(images[:1], labels[:1], images[:500], labels[:500], common.SHAPES_CLASSES)
+    flags = argparse.Namespace(pgd=[20], restarts=1, seed=0, step_size=0.003, batch_size=500)
+    theirs = library.PGD(net, eps=0.031, alpha=0.003, steps=20)
+
+    def ours_whole():
+        evaluate.pgd(net, x, y)
+        return len(x)
+
+    def ours():
+        subject = evaluate.Subject("", "", net, "", Path(), "", {}, 0, test=test)
+        evaluate.evaluate_pgd(subject, 0.031, flags)
+        return len(x)
+
+    def peers():
+        with torch.no_grad():
+            adversarial = theirs(x, y)
+            (net(adversarial).argmax(1) == y).float().mean().item()
+        return len(x)
+
+    name = version("torchattacks")
+    compare("accuracy under PGD-20, images/s", ours, {name: peers}, args)
+    compare("PGD-20 to the last step, images/s", ours_whole, {name: lambda: (theirs(x, y), len(x))[1]}, args)
+
+
+def leaves(args):
+    count = 2**14 if args.device.type == "cuda" else 256
+    generator = torch.Generator(args.device).manual_seed(0)
+
+    def ours():
+        noise_data_free_kd.dead_leaves(count, 32, generator, args.device)
+        return count
+
+    ours_speed = compare("", ours, {}, args)
+    cores = 1 if args.device.type == "cuda" else torch.get_num_threads()
+    base = GENERATOR * cores
+    print(f"| dead leaves 32×32, images/s | {ours_speed:,.0f} | public generator, {cores} × {GENERATOR} | {base} | "
+          f"{ours_speed / base:.0f} |")  # fmt: skip
+
+
+def ceiling(device, dtype):
+    """FLOP/s of a large matmul and bytes/s of a large copy: what the hardware allows."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    big = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    flops = [speed(lambda: (a @ b, 2 * size**3)[1], device) for _ in range(6)]
+    copied = [speed(lambda: (big.clone(), 2 * len(big))[1], device) for _ in range(6)]
+    return max(flops), max(copied)
+
+
+def train(args):
+    """Hinton's step, WRN-40-2 → WRN-16-2, batch 128; and NRD's with PreActResNet-34, which has a GPU's size."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device, cuda = args.device, args.device.type == "cuda"
+    steps = 40 if cuda else 2
+    images, labels = common.draw_shapes(128 * steps, seed=0)
+    resident, resident_labels = images.to(device), labels.to(device)
+
+    def nets():
+        student, teacher = (common.build_model(arch, 10).to(device) for arch in ("wrn-16-2", "wrn-40-2"))
+        return student, teacher.eval().requires_grad_(False)
+
+    def ours():
+        for index in common.batches(len(images), 128, device):
+            kd_step(student, teacher, optimizer, resident[index], resident_labels[index])
+        return len(images)
+
+    def kd_step(student, teacher, optimizer, x, y):
+        x = common.crop_flip(to_float(x), mode="reflect")
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            with torch.no_grad():
+                T = teacher(x).float()
+            S = student(x).float()
+            loss = 0.1 * F.cross_entropy(S, y) + 0.9 * kd_zoo.hinton_loss(S, T, 4.0)
+        kd_zoo.update(optimizer, loss)
+
+    student, teacher = nets()
+    optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    crop = v2.RandomCrop(32, padding=4, padding_mode="reflect")
+    to = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)])
+    batches = loader(images, labels, to, shuffle=True)
+    plain = [net.to(memory_format=torch.contiguous_format) for net in nets()]
+    plain_optimizer = torch.optim.SGD(plain[0].parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+
+    def theirs():
+        plain[0].train()
+        for x, y in batches:
+            x, y = x.to(device), y.to(device)
+            S = plain[0](x)
+            with torch.no_grad():
+                T = plain[1](x)
+            loss = 0.1 * F.cross_entropy(S, y) + 0.9 * 16 * F.kl_div(
+                F.log_softmax(S / 4, 1), F.softmax(T / 4, 1), reduction="batchmean"
+            )
+            plain_optimizer.zero_grad()
+            loss.backward()
+            plain_optimizer.step()
+            loss.item()
+        return len(images)
+
+    workers = f"plain float32 NCHW loop, DataLoader of {os.cpu_count()} workers"
+    speed_ours = compare("Hinton WRN-40-2 → WRN-16-2, batch 128, images/s", ours, {workers: theirs}, args)
+    with FlopCounterMode(display=False) as counter:
+        kd_step(student, teacher, optimizer, resident[:128], resident_labels[:128])
+    flops, copied = ceiling(device, torch.bfloat16 if cuda else torch.float32)
+    per_image = counter.get_total_flops() / 128
+    share = 100 * speed_ours * per_image / flops
+    print(f"  {per_image / 1e9:.2f} GFLOP an image; matmul {flops / 1e12:.2f} TFLOP/s, copy {copied / 1e9:.0f} GB/s: "
+          f"{share:.0f} % of the matmul's speed")  # fmt: skip
+
+
+WORKS = {"augment": augment, "corrupt": corrupt, "attack": attack, "leaves": leaves, "train": train}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", nargs="?", default="all", choices=[*WORKS, "all"])
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor() or "CPU"
+    print(f"{name}, {torch.get_num_threads()} threads, {version('torch')}, Python {platform.python_version()}")
+    print("| work | ours | peer | its speed | ratio |\n|---|---|---|---|---|")
+    for work in WORKS if args.work == "all" else [args.work]:
+        WORKS[work](args)
+
+
+if __name__ == "__main__":
+    main()
