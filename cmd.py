@@ -16,7 +16,8 @@ Knowledge. Equations 2-12, Tables 1-7, Figures 2-4, supplement A.2 and C.
     python cmd.py --dataset cifar100 --mutual kdcl                           # … of Table 5
     python cmd.py --dataset cifar100 --arch resnet18 --arch-b shufflenet_v2  # … of Table 6
 
-Not yet run at the paper's size.
+Attained by the first two commands: 63.2 and 49.3 % test accuracy (mean of A and B, last epoch, n = 1) in 1:18 minutes
+on two CPU cores. README.md has Table 1 in miniature. Not yet run at the paper's size (Mconf, progressive: 69.09).
 
 To know before reading on: targets are constants. So a network's own prediction in its label changes the size of its
 gradient, not the direction: with Boot-soft, CP, ProSelfLC and Mconf the gradient of H(q~, p) by the logits is
