@@ -293,7 +293,7 @@ def main():
 
 
 def draw(run, everything):
-    """communication.png: Figure 2, how much knowledge passes, a sample at a time, and the threshold."""
+    """communication.png: Figure 2, how many samples an epoch one network teaches the other, and the threshold."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -305,6 +305,7 @@ def draw(run, everything):
     axes.axhline(everything, color="grey", lw=0.8, ls="--", label="all")
     axes.set_title(run.folder.name, parse_math=False)
     axes.set(xlabel="epoch", ylabel="knowledge communication (samples)", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     chi = axes.twinx()
     chi.plot(epochs, [record["threshold"] for record in run.metrics], "k:", label="threshold (right)")
     chi.set(ylabel="entropy (nats)")
