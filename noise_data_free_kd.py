@@ -20,8 +20,9 @@ Raikwar, Mishra: Discovering and Overcoming Limitations of Noise-engineered Data
     python noise_data_free_kd.py --plot-batch-size runs/…/checkpoint.pt …      # Figure 3b
     python noise_data_free_kd.py --toy                                         # Figure 1
 
-Attained by the first two commands: 65.1 and 19.0 % test accuracy (last epoch, n = 1), 2:04 minutes on two CPU cores.
-README.md has Tables 1 and 2 in miniature. Not yet run at the paper's size (dead leaves, current: 89.4; running 37.04).
+Attained by the first two commands: 65.1 and 19.0 % test accuracy (last epoch, n = 1) on two CPU cores, the first in
+2:04 minutes, teacher included. README.md has Tables 1 and 2 in miniature. Not yet run at the paper's size (dead leaves:
+89.4 with current, 37.04 with running statistics).
 
 Learning rates, the teacher's too, fall where the loss on the test set stops falling, as the paper has it: that is to
 look at test data. --schedule cosine, for the student, does not. Our choices where the paper is silent: dead leaves are

@@ -228,7 +228,7 @@ def ceiling(device, dtype):
 
 
 def train(args):
-    """Hinton's step, WRN-40-2 → WRN-16-2, batch 128; and NRD's with PreActResNet-34, which has a GPU's size."""
+    """Hinton's step, WRN-40-2 → WRN-16-2, batch 128, and its share of what a large matmul attains."""
     from torch.utils.flop_counter import FlopCounterMode
 
     device, cuda = args.device, args.device.type == "cuda"
