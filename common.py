@@ -42,7 +42,7 @@ class UsageError(Exception):
     """Something the user can mend: the message names the flag or file and says what would work."""
 
 
-def run_main(main, stopped="a run's checkpoint.pt holds every finished epoch: --resume continues it"):
+def run_main(main, stopped="a run's checkpoint.pt holds the finished epochs: --resume continues it"):
     """Call main(); UsageError becomes one line on stderr and status 2, Ctrl-C and SIGTERM one line and status 130.
 
     stopped: what that last line tells the user.
@@ -186,6 +186,8 @@ def setup(args):
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")  # TF32 where a matmul is left in float32
+    if args.compile:
+        print("compiling the models: the first steps take a minute or so", flush=True)
     return device
 
 
@@ -508,8 +510,8 @@ def imbalance(labels, gamma, num_classes, seed):
 
 # --------------------------------------------------------------------------------------------------------- augmentation
 # Batched on the images' device, every sample with a draw of its own. An operation is of one of three kinds, each a
-# handful of kernels however large the batch: a warp (one grid_sample), a look-up table per sample and channel (one
-# gather), or a blend with a degenerate image. Pixel values follow the 8-bit operations of torchvision.transforms.v2.
+# handful of kernels however large the batch: a warp (one grid_sample), a blend with a degenerate image, or a look-up
+# table per sample and channel (one gather). Pixel values follow the 8-bit operations of torchvision.transforms.v2.
 
 OPS = (
     *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),  # warps
@@ -549,14 +551,17 @@ def apply_ops(images, op, magnitude, mode="nearest"):
     images = images.clone()
     kinds = (
         (op <= ROTATE, functools.partial(_warp, mode=mode)),
-        ((op == COLOR) | (op == SHARPNESS), _blend),
-        ((op > ROTATE) & (op != COLOR) & (op != SHARPNESS) & (op != IDENTITY), _look_up),
+        (op == COLOR, _color),
+        (op == SHARPNESS, _sharpness),
+        (((op > ROTATE) & (op < COLOR)) | ((op > SHARPNESS) & (op < EQUALIZE)) | (op == INVERT), _look_up),
+        (op == EQUALIZE, _equalize),
     )
     for mask, transform in kinds:
         if images.device.type == "cpu":  # compute only the rows concerned
             rows = mask.nonzero().squeeze(1)
             if len(rows):
-                images[rows] = transform(images[rows], op[rows], magnitude[rows])
+                some = (values.index_select(0, rows) for values in (images, op, magnitude))
+                images.index_copy_(0, rows, transform(*some))
         else:  # compute all rows: counting them would make the host wait for the device
             images = torch.where(mask.view(-1, 1, 1, 1), transform(images, op, magnitude), images)
     return images
@@ -573,11 +578,12 @@ def _warp(images, op, magnitude, mode):
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device).view(-1, 1)
 
-    def coordinate(row, half):  # no matrix product: where TF32 or bfloat16 is on, it would be too coarse
+    def parts(row, half):  # no matrix product: where TF32 or bfloat16 is on, it would be too coarse
         by_x, by_y, shift = (part.view(-1, 1, 1) / half for part in row)
-        return by_x * x + by_y * y + shift
+        return by_x * x, by_y * y, shift
 
-    grid = torch.stack([coordinate(a, width / 2), coordinate(b, height / 2)], -1)
+    along, across, shift = (torch.stack(pair, -1) for pair in zip(parts(a, width / 2), parts(b, height / 2)))
+    grid = (along + across).add_(shift)  # [B, 1, W, 2] + [B, H, 1, 2] + [B, 1, 1, 2]
     return F.grid_sample(images, grid, mode=mode, align_corners=False)
 
 
@@ -587,50 +593,60 @@ def _gray(images):
     return (0.2989 * red + 0.587 * green + 0.114 * blue).floor().unsqueeze(1)
 
 
-def _blend(images, op, magnitude):
-    """Colour (saturation) and sharpness: (1 + m) · image - m · degenerate, which is the grey or the smoothed image."""
+def _color(images, op, magnitude):
+    """Saturation: (1 + m) · image - m · grey."""
     images = images * 255
-    inner = images[:, :, 1:-1, 1:-1]
+    return torch.lerp(_gray(images), images, 1 + magnitude.view(-1, 1, 1, 1)).clamp_(0, 255).div_(255)
+
+
+def _sharpness(images, op, magnitude):
+    """(1 + m) · image - m · smoothed image, which has the border of the image itself."""
+    images = images * 255
     box = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     box = box[..., :-2] + box[..., 1:-1] + box[..., 2:]
     smooth = images.clone()
-    smooth[:, :, 1:-1, 1:-1] = ((box + 4 * inner) / 13).round()
-    degenerate = torch.where((op == COLOR).view(-1, 1, 1, 1), _gray(images), smooth)
-    return torch.lerp(degenerate, images, 1 + magnitude.view(-1, 1, 1, 1)).clamp(0, 255) / 255
+    smooth[:, :, 1:-1, 1:-1] = box.add_(images[:, :, 1:-1, 1:-1], alpha=4).div_(13).round_()
+    return torch.lerp(smooth, images, 1 + magnitude.view(-1, 1, 1, 1)).clamp_(0, 255).div_(255)
 
 
 def _look_up(images, op, magnitude):
-    """The operations that map a channel's 256 levels to others: build each sample's table, look all pixels up."""
-    size, pixels = len(images), images[0, 0].numel()
-    value = (images * 255).round().long().flatten(2)
+    """The operations that map each level to another: build every sample's table of 256, look its pixels up."""
+    value = (images * 255).round_()
     level = torch.arange(256, device=images.device, dtype=torch.float32)
     op, magnitude = op.view(-1, 1, 1), magnitude.view(-1, 1, 1)
 
-    mean = _gray(value.float()).mean((1, 2)).view(-1, 1, 1)
-    darkest, brightest = value.amin(2, keepdim=True), value.amax(2, keepdim=True)
-    span = torch.where(brightest > darkest, brightest - darkest, 255)
-    darkest = torch.where(brightest > darkest, darkest, 0)
-
-    histogram = torch.zeros(size, 3, 256, dtype=torch.int64, device=images.device)
-    histogram.scatter_add_(2, value, torch.ones_like(value))
-    cumulative = histogram.cumsum(2)
-    step = (pixels - histogram.gather(2, value.amax(2, keepdim=True))) // 255  # all but the brightest level
-    equal = (cumulative - histogram + step // 2) // step.clamp(min=1)
+    # most are a straight line: scale · level + shift, both [B, 3 or 1, 1]
+    mean = _gray(value).mean((2, 3)).unsqueeze(2)
+    darkest, brightest = (end((2, 3)).unsqueeze(2) for end in (value.amin, value.amax))
+    stretch = torch.where(brightest > darkest, 255 / (brightest - darkest), 0)  # 0: one level only, left as it is
+    lines = {
+        BRIGHTNESS: (1 + magnitude, 0.0),
+        CONTRAST: (1 + magnitude, -mean * magnitude),
+        AUTO_CONTRAST: (stretch.where(stretch > 0, 1.0), -darkest * stretch),
+        INVERT: (-1.0, 255.0),
+    }
+    scale, shift = torch.ones_like(darkest), torch.zeros_like(darkest)
+    for name, (new_scale, new_shift) in lines.items():
+        scale, shift = torch.where(op == name, new_scale, scale), torch.where(op == name, new_shift, shift)
+    table = torch.addcmul(shift, scale, level).clamp_(0, 255)
 
     grain = (2 ** (8 - magnitude.clamp(0, 8))).round()
-    tables = {
-        BRIGHTNESS: level * (1 + magnitude),
-        CONTRAST: level * (1 + magnitude) - mean * magnitude,
-        POSTERIZE: level - level % grain,
-        SOLARIZE: torch.where(level >= 255 * magnitude, 255 - level, level),
-        AUTO_CONTRAST: (level - darkest) * (255 / span),
-        EQUALIZE: torch.where(step > 0, equal, level),
-        INVERT: 255 - level,
-    }
-    table = level.expand(size, 3, 256)
-    for name, new in tables.items():
-        table = torch.where(op == name, new.float().clamp(0, 255), table)
-    return table.gather(2, value).view_as(images) / 255
+    table = torch.where(op == POSTERIZE, level - level % grain, table)
+    table = torch.where(op == SOLARIZE, torch.where(level >= 255 * magnitude, 255 - level, level), table)
+    return table.div_(255).gather(2, value.long().flatten(2)).view_as(images)
+
+
+def _equalize(images, *_):
+    """Equalize the histogram of each channel."""
+    pixels = images[0, 0].numel()
+    value = (images * 255).round_().long().flatten(2)
+    histogram = torch.zeros(len(images), 3, 256, dtype=torch.int64, device=images.device)
+    histogram.scatter_add_(2, value, torch.ones_like(value))
+    step = (pixels - histogram.gather(2, value.amax(2, keepdim=True))) // 255  # all but the brightest level
+    below = histogram.cumsum(2) - histogram
+    equal = (below + step // 2) // step.clamp(min=1)
+    table = torch.where(step > 0, equal, torch.arange(256, device=images.device)).clamp(max=255) / 255
+    return table.gather(2, value).view_as(images)
 
 
 def _signed(magnitude, op):
@@ -928,13 +944,19 @@ def current_statistics(layers):
         layer.running_mean = layer.running_var = layer.num_batches_tracked = None
 
 
+PASS = {"cpu": 125, "cuda": 500}  # images a forward pass: on a CPU, layers' outputs that stay in its caches
+
+
 @torch.no_grad()
-def predict(model, images, amp=False, batch_size=500):
-    """Logits float32 [N, C] of uint8 images [N, 3, H, W], the model in evaluation mode (its mode is put back after)."""
-    training = model.training
+def predict(model, images, amp=False, batch_size=None):
+    """Logits float32 [N, C] of uint8 images [N, 3, H, W], the model in evaluation mode (its mode is put back after).
+
+    batch_size: None takes that of PASS.
+    """
+    training, device = model.training, images.device.type
     model.eval()
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        parts = even_batches(torch.arange(len(images), device=images.device), batch_size)
+    with torch.autocast(device, torch.bfloat16, enabled=amp):
+        parts = even_batches(torch.arange(len(images), device=images.device), batch_size or PASS[device])
         logits = torch.cat([model(to_float(images[part])).float() for part in parts])
     model.train(training)
     return logits[torch.cat(parts).argsort()]
@@ -1082,11 +1104,16 @@ class Run:
             hint = "--out chooses another folder"
             raise UsageError(f"cannot write {self.folder}: {error.strerror}; {hint}") from None
         self.began, self.done_before = None, len(self.metrics)
+        self.rng = self.rng_states()  # as an epoch finds it, before it draws its order
 
     @property
     def epoch(self):
         """Number of finished epochs."""
         return len(self.metrics)
+
+    def rng_states(self):
+        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
+        return {"cpu": torch.get_rng_state(), **cuda}
 
     def write_text(self, name, text):
         with replacing(self.folder / name) as partial:
@@ -1094,13 +1121,13 @@ class Run:
 
     def save(self):
         """Write checkpoint.pt, then metrics.jsonl, which is always the checkpoint's list of metrics."""
-        rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {key: part.state_dict() for key, part in self.parts.items()}
+        began = time.perf_counter()
         with replacing(self.path) as partial:
-            torch.save({**self.header, **state, "metrics": self.metrics, "epoch": self.epoch, "rng": rng}, partial)
+            torch.save({**self.header, **state, "metrics": self.metrics, "epoch": self.epoch, "rng": self.rng}, partial)
         self.write_text("metrics.jsonl", "\n".join(map(json.dumps, self.metrics)))
+        self.saved, self.saved_epoch = time.perf_counter(), self.epoch
+        self.save_seconds = self.saved - began
 
     def progress(self, batches):
         """Yield the index tensors of `batches`; on a terminal keep a line with images/s and time left up to date."""
@@ -1124,29 +1151,28 @@ class Run:
         self.images_per_second = images / (time.perf_counter() - self.epoch_began)
 
     def end_epoch(self, losses, **metrics):
-        """Record an epoch: check the losses, save the checkpoint, print a line.
+        """Record an epoch: check the losses, save the checkpoint (of large models not every time), print a line.
 
         losses: the loss of every step, a list of scalar tensors, left on the device until now. metrics: floats or None.
-        A loss or weight that is not finite ends the program with status 1 and leaves the epoch before's checkpoint.
+        A loss or weight that is not finite ends the program with status 1 and leaves the last checkpoint.
         """
         losses = torch.stack(losses).float().cpu()
         bad = (~losses.isfinite()).nonzero().flatten()
         if len(bad):
             step = f"step {bad[0] + 1} of epoch {self.epoch + 1}"
-            sys.exit(
-                f"error: the loss is {losses[bad[0]]:.0f} at {step}; {self.path} holds epoch {self.epoch}; lower --lr"
-            )
+            held = f"{self.path} holds epoch {self.saved_epoch}"
+            sys.exit(f"error: the loss is {losses[bad[0]]:.0f} at {step}; {held}; lower --lr")
         state = [v for part in self.parts.values() if isinstance(part, nn.Module) for v in part.state_dict().values()]
         if not torch.stack([v.isfinite().all() for v in state]).all():
-            sys.exit(
-                f"error: weights are not finite after epoch {self.epoch + 1}; {self.path} holds epoch {self.epoch}"
-            )
+            held = f"{self.path} holds epoch {self.saved_epoch}"
+            sys.exit(f"error: weights are not finite after epoch {self.epoch + 1}; {held}")
         record = {"epoch": self.epoch + 1, **metrics, "train_loss": losses.mean().item()}
         record["images_per_second"] = round(self.images_per_second, 1)
         record["seconds"] = round(time.perf_counter() - self.epoch_began, 2)
         self.metrics.append(record)
-        self.save()
-        now = time.perf_counter()
+        self.rng, now = self.rng_states(), time.perf_counter()
+        if self.save_seconds < 0.2 or now - self.saved > 20 * self.save_seconds or self.epoch == self.epochs:
+            self.save()  # where that is slow, it may take a twentieth of the run
         if now - self.drawn > 60:
             self.drawn = now
             plot_curves(self.folder / "curves.png", self.metrics, self.folder.name)
@@ -1163,6 +1189,8 @@ class Run:
         best = max(self.metrics, key=lambda record: record["test_acc"])
         final = self.metrics[-1]
         others = [k for k in COLUMNS if k != "test_acc" and not k.startswith("train") and final.get(k) is not None]
+        if self.device.type == "cuda":
+            print(f"peak device memory {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB")
         beside = f" ({', '.join(f'{COLUMNS[k]} {final[k]:.2f} %' for k in others)})" if others else ""
         print(
             f"final test accuracy {final['test_acc']:.2f} %{beside} after epoch {final['epoch']}, "

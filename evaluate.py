@@ -99,7 +99,7 @@ def parse_args():
         default=0,
         help="of random starts, corruptions, CINIC's choice (default: 0)",
     )
-    add("--batch-size", type=number(int, 1), default=500, help="images a forward pass (default: 500)")
+    add("--batch-size", type=number(int, 1), help="images a forward pass (default: 125 on a CPU, else 500)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     add("--out", type=Path, metavar="DIR", help="where results go (default: the folder of the first CKPT)")
 
@@ -666,7 +666,7 @@ class Subject:
     cinic: dict = dataclasses.field(default_factory=dict)  # {"accuracy": percent}
     transfer: dict = dataclasses.field(default_factory=dict)  # what evaluate_transfer returns
     by_batch: bool = False  # BatchNorm on the statistics of each batch
-    batch_size: int = 500
+    batch_size: int = common.PASS["cpu"]
 
     @functools.cached_property
     def right(self):
@@ -687,15 +687,17 @@ def load_subject(path, args, device, flag="CKPT", part="model"):
         parts += [k for k in checkpoint.get("archs", {}) if k not in parts]
         model = common.load_model(checkpoint, part if part in parts else "model", device).requires_grad_(False)
         digest, by_batch = f"{file_digest(path)} {part}", checkpoint.get("batch_norm") == "current"
+        size = args.batch_size or common.PASS[device.type]
         if by_batch:  # its accuracy holds on the statistics of the batch
             common.current_statistics(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-            digest += f", batches of {args.batch_size}"
-            print(f"{path}: BatchNorm on the statistics of each batch (--batch-size {args.batch_size})")
+            size = args.batch_size or 500  # on every device
+            digest += f", batches of {size}"
+            print(f"{path}: BatchNorm on the statistics of each batch (--batch-size {size})")
         subject = Subject(
             str(path), digest, model, args.dataset or checkpoint["dataset"],
             args.data_dir or Path(config["data_dir"]), checkpoint["method"],
             {k: v for k, v in config.items() if k not in apart}, config["seed"],
-            by_batch=by_batch, batch_size=args.batch_size,
+            by_batch=by_batch, batch_size=size,
         )  # fmt: skip
     except (UsageError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         fault = f"does not fit together ({type(error).__name__}): {str(error)[:80]}"
@@ -738,6 +740,7 @@ def load_foreign(path, args, device):
         str(path or name), f"{file_digest(path) if path else 'published'} {name} {mean} {std}",
         model.to(device).eval().requires_grad_(False),
         args.dataset, args.data_dir or Path("data"), path.stem if path else name, {}, None,
+        batch_size=args.batch_size or common.PASS[device.type],
     )  # fmt: skip
 
 
@@ -844,9 +847,9 @@ class Evaluation:
 # ----------------------------------------------------------------------------------------------------- what is measured
 
 
-def evaluate_clean(subject, batch_size):
+def evaluate_clean(subject):
     """Accuracy in percent, ECE with its bins (Guo et al. 2017), NLL in nats, Brier score (summed over classes)."""
-    logits = predict(subject.model, subject.test.test_images, batch_size=batch_size).double()
+    logits = predict(subject.model, subject.test.test_images, batch_size=subject.batch_size).double()
     p, labels = logits.softmax(1), subject.test.test_labels
     ece, *bins = common.calibration(p, labels)
     return {
@@ -875,7 +878,7 @@ def evaluate_pgd(subject, eps, args):
         if step == 0:
             x = random_start(clean, eps, torch.Generator(clean.device).manual_seed(args.seed + restart))
         at_stake = (survived >= max(step, 1)) | subject.by_batch
-        for rows in common.even_batches(at_stake.nonzero().squeeze(1), args.batch_size):
+        for rows in common.even_batches(at_stake.nonzero().squeeze(1), subject.batch_size):
             if step < longest:
                 logits, gradient = input_gradient(subject.model, x[rows], labels[rows])
                 x[rows] = ascend(x[rows], clean[rows], gradient, eps, args.step_size)
@@ -887,13 +890,13 @@ def evaluate_pgd(subject, eps, args):
     return {str(k): 100 * (survived >= k).double().mean().item() for k in args.pgd}
 
 
-def evaluate_corruption(subject, corrupted, batch_size):
+def evaluate_corruption(subject, corrupted):
     """Accuracy in percent on corrupted(severity), uint8 [N, 3, H, W], for severities 1 … 5, and natural robustness.
 
     That is the same among the samples classified correctly when clean (Gu et al. 2019), null if there are none.
     """
     hits = [
-        predict(subject.model, corrupted(severity), batch_size=batch_size).argmax(1) == subject.test.test_labels
+        predict(subject.model, corrupted(severity), batch_size=subject.batch_size).argmax(1) == subject.test.test_labels
         for severity in range(1, 6)
     ]
     given = [hit[subject.right].double() for hit in hits]
@@ -903,8 +906,8 @@ def evaluate_corruption(subject, corrupted, batch_size):
     }
 
 
-def evaluate_cinic(subject, images, labels, batch_size):
-    return {"accuracy": common.accuracy(predict(subject.model, images, batch_size=batch_size), labels)}
+def evaluate_cinic(subject, images, labels):
+    return {"accuracy": common.accuracy(predict(subject.model, images, batch_size=subject.batch_size), labels)}
 
 
 def evaluate_transfer(source, targets, args):
@@ -916,7 +919,7 @@ def evaluate_transfer(source, targets, args):
     images, labels = source.test.test_images, source.test.test_labels
     generator = torch.Generator(images.device).manual_seed(args.seed)
     fooled, both = dict.fromkeys(targets, 0), dict.fromkeys(targets, 0)
-    rows = common.even_batches(source.right.nonzero().squeeze(1), args.batch_size)
+    rows = common.even_batches(source.right.nonzero().squeeze(1), source.batch_size)
     for part in progress(rows, f"transfer, ε {eps_name(args.eps[0])}, from {source.path}"):
         attack = args.eps[0], args.step_size, 20, generator
         adversarial = pgd(source.model, to_float(images[part]), labels[part], *attack)
@@ -1203,7 +1206,7 @@ def main():
         images = subjects[0].test.test_images
         show_corruptions(args.out / "corruptions.png", images[common.spread(len(images), 2)], args.seed)
     for subject in subjects:
-        subject.clean = evaluation.part("clean", subject, {}, evaluate_clean, subject, args.batch_size)
+        subject.clean = evaluation.part("clean", subject, {}, evaluate_clean, subject)
     for subject, eps in itertools.product(subjects, args.eps if args.pgd else []):
         settings = {"eps": eps, "step_size": args.step_size, "restarts": args.restarts, "seed": args.seed}
         steps = map(str, args.pgd)
@@ -1214,13 +1217,13 @@ def main():
         for name in progress(list(SEVERITIES), f"CIFAR-C, {args.cifar_c or 'generated'}, of {members[0].dataset}"):
             corrupted = functools.cache(functools.partial(corrupted_images, official, images, name, seed=args.seed))
             source = file_digest(Path(args.cifar_c) / f"{name}.npy") if official else f"generated, seed {args.seed}"
-            settings, work = {"corruption": name, "source": source}, (corrupted, args.batch_size)
+            settings = {"corruption": name, "source": source}
             for subject in members:
-                result = evaluation.part("CIFAR-C", subject, settings, evaluate_corruption, subject, *work)
+                result = evaluation.part("CIFAR-C", subject, settings, evaluate_corruption, subject, corrupted)
                 subject.corruptions[name] = result
     for subject in subjects if args.cinic else []:
         settings = {"images": hashlib.sha256(cinic[0].cpu().numpy().tobytes()).hexdigest()}
-        subject.cinic = evaluation.part("CINIC", subject, settings, evaluate_cinic, subject, *cinic, args.batch_size)
+        subject.cinic = evaluation.part("CINIC", subject, settings, evaluate_cinic, subject, *cinic)
     for source in subjects + teacher if args.transfer else []:
         settings = {"eps": args.eps[0], "step_size": args.step_size, "steps": 20, "seed": args.seed}
         work, targets = (source, subjects, args), [target.sha256 for target in subjects]

@@ -190,7 +190,7 @@ def distances(e):
     """Euclidean distances between rows of e [B, K], divided by the mean of those above 0: [B, B]."""
     squares = (e.unsqueeze(0) - e.unsqueeze(1)).square().sum(2)
     d = torch.where(squares > 0, squares.clamp(min=1e-12).sqrt(), 0)
-    return d / d[d > 0].mean()
+    return d * (d > 0).sum() / d.sum()
 
 
 def rkd_distance_loss(s, t):
@@ -401,7 +401,7 @@ def train_one(args, device, data, labels, student):
         for module in (*branches, gate):
             module.eval()
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            parts = [one_logits(branches, gate, to_float(part)) for part in images.split(500)]
+            parts = [one_logits(branches, gate, to_float(part)) for part in images.split(common.PASS[device.type])]
         return [torch.cat(p) for p in zip(*(branch for branch, _ in parts))], torch.cat([e for _, e in parts])
 
     for epoch in range(run.epoch, args.epochs):

@@ -140,7 +140,10 @@ def dead_leaves(n, size, generator, device):
         first = low.ceil().clamp_(0, size)
         return first.int(), (high.floor().clamp_(-1, size - 1) - first + 1).clamp_(min=0).int()
 
-    area, leaves = size * size, 192  # a round, then 256: few enough to waste little, many enough to be fast
+    area, (leaves, more) = (
+        size * size,
+        (192, 256) if device.type == "cpu" else (1024, 4096),
+    )  # in the first round, after
     image = torch.zeros(n * area, 3, device=device)
     bare = torch.ones(n, area, dtype=torch.bool, device=device)
     unfinished = torch.arange(n, device=device)  # the images that still have bare pixels
@@ -177,7 +180,7 @@ def dead_leaves(n, size, generator, device):
         pixel = unfinished.index_select(0, now // area) * area + now % area
         image.index_copy_(0, pixel, colour.index_select(0, foremost.index_select(0, now)))
         bare.view(-1).index_fill_(0, pixel, False)
-        unfinished, leaves = unfinished[bare[unfinished].any(1)], 256
+        unfinished, leaves = unfinished[bare[unfinished].any(1)], more
     return image.view(n, size, size, 3).permute(0, 3, 1, 2).contiguous()
 
 

@@ -251,7 +251,6 @@ def main():
     wrong = (labels != data.train_labels).float().mean().item()
     print(f"{len(labels):,} training images, {100 * wrong:.2f} % mislabelled; {len(data.test_labels):,} test images")
     if args.compile:
-        print("compiling the models: the first step takes a minute or so")
         model.compile()
         ema.compile()
     scale = js_scale(args.loss_params[0]) if args.loss == "nrd" and args.jsd_scale else 1
@@ -320,7 +319,8 @@ def analyze(args, device):
     def view(images, steps):
         """Softmax [N, C] of one view, augmented by `steps`, of each uint8 image."""
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            return torch.cat([model(augment(to_float(part), steps)).float().softmax(1) for part in images.split(500)])
+            parts = images.split(common.PASS[device.type])
+            return torch.cat([model(augment(to_float(part), steps)).float().softmax(1) for part in parts])
 
     predictions = {
         "not transformed": view(data.train_images, "none"),

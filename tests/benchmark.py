@@ -21,12 +21,16 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 import common
 import evaluate
 import kd_zoo
 import noise_data_free_kd
+import nrd
 from common import to_float
 
 GENERATOR = 26  # dead-leaves images (32×32) a second and core of the public generator, which is no package
@@ -180,15 +184,17 @@ def attack(args):
     net.eval().requires_grad_(False)
     x, y = to_float(images[:500]), labels[:500]
     test = common.Dataset(images[:1], labels[:1], images[:500], labels[:500], common.SHAPES_CLASSES)
-    flags = argparse.Namespace(pgd=[20], restarts=1, seed=0, step_size=0.003, batch_size=500)
+    flags = argparse.Namespace(pgd=[20], restarts=1, seed=0, step_size=0.003)
+    size = common.PASS[args.device.type]
     theirs = library.PGD(net, eps=0.031, alpha=0.003, steps=20)
 
     def ours_whole():
-        evaluate.pgd(net, x, y)
+        for part, truth in zip(x.split(size), y.split(size)):
+            evaluate.pgd(net, part, truth)
         return len(x)
 
     def ours():
-        subject = evaluate.Subject("", "", net, "", Path(), "", {}, 0, test=test)
+        subject = evaluate.Subject("", "", net, "", Path(), "", {}, 0, test=test, batch_size=size)
         evaluate.evaluate_pgd(subject, 0.031, flags)
         return len(x)
 
@@ -216,6 +222,19 @@ def leaves(args):
           f"{ours_speed / GENERATOR:.0f} |")  # fmt: skip
 
 
+class Bytes(TorchDispatchMode):
+    """Counts what the operations read and write, each tensor of each operation once; views are free."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view:
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if torch.is_tensor(t)]
+            self.total += sum(t.numel() * t.element_size() for t in tensors)
+        return result
+
+
 def ceiling(device, dtype):
     """FLOP/s of a large matmul and bytes/s of a large copy: what the hardware allows."""
     big = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
@@ -227,66 +246,115 @@ def ceiling(device, dtype):
     return max(flops), max(copied)
 
 
-def train(args):
-    """Hinton's step, WRN-40-2 → WRN-16-2, batch 128, and its share of what a large matmul attains."""
-    from torch.utils.flop_counter import FlopCounterMode
+def race(args, work, archs, augmentation, loss, plain_transform, plain_loss, batch_size=128):
+    """A training step of ours against a plain loop, and its share of what the hardware allows.
 
+    archs: of the net that learns and of the one that teaches. augmentation: x -> the two nets' views. loss, plain_loss:
+    of the logits of the learning net, those of the teaching one, and the labels.
+    """
     device, cuda = args.device, args.device.type == "cuda"
-    steps = 40 if cuda else 2
-    images, labels = common.draw_shapes(128 * steps, seed=0)
+    images, labels = common.draw_shapes(batch_size * (40 if cuda else 1), seed=0)
     resident, resident_labels = images.to(device), labels.to(device)
 
-    def nets():
-        student, teacher = (common.build_model(arch, 10).to(device) for arch in ("wrn-16-2", "wrn-40-2"))
-        return student, teacher.eval().requires_grad_(False)
+    def fresh(memory_format=torch.channels_last, compiled=False):
+        student, teacher = (common.build_model(a, 10).to(device, memory_format=memory_format) for a in archs)
+        optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+        if compiled:
+            student.compile()
+            teacher.compile()
+        return student.train(), teacher.eval().requires_grad_(False), optimizer
 
-    def ours():
-        for index in common.batches(len(images), 128, device):
-            kd_step(student, teacher, optimizer, resident[index], resident_labels[index])
-        return len(images)
-
-    def kd_step(student, teacher, optimizer, x, y):
-        x = common.crop_flip(to_float(x), mode="reflect")
+    def step(student, teacher, optimizer, x, y):
         with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            for_student, for_teacher = augmentation(to_float(x))
             with torch.no_grad():
-                T = teacher(x).float()
-            S = student(x).float()
-            loss = 0.1 * F.cross_entropy(S, y) + 0.9 * kd_zoo.hinton_loss(S, T, 4.0)
-        kd_zoo.update(optimizer, loss)
+                T = teacher(for_teacher).float()
+            return kd_zoo.update(optimizer, loss(student(for_student).float(), T, y))
 
-    student, teacher = nets()
-    optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    crop = v2.RandomCrop(32, padding=4, padding_mode="reflect")
-    to = v2.Compose([crop, v2.RandomHorizontalFlip(), v2.ToDtype(torch.float32, scale=True)])
-    batches = loader(images, labels, to, shuffle=True)
-    plain = [net.to(memory_format=torch.contiguous_format) for net in nets()]
-    plain_optimizer = torch.optim.SGD(plain[0].parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    def ours(nets):
+        def run():
+            order = common.batches(len(images), batch_size, device)
+            losses = [step(*nets, resident[index], resident_labels[index]) for index in order]
+            torch.stack(losses).cpu()
+            return len(images)
+
+        return run
+
+    batches = loader(images, labels, plain_transform, batch_size, shuffle=True)
+    student, teacher, optimizer = fresh(torch.contiguous_format)
 
     def theirs():
-        plain[0].train()
         for x, y in batches:
-            x, y = x.to(device), y.to(device)
-            S = plain[0](x)
+            (x, view), y = (x if isinstance(x, list) else (x, x)), y.to(device)
+            S = student(x.to(device))
             with torch.no_grad():
-                T = plain[1](x)
-            loss = 0.1 * F.cross_entropy(S, y) + 0.9 * 16 * F.kl_div(
-                F.log_softmax(S / 4, 1), F.softmax(T / 4, 1), reduction="batchmean"
-            )
-            plain_optimizer.zero_grad()
-            loss.backward()
-            plain_optimizer.step()
-            loss.item()
+                T = teacher(view.to(device))
+            value = plain_loss(S, T, y)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            value.item()
         return len(images)
 
-    workers = f"plain float32 NCHW loop, DataLoader of {os.cpu_count()} workers"
-    speed_ours = compare("Hinton WRN-40-2 → WRN-16-2, batch 128, images/s", ours, {workers: theirs}, args)
+    nets = fresh()
+    peers = {f"plain float32 NCHW loop, DataLoader of {os.cpu_count()} workers": theirs}
+    peers["ours with --compile"] = ours(fresh(compiled=True))
+    speed_ours = compare(f"{work}, batch {batch_size}, images/s", ours(nets), peers, args)
+
+    x, y = resident[:batch_size], resident_labels[:batch_size]
     with FlopCounterMode(display=False) as counter:
-        kd_step(student, teacher, optimizer, resident[:128], resident_labels[:128])
+        step(*nets, x, y)
+    with Bytes() as moved:
+        step(*nets, x, y)
+    augmented = statistics.median(speed(lambda: (augmentation(to_float(x)), batch_size)[1], device) for _ in range(9))
     flops, copied = ceiling(device, torch.bfloat16 if cuda else torch.float32)
-    per_image = counter.get_total_flops() / 128
-    share = 100 * speed_ours * per_image / flops
-    print(f"  {per_image / 1e9:.2f} GFLOP an image; matmul {flops / 1e12:.2f} TFLOP/s, copy {copied / 1e9:.0f} GB/s: "
-          f"{share:.0f} % of the matmul's speed")  # fmt: skip
+    flop, byte = counter.get_total_flops() / batch_size, moved.total / batch_size
+    print(f"  of a step, augmentation takes {100 * speed_ours / augmented:.0f} %; {flop / 1e9:.2f} GFLOP and "
+          f"{byte / 1e6:.0f} MB an image are {100 * speed_ours * flop / flops:.0f} % of a matmul's {flops / 1e12:.2f} "
+          f"TFLOP/s and {100 * speed_ours * byte / copied:.0f} % of a copy's {copied / 1e9:.0f} GB/s")  # fmt: skip
+    if cuda:
+        print(f"  peak device memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB, all of the above")
+
+
+def train(args):
+    """Hinton's step, WRN-40-2 → WRN-16-2, and NRD's with PreActResNet-34: ours and as repositories write them."""
+
+    def hinton(S, T, y):
+        return 0.1 * F.cross_entropy(S, y) + 0.9 * kd_zoo.hinton_loss(S, T, 4.0)
+
+    def plain_hinton(S, T, y):
+        kl = F.kl_div(F.log_softmax(S / 4, 1), F.softmax(T / 4, 1), reduction="batchmean")
+        return 0.1 * F.cross_entropy(S, y) + 0.9 * 16 * kl
+
+    def js(S, T, y):
+        y = F.one_hot(y, S.shape[1]).float()
+        return nrd.js_divergence((y, S.softmax(1), T.softmax(1)), (0.2, 0.6, 0.2)).mean()
+
+    def plain_js(S, T, y):
+        y, weights = F.one_hot(y, S.shape[1]).float(), (0.2, 0.6, 0.2)
+        distributions = [p.clamp(1e-7, 1) for p in (y, F.softmax(S, 1), F.softmax(T, 1))]
+        mean = sum(w * p for w, p in zip(weights, distributions)).log()
+        return sum(w * F.kl_div(mean, p, reduction="batchmean") for w, p in zip(weights, distributions))
+
+    def same(x):
+        x = common.crop_flip(x, mode="reflect")
+        return x, x
+
+    def two_views(x):
+        return nrd.augment(x, "randaugment+crop+cutout"), nrd.augment(x, "augmix")
+
+    crop, to_tensor = v2.RandomCrop(32, padding=4, padding_mode="reflect"), v2.ToDtype(torch.float32, scale=True)
+    flip = v2.RandomHorizontalFlip()
+    erase = v2.RandomErasing(1.0, scale=(25 / 1024,) * 2, ratio=(1, 1))
+    student_view = v2.Compose([v2.RandAugment(1, 3), v2.RandomCrop(32, padding=4), flip, to_tensor, erase])
+    teacher_view = v2.Compose([v2.AugMix(), to_tensor])
+
+    def both(image):
+        return [student_view(image), teacher_view(image)]
+
+    plain = v2.Compose([crop, flip, to_tensor])
+    race(args, "Hinton WRN-40-2 → WRN-16-2", ("wrn-16-2", "wrn-40-2"), same, hinton, plain, plain_hinton)
+    race(args, "NRD PreActResNet-34", ("preact_resnet34", "preact_resnet34"), two_views, js, both, plain_js)
 
 
 WORKS = {"augment": augment, "corrupt": corrupt, "attack": attack, "leaves": leaves, "train": train}
@@ -299,12 +367,12 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor() or "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, {version('torch')}, Python {platform.python_version()}")
     print("| work | ours | peer | its speed | ratio |\n|---|---|---|---|---|")
     for work in WORKS if args.work == "all" else [args.work]:
+        torch.manual_seed(0)
         WORKS[work](args)
 
 

@@ -67,12 +67,11 @@ def test_dense_and_sparse_paths_agree(pictures, monkeypatch):
     magnitude = op_magnitudes(31, 32, 32, torch.device("cpu"))[op, 20]
     sparse = apply_ops(images, op, magnitude)
     dense = images.clone()
-    for mask, transform in (
-        (op <= common.ROTATE, lambda *a: common._warp(*a, mode="nearest")),
-        ((op == common.COLOR) | (op == common.SHARPNESS), common._blend),
-        ((op > common.ROTATE) & (op != common.COLOR) & (op != common.SHARPNESS) & (op != IDENTITY), common._look_up),
-    ):
-        dense = torch.where(mask.view(-1, 1, 1, 1), transform(images, op, magnitude), dense)
+    warps = dict.fromkeys(range(common.ROTATE + 1), lambda *a: common._warp(*a, mode="nearest"))
+    others = {common.COLOR: common._color, common.SHARPNESS: common._sharpness, common.EQUALIZE: common._equalize}
+    for kind in set(range(len(common.OPS))) - {IDENTITY}:
+        transform = {**warps, **others}.get(kind, common._look_up)
+        dense = torch.where((op == kind).view(-1, 1, 1, 1), transform(images, op, magnitude), dense)
     assert torch.equal(sparse, dense)
 
 

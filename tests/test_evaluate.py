@@ -205,8 +205,8 @@ def test_no_steps_are_the_random_start_which_is_uniform_in_the_ball():
     assert kstest((out - images).flatten().numpy(), "uniform", (-0.1, 0.2)).pvalue > 1e-3
 
 
-def pgd_args(steps, restarts=1, seed=0, batch_size=500, step_size=0.003):
-    return SimpleNamespace(pgd=steps, restarts=restarts, seed=seed, batch_size=batch_size, step_size=step_size)
+def pgd_args(steps, restarts=1, seed=0, step_size=0.003):
+    return SimpleNamespace(pgd=steps, restarts=restarts, seed=seed, step_size=step_size)
 
 
 def test_accuracy_under_pgd_of_a_linear_model():
@@ -256,7 +256,8 @@ def test_accuracy_under_pgd_is_that_of_a_naive_attack(steps, batch_size):
     labels = model(common.to_float(images)).argmax(1)
     labels[::7] = 3
     subject = subject_of(model, images, labels)
-    args = pgd_args(steps, restarts=3, seed=4, batch_size=batch_size, step_size=0.003)
+    subject.batch_size = batch_size
+    args = pgd_args(steps, restarts=3, seed=4, step_size=0.003)
     found = evaluate.evaluate_pgd(subject, 0.02, args)
     assert found == pytest.approx(naive_pgd(subject, 0.02, args), abs=1e-4)
     assert len(set(found.values())) == len(steps) and 0 < min(found.values()) < 80  # the step counts are told apart
@@ -281,7 +282,7 @@ def test_accuracy_under_pgd_falls_with_steps_eps_and_restarts(ckpt):
 
 def test_clean_metrics_by_hand():
     logits = torch.tensor([[0.8, 0.2], [0.6, 0.4]]).log()
-    found = evaluate.evaluate_clean(subject_of(Lookup(logits), numbered(2), torch.tensor([0, 1]), 2), 500)
+    found = evaluate.evaluate_clean(subject_of(Lookup(logits), numbered(2), torch.tensor([0, 1]), 2))
     bins = found.pop("bins")
     assert found == {
         "accuracy": 50,
@@ -298,7 +299,7 @@ def test_clean_metrics_are_numpy_s(scale):
     """Also where softmax is one to the last bit of float32."""
     logits = scale * torch.randn(250, 7)
     labels = torch.where(torch.rand(250) < 0.6, logits.argmax(1), torch.randint(0, 7, (250,)))
-    found = evaluate.evaluate_clean(subject_of(Lookup(logits), numbered(250), labels, 7), batch_size=64)
+    found = evaluate.evaluate_clean(subject_of(Lookup(logits), numbered(250), labels, 7))
     z, y = logits.double().numpy(), labels.numpy()
     log_p = z - z.max(1, keepdims=True)
     log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
@@ -321,13 +322,13 @@ def test_natural_robustness_by_hand():
     right = ["1100", "1000", "0100", "0011", "1111", "0000"]
     logits = torch.tensor([[1.0, 0] if bit == "1" else [0, 1.0] for bit in "".join(right)])
     subject = subject_of(Lookup(logits), numbered(4), torch.zeros(4).long(), 2)
-    found = evaluate.evaluate_corruption(subject, lambda severity: numbered(4, 4 * severity), 500)
+    found = evaluate.evaluate_corruption(subject, lambda severity: numbered(4, 4 * severity))
     assert found == {"accuracy": [25, 25, 50, 100, 0], "natural_robustness": [50, 50, 0, 100, 0]}
 
 
 def test_natural_robustness_is_null_where_nothing_is_right():
     subject = subject_of(Lookup(torch.tensor([[0, 1.0]] * 3 + [[1.0, 0]])), numbered(3), torch.zeros(3).long(), 2)
-    found = evaluate.evaluate_corruption(subject, lambda severity: numbered(3, 1), 500)
+    found = evaluate.evaluate_corruption(subject, lambda severity: numbered(3, 1))
     assert found == {"accuracy": [pytest.approx(100 / 3)] * 5, "natural_robustness": [None] * 5}
     assert json.loads(json.dumps(found))["natural_robustness"] == [None] * 5
 
@@ -335,8 +336,8 @@ def test_natural_robustness_is_null_where_nothing_is_right():
 # ------------------------------------------------------------------------------------------------------------- transfer
 
 
-def transfer_args(seed=0, eps=0.031, step_size=0.003, batch_size=500):
-    return SimpleNamespace(seed=seed, eps=[eps], step_size=step_size, batch_size=batch_size)
+def transfer_args(seed=0, eps=0.031, step_size=0.003):
+    return SimpleNamespace(seed=seed, eps=[eps], step_size=step_size)
 
 
 def test_transfer_to_itself_is_the_white_box_attack(ckpt):
@@ -385,8 +386,8 @@ def test_only_samples_that_both_classify_correctly_count():
         subject_of(Knows(*bits), numbered(6), labels, 2)
         for bits in (("111100", "111111"), ("111010", "011000"), ("000011", "111111"))
     )
-    args = transfer_args(eps=0.0015, batch_size=4)
-    found = evaluate.evaluate_transfer(source, [source, target, lost], args)
+    source.batch_size = 4
+    found = evaluate.evaluate_transfer(source, [source, target, lost], transfer_args(eps=0.0015))
     assert found == {source.sha256: 0, target.sha256: pytest.approx(100 / 3), lost.sha256: None}
 
 
@@ -1019,7 +1020,7 @@ def test_a_state_dict_is_evaluated_as_the_run_it_came_from(evaluate_cli, ckpt, b
     torch.save(WRAPPERS[wrapper](state), tmp_path / "weights.pt")
     status, out, err = evaluate_cli("weights.pt", "--ece", *flags, *SMALL)
     assert (status, err) == (0, "") and list(table(out, "model")) == ["weights"]
-    expected = evaluate.evaluate_clean(trained(ckpt["ce0"]), 500)
+    expected = evaluate.evaluate_clean(trained(ckpt["ce0"]))
     found = read(tmp_path)["models"]["weights"]
     assert found["NLL"]["mean"] == pytest.approx(expected["nll"], rel=1e-4)
     assert found["accuracy (%)"]["mean"] == pytest.approx(expected["accuracy"], abs=1e-3)

@@ -158,6 +158,30 @@ def test_killed_runs_continue_to_the_same_bit(nrd_cli, tmp_path):
     assert names == ["checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"]  # no temporary file is left
 
 
+def test_slow_saving_takes_a_share_of_the_time_and_never_the_end(nrd_cli, tmp_path, monkeypatch):
+    """A save of 0.3 s may come every 6 s: not after each of these epochs, but after the last one."""
+    written, original, divergence = [], torch.save, nrd.js_divergence
+
+    def slow(state, path):
+        written.append(state["epoch"])
+        time.sleep(0.3)
+        original(state, path)
+
+    monkeypatch.setattr(torch, "save", slow)
+    assert nrd_cli(*TINY, "--epochs", 4, "--out", "slow")[0] == 0
+    assert written == [0, 4]
+    monkeypatch.setattr(
+        nrd, "js_divergence", lambda *a: divergence(*a) * (1 if time.sleep(0.1) or steps.pop() else nan)
+    )
+    steps, nan = [0, *[1] * 8], float("nan")  # three steps an epoch
+    status, _, err = nrd_cli(*TINY, "--epochs", 4, "--out", "bad")
+    assert status == 1 and "step 3 of epoch 3" in err and "holds epoch 0" in err
+    monkeypatch.setattr(nrd, "js_divergence", divergence)
+    status, out, _ = nrd_cli(*TINY, "--epochs", 4, "--out", "bad", "--resume")
+    assert status == 0 and "after epoch 0 of 4" in out
+    assert_same_run(tmp_path / "slow", tmp_path / "bad")
+
+
 def test_resuming_a_finished_run_says_so_and_changes_nothing(nrd_cli, tmp_path):
     assert nrd_cli(*TINY, "--out", "run")[0] == 0
     before = (tmp_path / "run/metrics.jsonl").read_bytes()
