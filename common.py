@@ -186,7 +186,7 @@ def setup(args):
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")  # TF32 where a matmul is left in float32
-    if args.compile:
+    if vars(args).get("compile"):
         print("compiling the models: the first steps take a minute or so", flush=True)
     return device
 
