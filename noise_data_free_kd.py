@@ -140,11 +140,9 @@ def dead_leaves(n, size, generator, device):
         first = low.ceil().clamp_(0, size)
         return first.int(), (high.floor().clamp_(-1, size - 1) - first + 1).clamp_(min=0).int()
 
-    area, (leaves, more) = (
-        size * size,
-        (192, 256) if device.type == "cpu" else (1024, 4096),
-    )  # in the first round, after
+    area = size * size
     image = torch.zeros(n * area, 3, device=device)
+    leaves, more = (1024, 4096) if image.is_cuda else (192, 256)  # in the first round and in those after it
     bare = torch.ones(n, area, dtype=torch.bool, device=device)
     unfinished = torch.arange(n, device=device)  # the images that still have bare pixels
     while len(unfinished):
