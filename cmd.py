@@ -15,6 +15,7 @@ Knowledge. Equations 2-12, Tables 1-7, Figures 2-4, supplement A.2 and C.
     python cmd.py --dataset cifar100 --self-kd mconf --select progressive    # a cell of Table 1
     python cmd.py --dataset cifar100 --mutual kdcl                           # … of Table 5
     python cmd.py --dataset cifar100 --arch resnet18 --arch-b shufflenet_v2  # … of Table 6
+    python cmd.py --dataset food101                                          # … of Table 4; and --dataset webvision
 
 Attained by the first two commands: 63.2 and 49.3 % test accuracy (mean of A and B, last epoch, n = 1) in 1:18 minutes
 on two CPU cores. README.md has Table 1 in miniature. Not yet run at the paper's size (Mconf, progressive: 69.09).
@@ -45,6 +46,7 @@ if __name__ == "cmd":  # pdb and others import Python's own module of this name,
     sys.modules["cmd"] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules["cmd"])
 else:  # nothing outside functions may need these
+    import argparse
     import math
 
     import torch
@@ -65,6 +67,8 @@ SCHEDULES = {  # A.2: epochs, batch size, lr, weight decay, epochs after which l
     "resnet34": (100, 128, 0.1, 5e-4, (50, 80), 0.1),
     "resnet50": (100, 64, 0.01, 1e-3, (40, 80), 0.1),
     "wrn-10-1": (20, 32, 0.05, 5e-4, (10, 16), 0.1),  # ours: shapes
+    "food101": (100, 32, 0.01, 5e-4, (50, 80), 0.1),  # ResNet-50; any other photographs too
+    "webvision": (80, 32, 0.01, 5e-4, tuple(range(40, 80)), 0.1),  # Inception-ResNet-v2
     "other": (200, 128, 0.1, 5e-4, (60, 120, 160), 0.2),  # ResNet-18, ShuffleNetV2
 }
 OWN_FLAGS = {
@@ -74,17 +78,28 @@ OWN_FLAGS = {
 }  # fmt: skip
 
 
+def schedule(args, arch):
+    """The row of SCHEDULES: by architecture, of photographs by data set."""
+    if common.of_photographs(args.dataset):
+        return SCHEDULES["webvision" if args.dataset == "webvision" else "food101"]
+    return SCHEDULES.get(arch, SCHEDULES["other"])
+
+
 def preset(args):
-    """What the flags left unset: A.2 for the architecture; on shapes, a small net, without crops it memorises."""
-    shapes = args.dataset in (None, "shapes")
-    arch = args.arch or ("wrn-10-1" if shapes else "resnet34")
-    epochs, batch_size, lr, weight_decay, _, _ = SCHEDULES.get(arch, SCHEDULES["other"])
+    """What the flags left unset: A.2 for architecture or data set; on shapes a small net, which memorises uncropped."""
+    shapes, photographs = args.dataset in (None, "shapes"), common.of_photographs(args.dataset)
+    arch = {"webvision": "inception_resnet_v2"}.get(args.dataset, "resnet50") if photographs else "resnet34"
+    arch = args.arch or ("wrn-10-1" if shapes else arch)
+    epochs, batch_size, lr, weight_decay, _, _ = schedule(args, arch)
     eta, b2 = SELECT[args.select or "progressive"]
-    fixed = args.noise in ("none", *common.HUMAN)  # these have a rate of their own
+    noise = args.noise or ("none" if photographs else "sym-other")  # photographs have wrong labels of their own
+    fixed = noise in ("none", *common.HUMAN)  # these have a rate of their own
     run = {
-        "noise": "sym-other", "rate": None if fixed else 0.4, "arch": arch, "arch_b": arch, "epochs": epochs,
+        "noise": noise, "rate": None if fixed else 0.4, "arch": arch, "arch_b": arch, "epochs": epochs,
         "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "augment": "none" if shapes else "crop",
     }  # fmt: skip
+    run |= {"pretrained": args.dataset == "food101"}
+    run |= {"resize": 320, "image_size": 299} if args.dataset == "webvision" else {}
     if args.mutual == "cmd":
         self_kd = args.self_kd or "proselflc"
         run |= {"self_kd": self_kd, "select": "progressive", "eta": eta, "b2": b2, "epsilon": SELF_KD[self_kd]}
@@ -101,6 +116,7 @@ def parse_args():
     add("--arch", help="of A, and of B too (default: resnet34; on shapes wrn-10-1)")
     add("--arch-b", metavar="ARCH", help="of B, where it is another")
     add("--augment", type=one_of("crop", "none"), help="crop: padding 4, and flips (default: crop; on shapes none)")
+    add("--pretrained", action=argparse.BooleanOptionalAction, help="torchvision's ImageNet weights (default: food101)")
     add("--validation", type=number(float, 0, 0.9), default=0.0, metavar="SHARE", help="of training, clean, held out")
     add = parser.add_argument_group("method (equations 2-12)").add_argument
     add("--self-kd", type=one_of(*SELF_KD), help=" | ".join(SELF_KD) + " (default: proselflc)")
@@ -193,7 +209,7 @@ def hold_out(count, share, seed):
 def main():
     args = parse_args()
     device = common.setup(args)
-    data = common.load_dataset(args.dataset, args.data_dir, args.limit_train, args.limit_test, device)
+    data = common.load_data(args, device)
     num_classes = len(data.classes)
     labels = common.corrupt_labels(
         data.train_labels, args.noise, args.rate, num_classes, args.seed, data.classes, args.data_dir
@@ -201,18 +217,20 @@ def main():
     kept, held = hold_out(len(labels), args.validation, args.seed)
     if not len(kept) or args.validation and not len(held):
         raise UsageError(f"--validation: {args.validation:g} of {len(labels)} samples leaves one part empty")
-    held_images, held_labels = data.train_images[held], data.train_labels[held]
-    images, labels, true = data.train_images[kept], labels[kept], data.train_labels[kept]
-    stats = common.channel_stats(images)
-    A = common.build_model(args.arch, num_classes, 0.0, *stats).to(device)
+    held_images, seen = common.decoded(data.train_images[held])
+    held_labels = data.train_labels[held][seen]
+    train_images, labels, true = data.train_images[kept], labels[kept], data.train_labels[kept]
+    stats = common.channel_stats(train_images)
+    how = {"image_size": data.image_size, "pretrained": args.pretrained}
+    A = common.build_model(args.arch, num_classes, 0.0, *stats, **how).to(device)
     try:
-        B = common.build_model(args.arch_b, num_classes, 0.0, *stats).to(device)
+        B = common.build_model(args.arch_b, num_classes, 0.0, *stats, **how).to(device)
     except UsageError as error:
         raise UsageError(str(error).replace("--arch:", "--arch-b:")) from None
     optimizer = torch.optim.SGD(
         [*A.parameters(), *B.parameters()], args.lr, momentum=0.9, weight_decay=args.weight_decay
     )
-    epochs, _, _, _, milestones, gamma = SCHEDULES.get(args.arch, SCHEDULES["other"])
+    epochs, _, _, _, milestones, gamma = schedule(args, args.arch)
     milestones = [math.ceil(m / epochs * args.epochs) for m in milestones]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma)
     selective = args.select in ("static", "progressive")
@@ -223,10 +241,12 @@ def main():
     )  # fmt: skip
     run.header["archs"] = {"peer": args.arch_b}
     wrong = (labels != true).float().mean().item()
-    print(f"{len(labels):,} training images, {100 * wrong:.2f} % mislabelled; {len(data.test_labels):,} test images")
+    print(f"{len(labels):,} training images, {100 * wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
     if args.compile:
         A.compile()
         B.compile()
+
+    padding = 0 if common.of_photographs(args.dataset) else 4  # these are cropped as they are read
 
     for epoch in range(run.epoch, args.epochs):
         A.train()
@@ -242,9 +262,9 @@ def main():
             trust = [logistic(c - 0.5, args.b1) for c in (certainty if args.self_kd == "mconf" else (t, t))]
 
         order = common.batches(len(labels), args.batch_size, device)
-        for step, index in enumerate(run.progress(order), epoch * len(order) + 1):
-            x, y = to_float(images[index]), labels[index]
-            x = common.crop_flip(x) if args.augment == "crop" else x
+        for step, (index, images) in enumerate(run.progress(train_images, order), epoch * len(order) + 1):
+            x, y = to_float(images), labels[index]
+            x = common.crop_flip(x, padding) if args.augment == "crop" else x
             q = F.one_hot(y, num_classes).float()
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 S_A, S_B = A(x).float(), B(x).float()
@@ -272,8 +292,11 @@ def main():
             uncertainty += torch.stack([entropy(p_A).sum(), entropy(p_B).sum()])
         scheduler.step()
 
-        each = [accuracy(predict(net, data.test_images, args.amp), data.test_labels) for net in (A, B)]
+        logits = [predict(net, data.test_images, args.amp) for net in (A, B)]
+        each = [accuracy(S, data.test_labels) for S in logits]
+        more = [common.more_accuracies(net, data, args.amp, S) for net, S in zip((A, B), logits)]
         validation = [accuracy(predict(net, held_images, args.amp), held_labels) for net in (A, B)] if len(held) else []
+        common.average([uncertainty])
         seen = len(order) * len(order[0])
         run.end_epoch(
             losses,
@@ -281,9 +304,10 @@ def main():
             test_acc=sum(each) / 2,
             test_acc_A=each[0],
             test_acc_B=each[1],
+            **{name: (more[0][name] + more[1][name]) / 2 for name in more[0]},
             val_acc=sum(validation) / 2 if validation else None,
             threshold=chi,
-            communication=int(sent.sum()) if args.mutual == "cmd" else None,
+            communication=int(common.total(sent).sum()) if args.mutual == "cmd" else None,
             certainty=(1 - uncertainty / (seen * math.log(num_classes))).tolist(),
             **common.label_accuracies(predicted.flatten(), labels.repeat(2), true.repeat(2)),
         )

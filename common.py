@@ -17,11 +17,13 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import signal
+import statistics
 import sys
 import textwrap
 import time
@@ -31,6 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
@@ -42,31 +45,88 @@ class UsageError(Exception):
     """Something the user can mend: the message names the flag or file and says what would work."""
 
 
-def run_main(main, stopped="a run's checkpoint.pt holds the finished epochs: --resume continues it"):
+def run_main(main, stopped="a run's checkpoint.pt holds the finished epochs: --resume continues it", runs=True):
     """Call main(); UsageError becomes one line on stderr and status 2, Ctrl-C and SIGTERM one line and status 130.
 
-    stopped: what that last line tells the user.
+    stopped: what that last line tells the user. runs: main() trains, so it can be called for several --seed (`sweep`),
+    and by several processes (`torchrun`, see below).
     """
+    rank = int(os.environ.get("RANK", 0))
 
     def interrupt(*_):
+        if rank:
+            os._exit(130)  # the first process speaks for all
         raise KeyboardInterrupt
+
+    def fail(message):
+        time.sleep(3 * (rank > 0))  # what fails everywhere, the first process says, and torchrun ends the others
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
     signal.signal(signal.SIGTERM, interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter must not end the program
     try:
-        main()
+        if "RANK" in os.environ:
+            if not runs:
+                raise UsageError("torchrun: this script runs as one process; python starts it")
+            torch.distributed.init_process_group()
+            if rank:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sweep(main) if runs else main()
     except (UsageError, OSError) as error:  # OSError: a path that may not even be looked at
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        fail(" ".join(str(error).split()))
     except torch.OutOfMemoryError as error:
-        print("error: out of memory, a smaller --batch-size needs less:", str(error).split(". ")[0], file=sys.stderr)
-        sys.exit(2)
+        fail(f"out of memory, a smaller --batch-size needs less: {str(error).split('. ')[0]}")
     except KeyboardInterrupt:
         print("\n" * sys.stdout.isatty(), end="", flush=True)  # below the live line
         print(f"stopped; {stopped}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+FINISHED = []  # the folder of each run finished by this process, and its last record
+SWEEPING = []  # the seeds, where there are several
+
+
+def sweep(main):
+    """Call main() for each number after --seed, one after the other, into folders side by side; then their mean ± std.
+
+    With --seeds-per-rank, under torchrun, each process takes other seeds.
+    """
+    given = sys.argv[1:]
+    after = given[given.index("--seed") + 1 :] if "--seed" in given else []
+    seeds = list(itertools.takewhile(str.isdigit, after))
+    apart = "--seeds-per-rank" in given
+    if apart and (len(seeds) < 2 or not torch.distributed.is_initialized()):
+        raise UsageError(
+            "--seeds-per-rank: is for torchrun and several seeds: torchrun … --seed 0 1 2 --seeds-per-rank"
+        )
+    if len(seeds) < 2:
+        return main()
+    at, SWEEPING[:], FINISHED[:] = given.index("--seed"), seeds, []
+    rest = given[:at] + given[at + 1 + len(seeds) :]
+    size, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if apart else (1, 0)
+    for seed in seeds[rank::size]:
+        out = [i for i, flag in enumerate(rest) if "--out" in (flag.partition("=")[0], rest[i - 1])]
+        named = [f"{flag}-seed{seed}" if i in out and flag != "--out" else flag for i, flag in enumerate(rest)]
+        sys.argv[1:] = [*named, "--seed", seed]
+        main()
+    finished = FINISHED
+    if apart:
+        gathered = [None] * size
+        torch.distributed.all_gather_object(gathered, FINISHED)
+        finished = [run for runs in itertools.zip_longest(*gathered) for run in runs if run]
+    if finished:
+        figures = [key for key in COLUMNS if not key.startswith("train") and finished[0][1].get(key) is not None]
+        for key in figures:
+            values = [record[key] for _, record in finished]
+            spread_ = statistics.stdev(values) if len(values) > 1 else math.nan
+            print(f"{LEGENDS[key]}: {statistics.mean(values):.2f} ± {spread_:.2f} % (n = {len(values)}, last epoch)")
+        print("mean ± standard deviation of " + " ".join(str(folder) for folder, _ in finished))
 
 
 class Parser(argparse.ArgumentParser):
@@ -117,12 +177,16 @@ def number(kind, low, high=1e9):
 def add_common_arguments(parser):
     """Add what every script shares. Flags left unset (None) are for `fill` to take from the script's preset table."""
     add = parser.add_argument_group("data and label noise").add_argument
-    add("--dataset", help="shapes (built in), cifar10, cifar100, svhn or path/to/file.npz (default: shapes)")
+    names = "shapes (built in), cifar10, cifar100, svhn, food101, webvision, path/to/file.npz, imagefolder:PATH"
+    add("--dataset", help=f"{names} (default: shapes)")
     add("--data-dir", type=Path, metavar="DIR", help="where data sets are kept (default: data)")
     add("--noise", type=one_of(*NOISE_KINDS), metavar="KIND", help=" | ".join(NOISE_KINDS))
     add("--rate", type=number(float, 0, 1), help="share of training labels to corrupt, in [0, 1]; human-* has its own")
     add("--limit-train", type=number(int, 1), metavar="N", help="use N evenly spaced training samples")
     add("--limit-test", type=number(int, 1), metavar="N", help="use N evenly spaced test samples")
+    add("--resize", type=number(int, 16), metavar="PIXELS", help="photographs: the shorter side becomes (default: 256)")
+    add("--image-size", type=number(int, 16), metavar="PIXELS", help="photographs: side of the crop (default: 224)")
+    add("--workers", type=number(int, 0), metavar="N", help="photographs: processes that decode (default: one a core)")
 
     add = parser.add_argument_group("training (unset: the paper's value for data set and noise)").add_argument
     add("--epochs", type=number(int, 1), help="passes over the training set; the schedule scales along")
@@ -133,7 +197,7 @@ def add_common_arguments(parser):
         "--seed",
         type=number(int, 0, 2**63 - 1),
         default=0,
-        help="of weights, batches, augmentation and label noise (default: 0)",
+        help="of weights, batches, augmentation and label noise; several: one run after the other (default: 0)",
     )
 
     add = parser.add_argument_group("machine and output").add_argument
@@ -141,6 +205,7 @@ def add_common_arguments(parser):
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models")
     add("--out", type=Path, metavar="DIR", help="run folder (default: runs/METHOD-DATASET-NOISE-seedS)")
+    add("--seeds-per-rank", action="store_true", help="torchrun: each process runs other seeds, on whole batches")
     add("--resume", action="store_true", help="continue the run in the run folder, on CPU to the same bit")
 
 
@@ -159,13 +224,16 @@ def fill(args, preset):
     Raises UsageError for a --rate given with a kind of noise that has none to choose.
     """
     rate_given = args.rate is not None
-    for name, value in {"dataset": "shapes", "data_dir": Path("data"), **preset}.items():
+    defaults = {"dataset": "shapes", "data_dir": Path("data"), "resize": 256, "image_size": 224}
+    for name, value in {**defaults, **preset}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if rate_given and args.noise in ("none", *HUMAN):
         raise UsageError(
             f"--rate: --noise {args.noise} has no rate to choose; leave --rate out, or name another --noise"
         )
+    if args.image_size > args.resize:
+        raise UsageError(f"--image-size: {args.image_size} does not fit in --resize {args.resize}")
     return args
 
 
@@ -174,6 +242,18 @@ def setup(args):
 
     Raises UsageError for a device that is not there.
     """
+    apart = vars(args).get("seeds_per_rank")
+    TOGETHER[:] = [1, 0]
+    if torch.distributed.is_initialized():
+        if not apart:
+            TOGETHER[:] = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        if args.device not in (None, "cpu", "cuda"):
+            raise UsageError(f"--device {args.device}: torchrun gives each process a GPU of its own; leave it out")
+        if args.batch_size % TOGETHER[0]:
+            fits = args.batch_size // TOGETHER[0] * TOGETHER[0] or TOGETHER[0]
+            raise UsageError(f"--batch-size: {args.batch_size} does not divide by {TOGETHER[0]} processes; {fits} does")
+        if args.device == "cuda" or args.device is None and torch.cuda.is_available():
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", args.device)
     if not match:
@@ -182,6 +262,10 @@ def setup(args):
         found = torch.cuda.device_count()
         raise UsageError(f"--device {args.device}: {found} CUDA devices are visible; --device cpu works")
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    UNREADABLE.clear()
     args.amp = device.type == "cuda" if args.amp is None else args.amp
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
@@ -191,43 +275,169 @@ def setup(args):
     return device
 
 
+# ------------------------------------------------------------------------------------------------------------ processes
+# `torchrun --nproc_per_node=N script.py …` starts a script N times. Each process ("rank") has the whole model and takes
+# its share of every batch; before a step, gradients are averaged over the processes, and after it BatchNorm's running
+# statistics: what DistributedDataParallel does, for any number of networks and forward passes. So all weights stay the
+# same everywhere. BatchNorm normalises by the process's share, and losses that compare samples compare within it. Rank 0
+# alone prints and writes. Without torchrun, nothing here does anything.
+
+TOGETHER = [1, 0]  # how many processes share the batch, and which of them this is; set by `setup`
+
+
+def average(tensors):
+    """Replace each float tensor by its mean over the processes, all in one message."""
+    if TOGETHER[0] == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    parts = (flat / TOGETHER[0]).split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors)])
+
+
+def total(tensor, how="SUM"):
+    """The sum ("MAX": the largest) over the processes of a tensor, element by element; the tensor itself changes."""
+    if TOGETHER[0] > 1:
+        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
+    return tensor
+
+
+def act_as_one(optimizer, modules):
+    """Make the optimiser of each process take the step that a single process with the whole batch would take."""
+    norms = {id(m): m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+    def gradients(optimizer, *_):
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        average([p.grad for p in parameters if p.grad is not None])
+
+    def statistics_(*_):
+        used = (norm for norm in norms.values() if norm.training and norm.track_running_stats)
+        average([value for norm in used for value in (norm.running_mean, norm.running_var)])
+
+    optimizer.register_step_pre_hook(gradients)
+    optimizer.register_step_post_hook(statistics_)
+
+
+def wait():
+    """Wait until all processes are here."""
+    if TOGETHER[0] > 1:
+        torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Of several processes on one machine that need `path`, let one make it; the others then find it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: without
+        yield
+        return
+    lock = path.with_name(f"{path.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    except OSError as error:
+        raise UsageError(f"cannot write {lock}: {error.strerror}") from None
+    with open(lock, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            print(f"waiting for another process that makes {path}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
 class Dataset(NamedTuple):
-    """A labelled image set; the arrays of an .npz file have the same names."""
+    """A labelled image set; the arrays of an .npz file have the names of the first five."""
 
-    train_images: torch.Tensor  # uint8 [N, 3, H, W]
+    train_images: torch.Tensor  # uint8 [N, 3, H, W], or Photographs
     train_labels: torch.Tensor  # int64 [N], in [0, len(classes))
     test_images: torch.Tensor  # uint8 [M, 3, H, W]
     test_labels: torch.Tensor  # int64 [M]
     classes: list  # names, str
+    more: dict = {}  # further test sets: name: (images, labels)
+
+    @property
+    def image_size(self):
+        """The longer side of a test image in pixels, by which build_model chooses an architecture's form."""
+        return max(self.test_images.shape[2:])
 
 
-DATASETS = ("shapes", "cifar10", "cifar100", "svhn")
+ARRAYS = Dataset._fields[:5]
+DATASETS = ("shapes", "cifar10", "cifar100", "svhn", "food101", "webvision")
 
 
-def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, device="cpu"):
-    """The data set `name`, as a Dataset on `device`.
+def of_photographs(name):
+    """Whether the data set `name` is one of photographs, which stay in their files."""
+    return name in ("food101", "webvision") or str(name).startswith("imagefolder:")
+
+
+def load_data(args, device, window=None):
+    """The data set that the flags of add_common_arguments name: load_dataset's Dataset."""
+    limits = args.limit_train, args.limit_test
+    return load_dataset(
+        args.dataset, args.data_dir, *limits, device, args.resize, args.image_size, window, args.workers
+    )
+
+
+def load_dataset(
+    name,
+    data_dir="data",
+    limit_train=None,
+    limit_test=None,
+    device="cpu",
+    resize=256,
+    image_size=224,
+    window=None,
+    workers=None,
+):
+    """The data set `name`, as a Dataset on `device`; of photographs the training images stay in their files.
 
     name: "shapes" (drawn by code), "cifar10", "cifar100", "svhn" (read from data_dir/NAME.npz; where that is missing,
-        downloaded by torchvision and cached there) or the path of any .npz file of the same form.
+        downloaded by torchvision and cached there), the path of any .npz file of the same form, or photographs:
+        "food101", "webvision" or "imagefolder:PATH" (list_photographs says where they lie).
     limit_train, limit_test: keep that many samples, evenly spaced, so that a file sorted by class stays balanced.
+    resize, image_size: of photographs, the shorter side after resizing and the side of the square that is cut out, in
+        pixels. window: that side for training images, if another one. workers: processes that decode, None: one a core.
     Raises UsageError if the name is unknown, the file is unreadable or malformed, or the download fails.
     """
+    if of_photographs(name):
+        lists, classes = list_photographs(str(name), Path(data_dir))
+        images, labels = {}, {}
+        for part, (paths, targets) in lists.items():
+            rows = spread(len(paths), limit_train if part == "train" else limit_test)
+            side = window or image_size if part == "train" else image_size
+            files = Photographs([paths[i] for i in rows], resize, side, device, workers)
+            if part != "train":
+                print(f"decoding {len(files):,} photographs of the {part} set, which stay in memory", flush=True)
+                files, seen = decoded(files)
+                rows = rows[seen.cpu()]
+            images[part], labels[part] = files, torch.tensor(targets)[rows].to(device)
+        if not len(images["test"]):
+            raise UsageError(f"--dataset {name}: none of the test photographs could be read")
+        more = {part: (images[part], labels[part]) for part in lists if part not in ("train", "test")}
+        return Dataset(images["train"], labels["train"], images["test"], labels["test"], classes, more)
     if name == "shapes":
         train_images, train_labels = draw_shapes(SHAPES_TRAIN, seed=0)
         test_images, test_labels = draw_shapes(SHAPES_TEST, seed=1)
         data = Dataset(train_images, train_labels, test_images, test_labels, SHAPES_CLASSES)
     elif str(name).endswith(".npz"):
         data = read_npz(Path(name), "--dataset")
-    elif name in DATASETS:
+    elif name in DATASETS:  # cifar10, cifar100, svhn
         path = Path(data_dir) / f"{name}.npz"
         if not path.exists():
-            download(name, path)
+            with locked(path):
+                if not path.exists():
+                    download(name, path)
         data = read_npz(path, f"--dataset {name}")
     else:
-        raise UsageError(f"--dataset: {unknown(name, [*DATASETS, 'path/to/file.npz'])}")
+        raise UsageError(f"--dataset: {unknown(name, [*DATASETS, 'path/to/file.npz', 'imagefolder:PATH'])}")
     train, test = spread(len(data.train_labels), limit_train), spread(len(data.test_labels), limit_test)
     parts = (data.train_images[train], data.train_labels[train], data.test_images[test], data.test_labels[test])
     return Dataset(*(part.to(device) for part in parts), data.classes)
@@ -243,8 +453,8 @@ def read_npz(path, flag):
     """The Dataset in an .npz file, read without pickle and checked; UsageError names `flag`, the file and the fault."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in Dataset._fields if key not in file.files]
-            arrays = {key: np.ascontiguousarray(file[key]) for key in Dataset._fields if key not in missing}
+            missing = [key for key in ARRAYS if key not in file.files]
+            arrays = {key: np.ascontiguousarray(file[key]) for key in ARRAYS if key not in missing}
     except FileNotFoundError:
         raise UsageError(f"{flag}: no file {path}; --dataset shapes needs none") from None
     except Exception as error:  # whatever a damaged or foreign file makes the readers of zip and npy raise
@@ -252,7 +462,7 @@ def read_npz(path, flag):
             f"{flag}: {path} cannot be read as .npz ({type(error).__name__}); write it again with numpy.savez"
         ) from None
     if missing:
-        raise UsageError(f"{flag}: {path} lacks {', '.join(missing)}; it needs {', '.join(Dataset._fields)}")
+        raise UsageError(f"{flag}: {path} lacks {', '.join(missing)}; it needs {', '.join(ARRAYS)}")
     classes = [str(c) for c in arrays["classes"].ravel()]
     for part in ("train", "test"):
         images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
@@ -272,7 +482,7 @@ def read_npz(path, flag):
         raise UsageError(f"{flag}: {path}: classes names {len(classes)}; it takes two to tell apart")
     if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
         raise UsageError(f"{flag}: {path}: train_images and test_images differ in size")
-    return Dataset(*(torch.from_numpy(arrays[key]) for key in Dataset._fields[:4]), classes)
+    return Dataset(*(torch.from_numpy(arrays[key]) for key in ARRAYS[:4]), classes)
 
 
 def download(name, path):
@@ -289,11 +499,193 @@ def download(name, path):
     except Exception as error:  # whatever the network or a broken archive makes torchvision raise
         raise UsageError(
             f"--dataset {name}: no {path}, and the download failed ({error}); put a {name}.npz with "
-            f"{', '.join(Dataset._fields)} there; --dataset shapes needs none"
+            f"{', '.join(ARRAYS)} there; --dataset shapes needs none"
         ) from None
     arrays = (images[0], np.int64(labels[0]), images[1], np.int64(labels[1]), np.array(classes))
     with replacing(path) as partial:
-        np.savez(partial, **dict(zip(Dataset._fields, arrays)))
+        np.savez(partial, **dict(zip(ARRAYS, arrays)))
+
+
+UNREADABLE = {}  # of this run: path of a photograph: what is wrong with it
+
+
+def unreadable(path, fault):
+    """Name a photograph that is skipped, once."""
+    if str(path) not in UNREADABLE:
+        UNREADABLE[str(path)] = fault
+        print(f"skipped: {path}: {fault}", file=sys.stderr, flush=True)
+
+
+def list_photographs(name, data_dir):
+    """Paths and labels of each part, {"train": (list, list), "test": …}, and the classes.
+
+    imagefolder:PATH: PATH/train/CLASS/* and PATH/test/CLASS/* (or val), in torchvision's ImageFolder layout.
+    food101: torchvision's Food101 in data_dir, downloaded where it is missing.
+    webvision: the first 50 classes of WebVision 1.0 in data_dir/webvision, "mini-WebVision": training images of
+        info/train_filelist_google.txt, test images of info/val_filelist.txt in val_images_256; and as part "imagenet",
+        where there is a data_dir/imagenet/val/WNID, ILSVRC12's validation images of the same 50 of info/synsets.txt.
+    Raises UsageError for folders that are missing or do not match.
+    """
+    library = torchvision.datasets
+    if name == "food101":
+        try:
+            with locked(data_dir / "food-101"):
+                missing = not (data_dir / "food-101" / "meta").is_dir()
+                parts = [library.Food101(data_dir, split, download=missing) for split in ("train", "test")]
+        except UsageError:
+            raise
+        except Exception as error:  # whatever the network or a broken archive makes torchvision raise
+            raise UsageError(f"--dataset food101: not in {data_dir}, and the download failed ({error})") from None
+        return {n: (p._image_files, p._labels) for n, p in zip(("train", "test"), parts)}, parts[0].classes
+    if name == "webvision":
+        return list_webvision(data_dir / "webvision", data_dir / "imagenet" / "val")
+    root = Path(name.removeprefix("imagefolder:"))
+    folders = [root / "train", root / ("test" if (root / "test").is_dir() else "val")]
+    try:
+        train, test = (library.ImageFolder(folder) for folder in folders)
+    except OSError as error:
+        layout = f"{root}/train/CLASS/… and {root}/test/CLASS/… are needed"
+        raise UsageError(f"--dataset {name}: {error}; {layout}") from None
+    if train.classes != test.classes:
+        odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
+        raise UsageError(f"--dataset {name}: train and {folders[1].name} have other classes: {odd}")
+    if len(train.classes) < 2:
+        raise UsageError(f"--dataset {name}: {folders[0]} has one class; it takes two to tell apart")
+    return {n: tuple(zip(*part.samples)) for n, part in (("train", train), ("test", test))}, train.classes
+
+
+def list_webvision(root, imagenet, count=50):
+    """list_photographs of WebVision's first `count` classes in root, and of the same of ILSVRC12 in imagenet/WNID."""
+    lists = {}
+    try:
+        synsets = [line.split() for line in (root / "info/synsets.txt").read_text().splitlines()[:count]]
+        files = {"train": ("train_filelist_google.txt", root), "test": ("val_filelist.txt", root / "val_images_256")}
+        for part, (file, folder) in files.items():
+            rows = [line.rsplit(maxsplit=1) for line in (root / "info" / file).read_text().splitlines()]
+            chosen = [(folder / path, int(label)) for path, label in rows if int(label) < count]
+            for path in (path for path, _ in chosen if not path.is_file()):
+                unreadable(path, "missing")
+            lists[part] = [(path, label) for path, label in chosen if str(path) not in UNREADABLE]
+    except FileNotFoundError as error:
+        raise UsageError(f"--dataset webvision: no file {error.filename}; WebVision 1.0 belongs in {root}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--dataset webvision: {root}/info is not WebVision's: {error}") from None
+    if len(synsets) < count or any(len(set(label for _, label in rows)) < count for rows in lists.values()):
+        raise UsageError(f"--dataset webvision: the lists in {root}/info lack some of the first {count} classes")
+    if imagenet.is_dir():
+        lacking = [wnid for wnid, *_ in synsets if not (imagenet / wnid).is_dir()]
+        if lacking:
+            raise UsageError(f"--dataset webvision: {imagenet} lacks {', '.join(lacking[:5])}, {len(lacking)} in all")
+        folders = [(sorted((imagenet / wnid).iterdir()), label) for label, (wnid, *_) in enumerate(synsets)]
+        lists["imagenet"] = [(path, label) for paths, label in folders for path in paths]
+    else:
+        print(f"no {imagenet}: without ILSVRC12's validation images of the same classes")
+    return {part: tuple(zip(*rows)) for part, rows in lists.items()}, [" ".join(words[1:]) for words in synsets]
+
+
+class Photographs:
+    """Images in files, decoded when they are wanted: training images that do not fit in memory.
+
+    len(), shape and device are those of the uint8 tensor [N, 3, side, side] that they stand for, and [rows] is the
+    Photographs of these rows; `fetch` gives pixels.
+    """
+
+    def __init__(self, paths, resize, side, device="cpu", workers=None):
+        self.paths, self.resize, self.side, self.device = list(paths), resize, min(side, resize), torch.device(device)
+        self.shape = torch.Size((len(self.paths), 3, self.side, self.side))
+        self.workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        self.orders = []  # of the loader: what its workers are to decode next
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, rows):
+        paths = self.paths[rows] if isinstance(rows, slice) else [self.paths[i] for i in rows.tolist()]
+        return Photographs(paths, self.resize, self.side, self.device, self.workers)
+
+    @functools.cached_property
+    def loader(self):
+        """Each worker decodes whole batches, those in `orders`; the workers live as long as the photographs."""
+        return torch.utils.data.DataLoader(
+            Decoder(self.paths, self.resize, self.side),
+            batch_size=None,
+            sampler=self.orders,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # the global one is for the draws of the method
+        )
+
+
+class Decoder(torch.utils.data.Dataset):
+    """What a worker does: [rows, places] -> uint8 [n, 3, side, side], the n rows that could be read, {path: fault}."""
+
+    def __init__(self, paths, resize, side):
+        self.paths, self.resize, self.side = paths, resize, side
+
+    def __getitem__(self, order):
+        images, kept, faults = [], [], {}
+        for i, (row, place) in enumerate(zip(order[0].tolist(), order[1].tolist())):
+            try:
+                images.append(read_photograph(self.paths[row], self.resize, self.side, place))
+                kept.append(i)
+            except Exception as error:  # whatever a damaged file makes the decoder raise
+                faults[str(self.paths[row])] = " ".join(str(error).split()) or type(error).__name__
+        return torch.stack(images) if images else None, torch.tensor(kept), faults
+
+
+def read_photograph(path, resize, side, place=(0.5, 0.5)):
+    """uint8 [3, side, side] from an image file: the shorter side resized to `resize` pixels, a square window cut out.
+
+    place: of the window, down and across, from 0 (top, left) to 1. Bilinear with antialiasing.
+    """
+    from PIL import Image
+    from torchvision.transforms.v2 import functional as v2
+
+    with Image.open(path) as file:
+        file.draft("RGB", (resize, resize))  # JPEG only: decoded at 1/2, 1/4, 1/8 where that is still large enough
+        image = file.convert("RGB")
+    window = max(1, round(min(image.size) * side / resize))
+    top, left = (round(p * (n - window)) for p, n in zip(place, (image.height, image.width)))
+    return v2.pil_to_tensor(v2.resized_crop(image, top, left, window, window, [side, side], antialias=True))
+
+
+def fetch(images, parts, random=True):
+    """Yield (part, images[part]) for each index tensor of the list `parts`: int64 [b] and uint8 [b, 3, H, W].
+
+    images: a uint8 tensor, or Photographs, which workers decode ahead, windows at random places or in the middle; a
+    photograph that cannot be read is named, counted, and left out of its part. None: None is yielded for the images.
+    Raises UsageError where no photograph of a part can be read.
+    """
+    if not isinstance(images, Photographs):
+        yield from ((part, None if images is None else images[part]) for part in parts)
+        return
+    sizes = [len(part) for part in parts]
+    places = torch.rand(sum(sizes), 2) if random else torch.full((sum(sizes), 2), 0.5)
+    images.orders[:] = zip((part.cpu() for part in parts), places.split(sizes))
+    for part, (pixels, kept, faults) in zip(parts, images.loader):
+        for path, fault in faults.items():
+            unreadable(path, fault)
+        if pixels is None:
+            raise UsageError(
+                f"--dataset: none of {len(part)} photographs in a row can be read: {next(iter(faults))}, …"
+            )
+        yield (part[kept.to(part.device)] if faults else part), pixels.to(images.device, non_blocking=True)
+
+
+def decoded(images):
+    """Images in memory, uint8 [n, 3, H, W], and the rows int64 [n] that could be read; of Photographs the middle."""
+    rows = torch.arange(len(images), device=images.device)
+    if not isinstance(images, Photographs):
+        return images, rows
+    pixels, seen = torch.empty(images.shape, dtype=torch.uint8, device=images.device), [rows[:0]]
+    for part, some in fetch(images, list(rows.split(32)) if len(rows) else [], random=False):
+        pixels[sum(map(len, seen)) :][: len(part)] = some
+        seen.append(part)
+        if sys.stdout.isatty():
+            print(f"\r{int(part[-1]) + 1:,} of {len(images):,}\x1b[K", end="\r", flush=True)
+    seen = torch.cat(seen)
+    return pixels[: len(seen)], seen
 
 
 SHAPES_TRAIN, SHAPES_TEST = 2000, 1000
@@ -353,8 +745,11 @@ def draw_shapes(count, seed, size=32):
 def channel_stats(images):
     """Mean and standard deviation of each channel of uint8 images [N, 3, H, W], in [0, 1]: two lists of 3.
 
-    The deviation of a channel that is constant is given as 1, so that one can divide by it.
+    The deviation of a channel that is constant is given as 1, so that one can divide by it. Photographs have those of
+    ImageNet.
     """
+    if isinstance(images, Photographs):
+        return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double().cpu()
     share, level = counts / counts.sum(1, keepdim=True), torch.arange(256) / 255
     mean = (share * level).sum(1)
@@ -370,11 +765,18 @@ def to_float(images):
 def batches(count, batch_size, device):
     """A fresh random order of range(count), cut into full batches: int64 [batch_size] index tensors on `device`.
 
-    The incomplete last batch is left out, so that every step has the same shape.
+    The incomplete last batch is left out, so that every step has the same shape. Of several processes that share the
+    batches, each gets its own part of each.
     """
-    batch_size = min(batch_size, count)
+    size, rank = TOGETHER
+    share = min(batch_size, count) // size
+    if not share:
+        raise UsageError(f"torchrun: {size} processes for {count} training images; take fewer")
+    whole = share * size
     order = torch.randperm(count, device=device)
-    return order[: count // batch_size * batch_size].split(batch_size)
+    if size > 1:
+        torch.distributed.broadcast(order, 0)
+    return [batch[rank * share :][:share] for batch in order[: count // whole * whole].split(whole)]
 
 
 # ---------------------------------------------------------------------------------------------------------- label noise
@@ -745,6 +1147,73 @@ def crop_flip(images, padding=4, mode="zero"):
     return torch.where(flip, images.flip(3), images)
 
 
+def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
+    """Random resized crop: a box of `scale` of the area and `ratio` width to height, resized to size × size pixels.
+
+    Of ten boxes drawn the first that fits is taken, as in torchvision, or the whole image. Bilinear, no antialiasing,
+    for boxes that are not much larger than `size`. images: float [B, 3, H, W]; returns float [B, 3, size, size].
+    """
+    count, (height, width), device = len(images), images.shape[2:], images.device
+    area = height * width * torch.empty(count, 10, device=device).uniform_(*scale)
+    aspect = torch.empty(count, 10, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
+    h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
+    first, whole = fits.int().argmax(1, keepdim=True), ~fits.any(1, keepdim=True)
+    h, w = h.gather(1, first).masked_fill(whole, height), w.gather(1, first).masked_fill(whole, width)
+    top = (torch.rand_like(h) * (height - h + 1)).floor()
+    left = (torch.rand_like(w) * (width - w + 1)).floor()
+    return _resized_crop(images, top, left, h, w, size)
+
+
+def _resized_crop(images, top, left, height, width, size):
+    """Cut the box [top, top + height) × [left, left + width) out of each image and resize it; all four are [B, 1]."""
+    step = (torch.arange(size, device=images.device) + 0.5) / size
+
+    def coordinates(start, length, side):  # in pixels, within the box; then in grid_sample's units
+        inside = (start + step * length - 0.5).clamp(min=start, max=start + length - 1)
+        return (2 * inside + 1) / side - 1
+
+    y, x = coordinates(top, height, images.shape[2]), coordinates(left, width, images.shape[3])
+    grid = torch.stack(torch.broadcast_tensors(x.unsqueeze(1), y.unsqueeze(2)), -1)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2):
+    """Colour jitter: factors uniform in [1 - s, 1 + s] for each image, hue turned by up to ± `hue` of a full turn.
+
+    The order of the four is drawn for the whole batch. images: float [B, 3, H, W] in [0, 1]; returns the same.
+    """
+
+    def uniform(low, high):
+        return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(low, high)
+
+    def gray(x):
+        red, green, blue = x.unbind(1)
+        return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+
+    steps = (
+        lambda x: x * uniform(1 - brightness, 1 + brightness),
+        lambda x: torch.lerp(gray(x).mean((2, 3), keepdim=True), x, uniform(1 - contrast, 1 + contrast)),
+        lambda x: torch.lerp(gray(x), x, uniform(1 - saturation, 1 + saturation)),
+        lambda x: _turn_hue(x, uniform(-hue, hue)),
+    )
+    for i in torch.randperm(4).tolist():
+        images = steps[i](images).clamp(0, 1)
+    return images
+
+
+def _turn_hue(images, turn):
+    """Add `turn` [B, 1, 1, 1], 1 being a full turn, to the hue of images [B, 3, H, W] in [0, 1]."""
+    red, green, blue = images.unbind(1)
+    high, low = images.amax(1), images.amin(1)
+    chroma = high - low
+    safe = chroma.where(chroma > 0, 1.0)
+    sector = torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    sector = torch.where(high == red, (green - blue) / safe, sector).unsqueeze(1)  # hue in sixths of a turn
+    k = (sector + 6 * turn + torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1)) % 6
+    return high.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
 def cutout(images, size):
     """Cutout: a black square of `size` pixels, centred anywhere in the image and clipped at its border.
 
@@ -798,6 +1267,7 @@ class Classifier(nn.Module):
         self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+        self.image_size = 32  # what build_model was told
 
     def forward(self, images, features=False):
         x = self.stem((images - self.mean) / self.std)
@@ -853,28 +1323,136 @@ def pooled(*before, classifier):
     return nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
 
 
+def conv_unit(inputs, outputs, kernel, stride=1, padding=0):
+    """conv-BN-ReLU, the unit of Inception."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs, eps=1e-3), nn.ReLU(inplace=True))
+
+
+class Parallel(nn.Module):
+    """Branches side by side, their outputs concatenated."""
+
+    def __init__(self, *branches):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x):
+        return torch.cat([branch(x) for branch in self.branches], 1)
+
+
+class InceptionResidual(nn.Module):
+    """x + scale · conv(branches(x)), then ReLU."""
+
+    def __init__(self, channels, inner, scale, *branches, relu=True):
+        super().__init__()
+        self.branches, self.conv = Parallel(*branches), nn.Conv2d(inner, channels, 1)
+        self.scale, self.relu = scale, nn.ReLU(inplace=True) if relu else nn.Identity()
+
+    def forward(self, x):
+        return self.relu(x + self.scale * self.conv(self.branches(x)))
+
+
+def inception_resnet_v2():
+    """Stem and three blocks of Inception-ResNet-v2 (Szegedy et al. 2017), for images from 75 pixels up; 1536 channels.
+
+    With a classifier of 1000 classes 55.8 million parameters.
+    """
+    unit, chain = conv_unit, nn.Sequential
+    average = chain(nn.AvgPool2d(3, 1, 1, count_include_pad=False), unit(192, 64, 1))
+    stem = chain(
+        unit(3, 32, 3, 2), unit(32, 32, 3), unit(32, 64, 3, padding=1), nn.MaxPool2d(3, 2),
+        unit(64, 80, 1), unit(80, 192, 3), nn.MaxPool2d(3, 2),
+        Parallel(
+            unit(192, 96, 1),
+            chain(unit(192, 48, 1), unit(48, 64, 5, padding=2)),
+            chain(unit(192, 64, 1), unit(64, 96, 3, padding=1), unit(96, 96, 3, padding=1)),
+            average,
+        ),
+    )  # fmt: skip
+
+    def block35():
+        return InceptionResidual(
+            320, 128, 0.17,
+            unit(320, 32, 1),
+            chain(unit(320, 32, 1), unit(32, 32, 3, padding=1)),
+            chain(unit(320, 32, 1), unit(32, 48, 3, padding=1), unit(48, 64, 3, padding=1)),
+        )  # fmt: skip
+
+    def block17():
+        across, down = unit(128, 160, (1, 7), padding=(0, 3)), unit(160, 192, (7, 1), padding=(3, 0))
+        return InceptionResidual(1088, 384, 0.1, unit(1088, 192, 1), chain(unit(1088, 128, 1), across, down))
+
+    def block8(scale=0.2, relu=True):
+        across, down = unit(192, 224, (1, 3), padding=(0, 1)), unit(224, 256, (3, 1), padding=(1, 0))
+        return InceptionResidual(
+            2080, 448, scale, unit(2080, 192, 1), chain(unit(2080, 192, 1), across, down), relu=relu
+        )
+
+    reduce_a = Parallel(
+        unit(320, 384, 3, 2),
+        chain(unit(320, 256, 1), unit(256, 256, 3, padding=1), unit(256, 384, 3, 2)),
+        nn.MaxPool2d(3, 2),
+    )
+    reduce_b = Parallel(
+        chain(unit(1088, 256, 1), unit(256, 384, 3, 2)),
+        chain(unit(1088, 256, 1), unit(256, 288, 3, 2)),
+        chain(unit(1088, 256, 1), unit(256, 288, 3, padding=1), unit(288, 320, 3, 2)),
+        nn.MaxPool2d(3, 2),
+    )
+    blocks = [
+        chain(*(block35() for _ in range(10))),
+        chain(reduce_a, *(block17() for _ in range(20))),
+        chain(reduce_b, *(block8() for _ in range(9)), block8(1.0, relu=False), unit(2080, 1536, 1)),
+    ]
+    return stem, blocks
+
+
 ARCHS = (
     *("wrn-16-2", "wrn-40-2", "wrn-28-10", "resnet8", "resnet14", "resnet20", "resnet26", "resnet8x4", "resnet26x4"),
-    *("preact_resnet18", "preact_resnet34", "resnet18", "resnet34", "resnet50", "mobilenet_v2", "shufflenet_v2"),
-    *("densenet121", "densenet169"),
+    *("preact_resnet18", "preact_resnet34", "resnet18", "resnet34", "resnet50", "resnet101"),
+    *("mobilenet_v2", "shufflenet_v2", "densenet121", "densenet169", "inception_resnet_v2"),
 )
 
 
-def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1)):
-    """A Classifier for 32×32 images (any size from 16 up runs), randomly initialised, in channels_last memory format.
+def library_model(arch, num_classes, pretrained, **options):
+    """torchvision's model; pretrained: with its ImageNet weights (V1), but for a classifier of another size."""
+    net = torchvision.models.get_model(arch, num_classes=num_classes, **options)
+    if pretrained:
+        weights = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
+        try:
+            state = weights.get_state_dict(progress=True, check_hash=True)
+        except Exception as error:  # whatever the network makes torch.hub raise
+            hint = f"put {weights.url.rsplit('/', 1)[1]} into {torch.hub.get_dir()}/checkpoints"
+            raise UsageError(f"--pretrained: no weights of {arch} from the network ({error}); {hint}") from None
+        own = net.state_dict()
+        net.load_state_dict({key: state[key] if state[key].shape == own[key].shape else own[key] for key in own})
+    return net
+
+
+def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), image_size=32, pretrained=False):
+    """A Classifier, randomly initialised, in channels_last memory format.
 
     arch: wrn-D-K (any depth D = 6n + 4, width K), resnetD and resnetDx4 (D = 6n + 2; widths 16-32-64 and 64-128-256),
-        preact_resnet18|34, and the CIFAR forms (3×3 stem of stride 1, no max-pooling) of torchvision's resnet18|34|50,
-        mobilenet_v2 (its second downsampling left out too), shufflenet_v2 and densenet121|169.
+        preact_resnet18|34, torchvision's resnet18|34|50|101, mobilenet_v2, shufflenet_v2 and densenet121|169, and
+        inception_resnet_v2.
     dropout: probability between a block's two convolutions, wrn only.
     mean, std: of each channel of the training images in [0, 1]; the default leaves the images as they are.
-    Raises UsageError for an unknown arch, or dropout where the architecture has none.
+    image_size: of the images in pixels; any from 16 up runs. Below 128 torchvision's architectures take their CIFAR
+        forms: 3×3 stem of stride 1, no max-pooling, mobilenet_v2's second downsampling left out too.
+    pretrained: torchvision's ImageNet weights instead, for image_size from 128 up.
+    Raises UsageError for an unknown arch, dropout where the architecture has none, and where weights or size don't fit.
     """
     wide = re.fullmatch(r"wrn-([0-9]+)-([0-9]+)", arch)
     deep = re.fullmatch(r"resnet([0-9]+)(x4)?", arch)
-    library = torchvision.models
+    large = image_size >= 128
+    library = functools.partial(library_model, arch, num_classes, pretrained)
+    of_library = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "densenet121", "densenet169")
     if dropout and not wide:
         raise UsageError(f"--dropout: {arch} has none; wrn-D-K has")
+    if pretrained and not (large and arch in of_library):
+        raise UsageError(
+            f"--pretrained: {arch} at {image_size} pixels has no weights; {', '.join(of_library)} at 224 have"
+        )
     if wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) >= 1:
         k, n = int(wide[2]), (int(wide[1]) - 4) // 6
         block = functools.partial(PreActBlock, dropout=dropout)
@@ -886,10 +1464,11 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1)):
         blocks = groups(PreActBlock, (64, 64, 128, 256, 512), depths)
         head = pooled(nn.BatchNorm2d(512), nn.ReLU(), classifier=nn.Linear(512, num_classes))
         model = Classifier(conv_stem(64), blocks, head, mean, std)
-    elif arch in ("resnet18", "resnet34", "resnet50"):
-        net = library.get_model(arch, num_classes=num_classes)
+    elif arch in ("resnet18", "resnet34", "resnet50", "resnet101"):
+        net = library()
+        stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool) if large else conv_stem(64, net.bn1, net.relu)
         blocks = [net.layer1, net.layer2, net.layer3, net.layer4]
-        model = Classifier(conv_stem(64, net.bn1, net.relu), blocks, pooled(classifier=net.fc), mean, std)
+        model = Classifier(stem, blocks, pooled(classifier=net.fc), mean, std)
     elif deep and int(deep[1]) >= 8 and int(deep[1]) % 6 == 2:
         n = (int(deep[1]) - 2) // 6
         widths = (32, 64, 128, 256) if deep[2] else (16, 16, 32, 64)
@@ -897,31 +1476,40 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1)):
         head = pooled(classifier=nn.Linear(widths[-1], num_classes))
         model = Classifier(stem, groups(basic_block, widths, (n, n, n)), head, mean, std)
     elif arch == "mobilenet_v2":
-        net = library.mobilenet_v2(num_classes=num_classes, dropout=0.0)
+        net = library(dropout=0.0)
         layers = list(net.features)
-        layers[0][0].stride = layers[2].conv[1][0].stride = (1, 1)
+        if not large:
+            layers[0][0].stride = layers[2].conv[1][0].stride = (1, 1)
         blocks = [nn.Sequential(*layers[a:b]) for a, b in ((1, 4), (4, 7), (7, 14), (14, 19))]
         model = Classifier(layers[0], blocks, pooled(classifier=net.classifier), mean, std)
     elif arch == "shufflenet_v2":
-        net = library.shufflenet_v2_x1_0(num_classes=num_classes)
-        net.conv1[0].stride = (1, 1)
+        net = torchvision.models.shufflenet_v2_x1_0(num_classes=num_classes)
+        if not large:
+            net.conv1[0].stride = (1, 1)
+        stem = nn.Sequential(net.conv1, net.maxpool) if large else net.conv1
         blocks = [net.stage2, net.stage3, nn.Sequential(net.stage4, net.conv5)]
-        model = Classifier(net.conv1, blocks, pooled(classifier=net.fc), mean, std)
+        model = Classifier(stem, blocks, pooled(classifier=net.fc), mean, std)
     elif arch in ("densenet121", "densenet169"):
-        net = library.get_model(arch, num_classes=num_classes)
+        net = library()
         part = net.features
+        stem = nn.Sequential(part.conv0, part.norm0, part.relu0, part.pool0)
         blocks = [part.denseblock1]
         blocks += [
             nn.Sequential(part.get_submodule(f"transition{i - 1}"), part.get_submodule(f"denseblock{i}"))
             for i in (2, 3, 4)
         ]
         head = pooled(part.norm5, nn.ReLU(), classifier=net.classifier)
-        model = Classifier(conv_stem(64, part.norm0, nn.ReLU()), blocks, head, mean, std)
+        model = Classifier(stem if large else conv_stem(64, part.norm0, nn.ReLU()), blocks, head, mean, std)
+    elif arch == "inception_resnet_v2":
+        if image_size < 75:
+            raise UsageError(f"--arch: {arch} needs images from 75 pixels up, not {image_size}; resnet50 takes them")
+        model = Classifier(*inception_resnet_v2(), pooled(classifier=nn.Linear(1536, num_classes)), mean, std)
     else:
         raise UsageError(f"--arch: {unknown(arch, ARCHS)}")
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and not pretrained:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    model.image_size = image_size
     return model.to(memory_format=torch.channels_last)
 
 
@@ -957,14 +1545,36 @@ def predict(model, images, amp=False, batch_size=None):
     model.eval()
     with torch.autocast(device, torch.bfloat16, enabled=amp):
         parts = even_batches(torch.arange(len(images), device=images.device), batch_size or PASS[device])
-        logits = torch.cat([model(to_float(images[part])).float() for part in parts])
+        size, rank = (
+            TOGETHER if len(parts) >= TOGETHER[0] else (1, 0)
+        )  # the processes share the work where it is enough
+        mine = [(part, model(to_float(images[part])).float()) for part in parts[rank::size]]
     model.train(training)
-    return logits[torch.cat(parts).argsort()]
+    logits = torch.zeros(len(images), mine[0][1].shape[1], device=images.device)
+    for part, some in mine:
+        logits[part] = some
+    return total(logits) if size > 1 else logits
 
 
-def accuracy(scores, labels):
-    """Top-1 accuracy in percent of scores [N, C] for labels int64 [N], as a float."""
-    return 100 * (scores.argmax(1) == labels).double().mean().item()
+def accuracy(scores, labels, k=1):
+    """Top-k accuracy in percent of scores [N, C] for labels int64 [N], as a float."""
+    if k == 1:
+        return 100 * (scores.argmax(1) == labels).double().mean().item()
+    return 100 * (scores.topk(k).indices == labels.unsqueeze(1)).any(1).double().mean().item()
+
+
+def more_accuracies(model, data, amp, logits):
+    """What is reported of photographs besides top-1 accuracy: top-5, and both on further test sets; {} of others.
+
+    logits: of the test images.
+    """
+    if not isinstance(data.train_images, Photographs) or len(data.classes) < 6:
+        return {}
+    scores = {"test_top5": accuracy(logits, data.test_labels, 5)}
+    for name, (images, labels) in data.more.items():
+        logits = predict(model, images, amp)
+        scores |= {f"{name}_acc": accuracy(logits, labels), f"{name}_top5": accuracy(logits, labels, 5)}
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------------- training state
@@ -974,13 +1584,17 @@ def accuracy(scores, labels):
 def replacing(path):
     """Yield a temporary path beside `path`, renamed over `path` once the block has written it without an error.
 
+    Of several processes that run together only the first renames its file.
+
     Raises UsageError where that cannot be written; `path` is then as it was, and no temporary file is left.
     """
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    rank = TOGETHER[1]
+    partial = path.with_name(f"{path.stem}.partial{rank or ''}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        os.replace(partial, path)
+        if not rank:
+            os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises the latter where the disk is full
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise UsageError(f"cannot write {path}: {reason}; --out chooses another folder") from None
@@ -1027,7 +1641,8 @@ def load_checkpoint(path, flag="checkpoint"):
 def load_model(checkpoint, part="model", device="cpu"):
     """Rebuild the model whose weights are checkpoint[part] ("model", "ema", …), in evaluation mode on `device`."""
     arch = checkpoint.get("archs", {}).get(part, checkpoint["arch"])  # a part may be of another architecture
-    model = build_model(arch, checkpoint["num_classes"], checkpoint["dropout"])
+    size = checkpoint.get("image_size", 32)
+    model = build_model(arch, checkpoint["num_classes"], checkpoint["dropout"], image_size=size)
     model.load_state_dict(checkpoint[part])
     return model.to(device).eval()
 
@@ -1039,7 +1654,7 @@ class Run:
 
         run = Run(args, device, method=..., arch=..., classes=..., model=model, optimizer=optimizer, ...)
         for epoch in range(run.epoch, args.epochs):
-            for index in run.progress(batches(...)):
+            for index, images in run.progress(data.train_images, batches(...)):
                 ...
             run.end_epoch(losses, lr=..., test_acc=...)
         run.finish()
@@ -1051,7 +1666,7 @@ class Run:
     """
 
     # flags that may differ between a run and its continuation
-    SAME_RUN = frozenset(("out", "resume", "device", "data_dir", "amp", "compile"))
+    SAME_RUN = frozenset(("out", "resume", "device", "data_dir", "amp", "compile", "workers", "seeds_per_rank"))
 
     def __init__(self, args, device, method, arch, classes, dropout=0.0, tag="", epochs=None, **parts):
         noise = args.noise if args.rate is None or args.noise == "none" else f"{args.noise}{args.rate:g}"
@@ -1065,6 +1680,7 @@ class Run:
             "arch": arch, "num_classes": len(classes), "classes": list(classes), "dropout": dropout,
             "dataset": args.dataset, "method": method, "config": config,
             "noise": {"kind": args.noise, "rate": args.rate, "seed": args.seed},
+            "image_size": next((part.image_size for part in parts.values() if isinstance(part, Classifier)), 32),
         }  # fmt: skip
         self.metrics, differs = [], []
         saved = load_checkpoint(self.path, "--resume" if args.resume else "--out") if self.path.is_file() else None
@@ -1072,7 +1688,7 @@ class Run:
             old, keys = saved["config"], sorted((config.keys() | saved["config"].keys()) - self.SAME_RUN)
             differs = [f"{k} ({old.get(k)} there, {config.get(k)} here)" for k in keys if old.get(k) != config.get(k)]
         changes = ", ".join(differs)
-        if args.resume and not saved:
+        if args.resume and not saved and not SWEEPING:
             raise UsageError(f"--resume: no checkpoint.pt in {self.folder}; leave --resume out to start that run")
         if args.resume and differs:
             raise UsageError(f"--resume: the run in {self.folder} differs in {changes}; give it the same flags")
@@ -1104,6 +1720,9 @@ class Run:
             hint = "--out chooses another folder"
             raise UsageError(f"cannot write {self.folder}: {error.strerror}; {hint}") from None
         self.began, self.done_before = None, len(self.metrics)
+        if TOGETHER[0] > 1:
+            act_as_one(parts["optimizer"], [part for part in parts.values() if isinstance(part, nn.Module)])
+            wait()  # until all have looked at the folder
         self.rng = self.rng_states()  # as an epoch finds it, before it draws its order
 
     @property
@@ -1116,39 +1735,48 @@ class Run:
         return {"cpu": torch.get_rng_state(), **cuda}
 
     def write_text(self, name, text):
+        if TOGETHER[1]:
+            return
         with replacing(self.folder / name) as partial:
             partial.write_text(text + "\n" if text else "", encoding="utf-8")
 
     def save(self):
         """Write checkpoint.pt, then metrics.jsonl, which is always the checkpoint's list of metrics."""
-        state = {key: part.state_dict() for key, part in self.parts.items()}
         began = time.perf_counter()
-        with replacing(self.path) as partial:
-            torch.save({**self.header, **state, "metrics": self.metrics, "epoch": self.epoch, "rng": self.rng}, partial)
+        if not TOGETHER[1]:
+            state = {key: part.state_dict() for key, part in self.parts.items()}
+            with replacing(self.path) as partial:
+                state |= {"metrics": self.metrics, "epoch": self.epoch, "rng": self.rng}
+                torch.save({**self.header, **state}, partial)
         self.write_text("metrics.jsonl", "\n".join(map(json.dumps, self.metrics)))
         self.saved, self.saved_epoch = time.perf_counter(), self.epoch
         self.save_seconds = self.saved - began
 
-    def progress(self, batches):
-        """Yield the index tensors of `batches`; on a terminal keep a line with images/s and time left up to date."""
+    def progress(self, images, batches):
+        """Yield (index, images[index]) for the index tensors `batches`, as `fetch` does; on a terminal keep a line with
+        images/s and time left up to date.
+        """
         if self.began is None:  # nothing is written before training starts
             self.save()
             self.write_text("config.json", json.dumps(self.header["config"], indent=2))
             self.began = self.drawn = time.perf_counter()
-        self.epoch_began, shown, images = time.perf_counter(), 0.0, 0
-        for step, index in enumerate(batches):
-            yield index
-            images += len(index)
+        self.epoch_began, shown, count = time.perf_counter(), 0.0, 0
+        size, rank = TOGETHER
+        if rank:  # draws of its own, and none that a checkpoint would have to hold
+            torch.manual_seed(hash((self.header["config"]["seed"], self.epoch, rank)) % 2**63)
+        for step, (index, part) in enumerate(fetch(images, batches)):
+            yield index, part
+            count += len(index) * size
             now = time.perf_counter()
             if sys.stdout.isatty() and now - shown > 0.2:
-                shown, speed = now, images / (now - self.epoch_began)
+                shown, speed = now, count / (now - self.epoch_began)
                 done = self.epoch - self.done_before + (step + 1) / len(batches)
                 left = duration((now - self.began) * (self.epochs - self.done_before - done) / done)
                 where = f"epoch {self.epoch + 1}/{self.epochs}  step {step + 1}/{len(batches)}"
                 print(f"\r{where}  {speed:,.0f} images/s  {left} left\x1b[K", end="", flush=True)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.images_per_second = images / (time.perf_counter() - self.epoch_began)
+        self.images_per_second = count / (time.perf_counter() - self.epoch_began)
 
     def end_epoch(self, losses, **metrics):
         """Record an epoch: check the losses, save the checkpoint (of large models not every time), print a line.
@@ -1156,7 +1784,9 @@ class Run:
         losses: the loss of every step, a list of scalar tensors, left on the device until now. metrics: floats or None.
         A loss or weight that is not finite ends the program with status 1 and leaves the last checkpoint.
         """
-        losses = torch.stack(losses).float().cpu()
+        losses = torch.stack(losses).float()
+        average([losses])
+        losses = losses.cpu()
         bad = (~losses.isfinite()).nonzero().flatten()
         if len(bad):
             step = f"step {bad[0] + 1} of epoch {self.epoch + 1}"
@@ -1185,9 +1815,14 @@ class Run:
 
     def finish(self):
         """Draw curves.png and print the last line: final and best test accuracy, and the folder."""
+        wait()  # until the checkpoint is written
         plot_curves(self.folder / "curves.png", self.metrics, self.folder.name)
         best = max(self.metrics, key=lambda record: record["test_acc"])
         final = self.metrics[-1]
+        if self.header["method"] != "teacher":
+            FINISHED.append((self.folder, final))
+        if UNREADABLE:
+            print(f"{len(UNREADABLE):,} photographs could not be read and were skipped")
         others = [k for k in COLUMNS if k != "test_acc" and not k.startswith("train") and final.get(k) is not None]
         if self.device.type == "cuda":
             print(f"peak device memory {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB")
@@ -1222,9 +1857,11 @@ def load_teacher(args, run, data, labels, milestones, dropout=0.0, **recipe):
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
         if not args.teacher:
             seeds = range(args.teacher_seeds)
-            trained = [
-                train_teacher(args, run.device, data, labels, milestones, dropout, seed, recipe) for seed in seeds
-            ]
+            trained = []
+            for seed in seeds:
+                own = teacher_arguments(args, data, labels, milestones, dropout, seed, recipe)
+                with locked(own.out) if TOGETHER[0] == 1 else contextlib.nullcontext():
+                    trained.append(train_teacher(own, run.device, data, labels))
             path, checkpoint = max(trained, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
         teacher = load_model(checkpoint, "model", run.device).requires_grad_(False)
     run.header["teacher"] = str(path)
@@ -1232,16 +1869,29 @@ def load_teacher(args, run, data, labels, milestones, dropout=0.0, **recipe):
     return teacher
 
 
-def train_teacher(args, device, data, labels, milestones, dropout, seed, recipe):
-    """Train a teacher, go on with it, or find it done: the path of its checkpoint, and the checkpoint."""
+def fingerprint(images):
+    """Bytes that tell image sets apart: the pixels; of Photographs the files' names and sizes, and how they are cut."""
+    if not isinstance(images, Photographs):
+        return images.cpu().numpy().tobytes()
+    files = [(*Path(path).parts[-2:], os.path.getsize(path)) for path in images.paths]
+    return json.dumps([images.resize, images.side, files]).encode()
+
+
+def teacher_arguments(args, data, labels, milestones, dropout, seed, recipe):
+    """What determines a teacher, and in `out` the folder named after that."""
     flags = "dataset data_dir noise rate limit_train limit_test epochs batch_size lr weight_decay device amp compile"
     own = argparse.Namespace(**{flag: getattr(args, flag) for flag in flags.split()})
     own.arch, own.dropout, own.milestones, own.seed = args.teacher_arch, dropout, milestones, seed
     vars(own).update({"optimizer": "sgd", **recipe})
-    own.data = hashlib.sha256(data.train_images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
+    own.data = hashlib.sha256(fingerprint(data.train_images) + labels.cpu().numpy().tobytes()).hexdigest()
     identity = {flag: value for flag, value in vars(own).items() if flag not in Run.SAME_RUN}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
     own.out = Path("runs/teachers") / f"{own.arch}-{Path(own.dataset).stem}-dropout{dropout:g}-seed{seed}-{digest}"
+    return own
+
+
+def train_teacher(own, device, data, labels):
+    """Train a teacher, go on with it, or find it done: the path of its checkpoint, and the checkpoint."""
     path = own.out / "checkpoint.pt"
     own.resume = path.is_file()
     if own.resume:
@@ -1249,18 +1899,18 @@ def train_teacher(args, device, data, labels, milestones, dropout, seed, recipe)
         if checkpoint["epoch"] == own.epochs:
             return path, checkpoint
     print(f"training a teacher first; it stays in {own.out} for later runs", flush=True)
-    torch.manual_seed(seed)
-    model = build_model(own.arch, len(data.classes), dropout).to(device)
+    torch.manual_seed(own.seed)
+    model = build_model(own.arch, len(data.classes), own.dropout, image_size=data.image_size).to(device)
     if own.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), own.lr, momentum=0.9, weight_decay=own.weight_decay)
     else:
         optimizer = torch.optim.Adam(model.parameters(), own.lr, weight_decay=own.weight_decay)
-    if milestones:
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
+    if own.milestones:
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, own.milestones, gamma=0.2)
     else:
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=10)
     run = Run(
-        own, device, method="teacher", arch=own.arch, classes=data.classes, dropout=dropout,
+        own, device, method="teacher", arch=own.arch, classes=data.classes, dropout=own.dropout,
         model=model, optimizer=optimizer, scheduler=scheduler,
     )  # fmt: skip
     if own.compile:
@@ -1268,8 +1918,8 @@ def train_teacher(args, device, data, labels, milestones, dropout, seed, recipe)
     for _ in range(run.epoch, own.epochs):
         model.train()
         lr, losses = optimizer.param_groups[0]["lr"], []
-        for index in run.progress(batches(len(labels), own.batch_size, device)):
-            x = crop_flip(to_float(data.train_images[index]), mode="reflect")
+        for index, images in run.progress(data.train_images, batches(len(labels), own.batch_size, device)):
+            x = crop_flip(to_float(images), mode="reflect")
             with torch.autocast(device.type, torch.bfloat16, enabled=own.amp):
                 loss = F.cross_entropy(model(x).float(), labels[index])
             optimizer.zero_grad(set_to_none=True)
@@ -1277,8 +1927,9 @@ def train_teacher(args, device, data, labels, milestones, dropout, seed, recipe)
             optimizer.step()
             losses.append(loss.detach())
         logits = predict(model, data.test_images, own.amp)
-        scheduler.step(*[] if milestones else [F.cross_entropy(logits, data.test_labels).item()])
-        run.end_epoch(losses, lr=lr, test_acc=accuracy(logits, data.test_labels))
+        scheduler.step(*[] if own.milestones else [F.cross_entropy(logits, data.test_labels).item()])
+        more = more_accuracies(model, data, own.amp, logits)
+        run.end_epoch(losses, lr=lr, test_acc=accuracy(logits, data.test_labels), **more)
     run.finish()
     return path, load_checkpoint(path, "teacher")
 
@@ -1287,6 +1938,7 @@ def train_teacher(args, device, data, labels, milestones, dropout, seed, recipe)
 
 COLUMNS = {  # metric: its heading in the line printed each epoch
     "test_acc": "test", "ema_test_acc": "EMA", "ensemble_test_acc": "ensemble",
+    "test_top5": "top-5", "imagenet_acc": "ImageNet", "imagenet_top5": "top-5",
     "test_acc_A": "A", "test_acc_B": "B", "val_acc": "validation",
     "test_acc_current": "current", "test_acc_running": "running", "test_acc_adjusted": "adjusted",
     "train_acc_right": "right", "train_acc_wrong": "wrong",
@@ -1294,6 +1946,9 @@ COLUMNS = {  # metric: its heading in the line printed each epoch
 LEGENDS = {
     "test_acc": "test",
     "ema_test_acc": "test, EMA",
+    "test_top5": "test, top-5",
+    "imagenet_acc": "ImageNet",
+    "imagenet_top5": "ImageNet, top-5",
     "ensemble_test_acc": "test, ensemble",
     "test_acc_A": "test, A",
     "test_acc_B": "test, B",
@@ -1320,7 +1975,7 @@ def label_accuracies(predicted, noisy, true):
     train_acc_right: rightly labelled samples given their label. train_acc_wrong: wrongly labelled samples given their
     wrong label, which is memorisation. train_acc_wrong_true: wrongly labelled samples given their true class.
     """
-    seen, wrong = predicted >= 0, noisy != true
+    seen, wrong = total(predicted, "MAX") >= 0, noisy != true
 
     def share(hit, among):
         return 100 * hit[among].float().mean().item() if among.any() else None
@@ -1351,7 +2006,7 @@ def plot_curves(path, metrics, title):
     """Draw test accuracy, accuracy on training labels, loss and learning rate over the epochs to `path` (PNG)."""
     from matplotlib.figure import Figure  # half a second to import, and only here
 
-    if not metrics:
+    if not metrics or TOGETHER[1]:
         return
     epochs = [record["epoch"] for record in metrics]
     shown = [key for key in LEGENDS if metrics[-1].get(key) is not None]

@@ -1234,4 +1234,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_main(main, "the same command goes on from evaluation.json, which holds the parts that are done")
+    common.run_main(main, "the same command goes on from evaluation.json, which holds the parts that are done", False)

@@ -256,7 +256,7 @@ def dml_loss(first, second, y, tau):
 def main():
     args = parse_args()
     device = common.setup(args)
-    data = common.load_dataset(args.dataset, args.data_dir, args.limit_train, args.limit_test, device)
+    data = common.load_data(args, device)
     if args.imbalance:
         kept = common.imbalance(data.train_labels, args.imbalance, len(data.classes), args.seed)
         data = data._replace(train_images=data.train_images[kept], train_labels=data.train_labels[kept])
@@ -264,7 +264,7 @@ def main():
         data.train_labels, args.noise, args.rate, len(data.classes), args.seed, data.classes, args.data_dir,
         per_sample=True,
     )  # fmt: skip
-    student = common.build_model(args.student_arch, len(data.classes)).to(device)
+    student = common.build_model(args.student_arch, len(data.classes), image_size=data.image_size).to(device)
     {"one": train_one, "dml": train_dml}.get(args.method, train_student)(args, device, data, labels, student)
 
 
@@ -298,8 +298,8 @@ def update(optimizer, loss):
     return loss.detach()
 
 
-def view(data, index):
-    return common.crop_flip(to_float(data.train_images[index]), mode="reflect")
+def view(images):
+    return common.crop_flip(to_float(images), mode="reflect")
 
 
 def class_accuracies(logits, labels):
@@ -309,10 +309,11 @@ def class_accuracies(logits, labels):
     return (100 * labels[hit].bincount(minlength=classes) / count).tolist()
 
 
-def feature_shapes(arch, images):
+def feature_shapes(arch, data):
     """Shapes (K, H, W) of the features of an architecture, stem first, computed without computing."""
     with torch.device("meta"):
-        return [f.shape[1:] for f in common.build_model(arch, 2)(torch.empty(images[:2].shape), features=True)[1]]
+        model = common.build_model(arch, 2, image_size=data.image_size)
+        return [f.shape[1:] for f in model(torch.empty(2, *data.train_images.shape[1:]), features=True)[1]]
 
 
 def train_student(args, device, data, labels, student):
@@ -322,7 +323,7 @@ def train_student(args, device, data, labels, student):
     if method in ("fitnet", "fsp", "at"):  # these compare features as they are
         path = args.teacher
         arch = common.load_checkpoint(path, "--teacher")["arch"] if path else args.teacher_arch
-        s, t = (feature_shapes(name, data.train_images) for name in (args.student_arch, arch))
+        s, t = (feature_shapes(name, data) for name in (args.student_arch, arch))
         matter = {"fitnet": lambda f: f[2][1:], "fsp": lambda f: f, "at": lambda f: [size[1:] for size in f[1:]]}[
             method
         ]
@@ -342,8 +343,8 @@ def train_student(args, device, data, labels, student):
 
     for epoch in range(run.epoch, args.init_epochs + args.epochs):
         lr, losses = begin_epoch(args, epoch, optimizer, student, regressor), []
-        for index in run.progress(common.batches(len(labels), args.batch_size, device)):
-            x, y = view(data, index), labels[index]
+        for index, images in run.progress(data.train_images, common.batches(len(labels), args.batch_size, device)):
+            x, y = view(images), labels[index]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 S, s = student(x, features=True)
                 if teacher:
@@ -356,7 +357,7 @@ def train_student(args, device, data, labels, student):
                     loss = fitnet_loss(regressor, s, t) if method == "fitnet" else fsp_loss(s, t)
                 elif method == "bss":
                     done = (epoch + 1) / args.epochs
-                    moved = boundary_samples(teacher, x, y, S.detach(), T)
+                    moved = boundary_samples(teacher, x, y, S.detach(), T, size=32 // common.TOGETHER[0])
                     loss = ce + (1 + 3 * (1 - done)) * hinton_loss(S, T, tau)
                     if len(moved):
                         bss = hinton_loss(student(moved).float(), teacher(moved).float(), tau)
@@ -376,7 +377,8 @@ def train_student(args, device, data, labels, student):
             losses.append(update(optimizer, loss))
         logits = predict(student, data.test_images, args.amp)
         test_acc, class_acc = accuracy(logits, data.test_labels), class_accuracies(logits, data.test_labels)
-        run.end_epoch(losses, lr=lr, test_acc=test_acc, class_acc=class_acc)
+        more = common.more_accuracies(student, data, args.amp, logits)
+        run.end_epoch(losses, lr=lr, test_acc=test_acc, class_acc=class_acc, **more)
     run.finish()
 
 
@@ -389,9 +391,10 @@ def best_of(students):
 
 def train_one(args, device, data, labels, student):
     """ONE: three branches on a shared trunk, taught by their gated ensemble; the best is the checkpoint's model."""
-    others = [common.build_model(args.student_arch, len(data.classes)).to(device) for _ in range(2)]
+    arch, classes, size = args.student_arch, len(data.classes), data.image_size
+    others = [common.build_model(arch, classes, image_size=size).to(device) for _ in range(2)]
     branches = share_trunk(student, others)
-    width = feature_shapes(args.student_arch, data.train_images)[-2][0]
+    width = feature_shapes(args.student_arch, data)[-2][0]
     gate = Gate(width, len(branches)).to(device)
     best, named = best_of(branches), {f"branch{i + 1}": branch for i, branch in enumerate(branches)}
     optimizer, run = start(args, device, data, *branches, gate, model=best, **named, gate=gate)
@@ -407,8 +410,8 @@ def train_one(args, device, data, labels, student):
     for epoch in range(run.epoch, args.epochs):
         lr, losses = begin_epoch(args, epoch, optimizer, *branches, gate), []
         ramp = min((epoch + 1) / args.epochs * 300 / 80, 1)  # epoch 80 of 300
-        for index in run.progress(common.batches(len(labels), args.batch_size, device)):
-            x, y = view(data, index), labels[index]
+        for index, images in run.progress(data.train_images, common.batches(len(labels), args.batch_size, device)):
+            x, y = view(images), labels[index]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 logits, ensemble = one_logits(branches, gate, x)
                 loss = one_loss(logits, ensemble, y, args.tau, ramp)
@@ -426,14 +429,15 @@ def train_one(args, device, data, labels, student):
 
 def train_dml(args, device, data, labels, student):
     """DML: two students that teach each other. The better one is the checkpoint's model."""
-    students = [student, common.build_model(args.student_arch, len(data.classes)).to(device)]
+    other = common.build_model(args.student_arch, len(data.classes), image_size=data.image_size)
+    students = [student, other.to(device)]
     best = best_of(students)
     optimizer, run = start(args, device, data, *students, model=best, student1=students[0], student2=students[1])
 
     for epoch in range(run.epoch, args.epochs):
         lr, losses = begin_epoch(args, epoch, optimizer, *students), []
-        for index in run.progress(common.batches(len(labels), args.batch_size, device)):
-            x, y = view(data, index), labels[index]
+        for index, images in run.progress(data.train_images, common.batches(len(labels), args.batch_size, device)):
+            x, y = view(images), labels[index]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 loss = dml_loss(*(one(x).float() for one in students), y, args.tau)
             losses.append(update(optimizer, loss))

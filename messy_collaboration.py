@@ -69,12 +69,12 @@ def kl_divergence(S, T):
 def main():
     args = parse_args()
     device = common.setup(args)
-    data = common.load_dataset(args.dataset, args.data_dir, args.limit_train, args.limit_test, device)
+    data = common.load_data(args, device)
     num_classes = len(data.classes)
     labels = common.corrupt_labels(
         data.train_labels, args.noise, args.rate, num_classes, args.seed, data.classes, args.data_dir, per_sample=True
     )
-    student = common.build_model(args.student_arch, num_classes).to(device)
+    student = common.build_model(args.student_arch, num_classes, image_size=data.image_size).to(device)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     milestones = [round(share * args.epochs) for share in (0.3, 0.6, 0.75)]  # 60, 120, 150 of 200
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
@@ -84,7 +84,7 @@ def main():
         model=student, optimizer=optimizer, scheduler=scheduler,
     )  # fmt: skip
     wrong = (labels != data.train_labels).float().mean().item()
-    print(f"{len(labels):,} training images, {100 * wrong:.2f} % mislabelled; {len(data.test_labels):,} test images")
+    print(f"{len(labels):,} training images, {100 * wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
     if args.method == "mc":
         teacher = common.load_teacher(args, run, data, labels, milestones)
     if args.compile:
@@ -94,8 +94,8 @@ def main():
     for _ in range(run.epoch, args.epochs):
         student.train()
         lr, losses, predicted = scheduler.get_last_lr()[0], [], torch.full_like(labels, -1)
-        for index in run.progress(common.batches(len(labels), args.batch_size, device)):
-            x, y = common.crop_flip(to_float(data.train_images[index]), mode="reflect"), labels[index]
+        for index, images in run.progress(data.train_images, common.batches(len(labels), args.batch_size, device)):
+            x, y = common.crop_flip(to_float(images), mode="reflect"), labels[index]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 S = student(x).float()
                 if args.method == "mc":  # equation 1
@@ -111,10 +111,12 @@ def main():
             losses.append(loss.detach())
             predicted[index] = S.argmax(1)
         scheduler.step()
+        logits = predict(student, data.test_images, args.amp)
         run.end_epoch(
             losses,
             lr=lr,
-            test_acc=accuracy(predict(student, data.test_images, args.amp), data.test_labels),
+            test_acc=accuracy(logits, data.test_labels),
+            **common.more_accuracies(student, data, args.amp, logits),
             **common.label_accuracies(predicted, labels, data.train_labels),
         )
     run.finish()

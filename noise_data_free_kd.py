@@ -14,6 +14,7 @@ Raikwar, Mishra: Discovering and Overcoming Limitations of Noise-engineered Data
     python noise_data_free_kd.py                                               # built-in data
     python noise_data_free_kd.py --bn running                                  # the same, with running statistics
     python noise_data_free_kd.py --dataset cifar10 --source dead-leaves        # a cell of Table 2
+    python noise_data_free_kd.py --dataset food101 --teacher-arch resnet101    # Figure 7's teacher
     python noise_data_free_kd.py --source gaussian --running-fraction 0.25     # … of Table 1, with --dataset cifar10
     python noise_data_free_kd.py --source dead-leaves --show-source            # Figure 4
     python noise_data_free_kd.py --plot-activations runs/…/checkpoint.pt       # Figures 2, 3a, 5-8
@@ -49,7 +50,8 @@ def preset(args):
     name = Path(args.dataset or "shapes").stem
     run = {
         "epochs": 200, "teacher_epochs": 100, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0, "noise": "none",
-        "teacher_arch": {"cifar100": "wrn-28-10", "svhn": "resnet18"}.get(name, "resnet34"), "student_arch": "resnet18",
+        "teacher_arch": {"cifar100": "wrn-28-10", "svhn": "resnet18", "food101": "resnet101"}.get(name, "resnet34"),
+        "student_arch": "resnet18",
     }  # fmt: skip
     if name == "shapes":
         run |= {"epochs": 20, "teacher_epochs": 12, "batch_size": 64, "lr": 2e-3}
@@ -182,11 +184,11 @@ def dead_leaves(n, size, generator, device):
     return image.view(n, size, size, 3).permute(0, 3, 1, 2).contiguous()
 
 
-def samples(source, count, data, index=None):
-    """`count` inputs float32 [count, 3, H, W]: noise, dead leaves (cut from squares), or training images by index."""
+def samples(source, count, data, images=None):
+    """`count` inputs float32 [count, 3, H, W]: noise, dead leaves (cut from squares), or these images, uint8."""
     shape, device = data.train_images.shape[1:], data.train_images.device
     if source == "data":
-        return common.crop_flip(to_float(data.train_images[index]))
+        return common.crop_flip(to_float(images))
     if source == "gaussian":
         return torch.randn(count, *shape, device=device)
     return dead_leaves(count, max(shape[1:]), None, device)[:, :, : shape[1], : shape[2]]
@@ -245,14 +247,14 @@ def main():
         return plot_batch_size(args)
     if args.plot_activations:
         return plot_activations(args, device)
-    data = common.load_dataset(args.dataset, args.data_dir, args.limit_train, args.limit_test, device)
+    data = common.load_data(args, device)
     if args.show_source:
         return show_source(args, data)
     num_classes = len(data.classes)
     labels = common.corrupt_labels(
         data.train_labels, args.noise, args.rate, num_classes, args.seed, data.classes, args.data_dir
     )
-    student = common.build_model(args.student_arch, num_classes).to(device)
+    student = common.build_model(args.student_arch, num_classes, image_size=data.image_size).to(device)
     optimizer = torch.optim.Adam(student.parameters(), args.lr, weight_decay=args.weight_decay)
     if args.schedule == "plateau":
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=10)
@@ -275,8 +277,9 @@ def main():
     for _ in range(run.epoch, args.epochs):
         student.train()
         lr, losses = optimizer.param_groups[0]["lr"], []
-        for index in run.progress(common.batches(len(labels), args.batch_size, device)):
-            x = samples(args.source, len(index), data, index)
+        seen = data.train_images if args.source == "data" else None
+        for index, images in run.progress(seen, common.batches(len(labels), args.batch_size, device)):
+            x = samples(args.source, len(index), data, images)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 with torch.no_grad():
                     T = teacher(x).float()
@@ -292,7 +295,8 @@ def main():
         scores = {f"test_acc_{name}": accuracy(S, data.test_labels) for name, S in logits.items()}
         test_loss = F.cross_entropy(logits[mode], data.test_labels).item()
         scheduler.step(*[test_loss] if args.schedule == "plateau" else [])
-        run.end_epoch(losses, lr=lr, test_acc=scores[f"test_acc_{mode}"], **scores, test_loss=test_loss)
+        more = {"test_top5": accuracy(logits[mode], data.test_labels, 5)} if len(data.classes) > 5 else {}
+        run.end_epoch(losses, lr=lr, test_acc=scores[f"test_acc_{mode}"], **scores, **more, test_loss=test_loss)
     run.finish()
 
 
@@ -309,7 +313,10 @@ def show_source(args, data):
     """SOURCE.png: 64 of the inputs that the student would see; Gaussian noise squeezed into [0, 1] to be drawn."""
     from matplotlib.figure import Figure
 
-    x = samples(args.source, 64, data, torch.arange(64, device=data.train_images.device) % len(data.train_images)).cpu()
+    images = None
+    if args.source == "data":
+        images, _ = common.decoded(data.train_images[torch.arange(64) % len(data.train_images)])
+    x = samples(args.source, 64, data, images).cpu()
     x = (x / 6 + 0.5).clamp(0, 1) if args.source == "gaussian" else x
     sheet = x.unflatten(0, (8, 8)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     figure = Figure(figsize=(6, 6))
@@ -338,7 +345,12 @@ def plot_activations(args, device):
     if "source" not in config or "teacher" not in checkpoint:
         raise UsageError(f"--plot-activations: {args.plot_activations} is no student of this script; name one")
     data_dir = args.data_dir or Path(config["data_dir"])
-    data = common.load_dataset(config["dataset"], data_dir, args.limit_train or 1000, args.limit_test, device)
+    limits, sizes = (
+        (args.limit_train or 1000, args.limit_test),
+        (config.get("resize", 256), config.get("image_size", 224)),
+    )
+    data = common.load_dataset(config["dataset"], data_dir, *limits, device, *sizes, workers=args.workers)
+    train_images, _ = common.decoded(data.train_images)
     of_teacher = common.load_checkpoint(args.teacher or Path(checkpoint["teacher"]), "--teacher")
 
     def pair(checkpoint):
@@ -350,7 +362,7 @@ def plot_activations(args, device):
     (teacher, teacher_current), (student, student_current) = pair(of_teacher), pair(checkpoint)
     source = config["source"] if config["source"] != "data" else "gaussian"
     torch.manual_seed(args.seed)
-    real, noise = to_float(data.train_images), samples(source, len(data.train_images), data)
+    real, noise = to_float(train_images), samples(source, len(train_images), data)
     seen = real if config["source"] == "data" else noise
     cases = {
         "original data, running statistics": (activations(teacher, real), activations(student, real)[-1]),

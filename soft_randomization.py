@@ -63,11 +63,11 @@ def kl_divergence(S, T):
 def main():
     args = parse_args()
     device = common.setup(args)
-    data = common.load_dataset(args.dataset, args.data_dir, args.limit_train, args.limit_test, device)
+    data = common.load_data(args, device)
     labels = common.corrupt_labels(
         data.train_labels, args.noise, args.rate, len(data.classes), args.seed, data.classes, args.data_dir
     )
-    student = common.build_model(args.student_arch, len(data.classes)).to(device)
+    student = common.build_model(args.student_arch, len(data.classes), image_size=data.image_size).to(device)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     milestones = [round(share * args.epochs) for share in (0.3, 0.6, 0.75)]  # 60, 120, 150 of 200
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
@@ -84,8 +84,8 @@ def main():
     for _ in range(run.epoch, args.epochs):
         student.train()
         lr, losses = scheduler.get_last_lr()[0], []
-        for index in run.progress(common.batches(len(labels), args.batch_size, device)):
-            x, y = common.crop_flip(to_float(data.train_images[index]), mode="reflect"), labels[index]
+        for index, images in run.progress(data.train_images, common.batches(len(labels), args.batch_size, device)):
+            x, y = common.crop_flip(to_float(images), mode="reflect"), labels[index]
             noisy = x + args.sigma * torch.randn_like(x)  # x + delta
             if args.clip:
                 noisy = noisy.clamp(0, 1)
@@ -102,8 +102,9 @@ def main():
             optimizer.step()
             losses.append(loss.detach())
         scheduler.step()
-        test_acc = accuracy(predict(student, data.test_images, args.amp), data.test_labels)
-        run.end_epoch(losses, lr=lr, test_acc=test_acc)
+        logits = predict(student, data.test_images, args.amp)
+        more = common.more_accuracies(student, data, args.amp, logits)
+        run.end_epoch(losses, lr=lr, test_acc=accuracy(logits, data.test_labels), **more)
     run.finish()
 
 

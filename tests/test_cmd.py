@@ -282,7 +282,7 @@ def test_the_presets_are_those_of_the_supplement(monkeypatch, tiny_npz, arch, sc
 def test_the_learning_rate_falls_as_in_the_supplement(cli, monkeypatch, arch, first, falls, factor):
     """Ten epochs in place of a hundred or two hundred, of a small network in the large one's place."""
     build = common.build_model
-    monkeypatch.setattr(common, "build_model", lambda arch, *rest: build("wrn-10-1", *rest))
+    monkeypatch.setattr(common, "build_model", lambda arch, *rest, **more: build("wrn-10-1", *rest, **more))
     flags = ["--arch", arch, "--epochs", 10, "--limit-train", 4, "--limit-test", 4, "--device", "cpu", "--out", "run"]
     assert cli(cmd, *flags)[0] == 0
     rates = [record["lr"] for record in common.load_checkpoint(common.Path("run/checkpoint.pt"))["metrics"]]
@@ -332,13 +332,13 @@ def test_seeds_swapped_swap_the_networks(cli, monkeypatch):
     """A built as B and B as A: the same two curves under each other's name, to the bit."""
     build, fresh, curves = common.build_model, [], []
 
-    def built(*args):
-        net = build(*args)
+    def built(*args, **more):
+        net = build(*args, **more)
         fresh.append(copy.deepcopy(net))
         return net
 
-    def swapped(*args):  # the random numbers are drawn as before
-        build(*args)
+    def swapped(*args, **more):  # the random numbers are drawn as before
+        build(*args, **more)
         return fresh.pop()
 
     for how in (built, swapped):

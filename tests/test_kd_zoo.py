@@ -285,11 +285,11 @@ def test_class_accuracies():
 
 
 def test_feature_shapes_are_those_of_the_network():
-    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    data = common.load_dataset("shapes", limit_train=2, limit_test=2)
     for arch in ("wrn-10-1", "resnet8x4", "preact_resnet18"):
         with torch.no_grad():
-            made = common.build_model(arch, 2)(common.to_float(images), features=True)[1]
-        assert [tuple(s) for s in kd_zoo.feature_shapes(arch, images)] == [tuple(f.shape[1:]) for f in made]
+            made = common.build_model(arch, 2)(common.to_float(data.train_images), features=True)[1]
+        assert [tuple(s) for s in kd_zoo.feature_shapes(arch, data)] == [tuple(f.shape[1:]) for f in made]
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs

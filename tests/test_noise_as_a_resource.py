@@ -58,8 +58,8 @@ def spy(monkeypatch):
         torch.nn.functional.cross_entropy,
     )
 
-    def built(*args):
-        model = build(*args)
+    def built(*args, **more):
+        model = build(*args, **more)
 
         def note(module, inputs, output):
             if module.training:

@@ -224,8 +224,7 @@ def test_gaussian_noise_and_data():
     data = common.load_dataset("shapes", limit_train=50, limit_test=1)
     x = dfkd.samples("gaussian", 200, data)
     assert x.shape == (200, 3, 32, 32) and abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01
-    index = torch.arange(50)
-    assert dfkd.samples("data", 50, data, index).shape == (50, 3, 32, 32)
+    assert dfkd.samples("data", 50, data, data.train_images).shape == (50, 3, 32, 32)
     assert dfkd.samples("dead-leaves", 7, data).shape == (7, 3, 32, 32)
 
 

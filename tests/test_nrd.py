@@ -142,8 +142,8 @@ def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(monkeypatch,
         return js_divergence(distributions, weights)
 
     monkeypatch.setattr(nrd, "js_divergence", spy)
-    monkeypatch.setitem(nrd.STEPS, "augmix", lambda x: views.append(x) or x.flip(len(views) % 2 + 2))
-    monkeypatch.setitem(nrd.STEPS, "none", lambda x: x)
+    monkeypatch.setitem(nrd.STEPS, "augmix", lambda x, size: views.append(x) or x.flip(len(views) % 2 + 2))
+    monkeypatch.setitem(nrd.STEPS, "none", lambda x, size: x)
     run_nrd(monkeypatch, tmp_path, "--views", "2")
     assert len(seen) == 2 and len(views) == 4
     for (y, y_s, y_t), weights in seen:
