@@ -54,8 +54,6 @@ def run_main(main, stopped="a run's checkpoint.pt holds the finished epochs: --r
     rank = int(os.environ.get("RANK", 0))
 
     def interrupt(*_):
-        if rank:
-            os._exit(130)  # the first process speaks for all
         raise KeyboardInterrupt
 
     def fail(message):
@@ -63,7 +61,8 @@ def run_main(main, stopped="a run's checkpoint.pt holds the finished epochs: --r
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
-    signal.signal(signal.SIGTERM, interrupt)
+    if "RANK" not in os.environ:  # else torchrun sends it where another process has died, and this one may be waiting
+        signal.signal(signal.SIGTERM, interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter must not end the program
@@ -80,6 +79,8 @@ def run_main(main, stopped="a run's checkpoint.pt holds the finished epochs: --r
     except torch.OutOfMemoryError as error:
         fail(f"out of memory, a smaller --batch-size needs less: {str(error).split('. ')[0]}")
     except KeyboardInterrupt:
+        if rank:
+            os._exit(130)
         print("\n" * sys.stdout.isatty(), end="", flush=True)  # below the live line
         print(f"stopped; {stopped}", file=sys.stderr)
         sys.exit(130)
@@ -105,9 +106,10 @@ def sweep(main):
         raise UsageError(
             "--seeds-per-rank: is for torchrun and several seeds: torchrun … --seed 0 1 2 --seeds-per-rank"
         )
-    if len(seeds) < 2:
+    SWEEPING[:], FINISHED[:] = seeds if len(seeds) > 1 else [], []
+    if not SWEEPING:
         return main()
-    at, SWEEPING[:], FINISHED[:] = given.index("--seed"), seeds, []
+    at = given.index("--seed")
     rest = given[:at] + given[at + 1 + len(seeds) :]
     size, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if apart else (1, 0)
     for seed in seeds[rank::size]:
@@ -121,12 +123,13 @@ def sweep(main):
         torch.distributed.all_gather_object(gathered, FINISHED)
         finished = [run for runs in itertools.zip_longest(*gathered) for run in runs if run]
     if finished:
+        print(f"{len(finished)} seeds, last epoch, mean ± standard deviation:")
         figures = [key for key in COLUMNS if not key.startswith("train") and finished[0][1].get(key) is not None]
         for key in figures:
             values = [record[key] for _, record in finished]
-            spread_ = statistics.stdev(values) if len(values) > 1 else math.nan
-            print(f"{LEGENDS[key]}: {statistics.mean(values):.2f} ± {spread_:.2f} % (n = {len(values)}, last epoch)")
-        print("mean ± standard deviation of " + " ".join(str(folder) for folder, _ in finished))
+            deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+            print(f"    {LEGENDS[key]} {statistics.mean(values):.2f} ± {deviation:.2f} % (n = {len(values)})")
+        print("in " + " ".join(str(folder) for folder, _ in finished))
 
 
 class Parser(argparse.ArgumentParser):
@@ -279,8 +282,8 @@ def setup(args):
 # `torchrun --nproc_per_node=N script.py …` starts a script N times. Each process ("rank") has the whole model and takes
 # its share of every batch; before a step, gradients are averaged over the processes, and after it BatchNorm's running
 # statistics: what DistributedDataParallel does, for any number of networks and forward passes. So all weights stay the
-# same everywhere. BatchNorm normalises by the process's share, and losses that compare samples compare within it. Rank 0
-# alone prints and writes. Without torchrun, nothing here does anything.
+# same everywhere. BatchNorm normalises by the process's share, and losses that compare samples compare within it. The
+# first process, rank 0, alone prints and writes. Without torchrun, nothing here does anything.
 
 TOGETHER = [1, 0]  # how many processes share the batch, and which of them this is; set by `setup`
 

@@ -1,0 +1,185 @@
+"""torchrun on the CPU: two processes that act as one, and several seeds."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+from test_run import assert_same_run, without_times
+
+import common
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """torchrun(script, *flags, processes=2) in an empty folder: the CompletedProcess, output as text."""
+
+    def run(*command, processes=2, timeout=120):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            [*launcher, *map(str, command)],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    return run
+
+
+SMALL = "--limit-train 64 --limit-test 40 --batch-size 16 --epochs 2 --device cpu"
+NETS = "--teacher-arch wrn-10-1 --student-arch wrn-10-1"
+SCRIPTS = {
+    "nrd.py": "",
+    "cmd.py": "",
+    "fickle_teacher.py": NETS,
+    "soft_randomization.py": NETS,
+    "messy_collaboration.py": NETS,
+    "noise_data_free_kd.py": f"{NETS} --teacher-epochs 1",
+    "kd_zoo.py": f"{NETS} --method hinton",
+}
+ZOO = ("one", "dml", "bss", "fitnet --init-epochs 1", "rkd-da")
+
+
+@pytest.mark.parametrize("scripts", ["all", "zoo"])
+def test_two_processes_hold_the_same_and_share_each_batch(torchrun, tmp_path, scripts):
+    """Every script end to end; what is asserted of each epoch stands in tests/ranks.py."""
+    if scripts == "all":
+        commands = [f"{script} {SMALL} {flags} --out {script}-run" for script, flags in SCRIPTS.items()]
+    else:
+        commands = [f"kd_zoo.py {SMALL} {NETS} --method {m} --out {m.split()[0]}.py-run" for m in ZOO]
+    result = torchrun(ROOT / "tests/ranks.py", "check", " then ".join(commands))
+    assert result.returncode == 0, result.stderr
+    folders = sorted(folder.name for folder in tmp_path.glob("*.py-run"))
+    assert len(folders) == len(commands)
+    for name in folders:
+        folder = tmp_path / name
+        metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert metrics == common.load_checkpoint(folder / "checkpoint.pt")["metrics"]
+        assert not list(folder.glob("*.partial*")) and (folder / "curves.png").stat().st_size > 1000
+    lines = result.stdout.splitlines()
+    assert sum(line.startswith("final test accuracy") and "py-run" in line for line in lines) == len(commands)
+    assert sum(line.startswith("checked epoch 2") for line in lines) >= len(commands)
+
+
+def test_the_loss_is_that_of_one_process(torchrun, nrd_cli, tmp_path, monkeypatch):
+    """The same global batches, BatchNorm in evaluation mode, no augmentation: losses to 1e-6, weights likewise."""
+    flags = [*TINY, "--epochs", "3", "--student-augment", "none", "--teacher-augment", "none", "--weight-decay", "0.01"]
+    result = torchrun(ROOT / "tests/ranks.py", "evaluation", "nrd.py", *flags, "--out", "two")
+    assert result.returncode == 0, result.stderr
+    evaluated = lambda module, mode=True: torch.nn.Module.train(module, False)  # noqa: E731
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "train", evaluated)
+    assert nrd_cli(*flags, "--out", "one")[0] == 0
+    one, two = (common.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("one", "two"))
+    for mine, theirs in zip(one["metrics"], two["metrics"], strict=True):
+        assert theirs["train_loss"] == pytest.approx(mine["train_loss"], abs=1e-6)
+        assert theirs["train_acc_right"] == mine["train_acc_right"]
+    assert one["metrics"][0]["train_loss"] > one["metrics"][-1]["train_loss"] + 1e-4  # and they have learnt something
+    for part in ("model", "ema"):
+        for key, value in one[part].items():
+            assert torch.allclose(value, two[part][key], atol=1e-5), (part, key)
+
+
+def test_resuming_on_another_number_of_processes(torchrun, nrd_cli, tmp_path):
+    flags = [*TINY, "--epochs", "3"]
+    stopped = torchrun(ROOT / "tests/ranks.py", "stop", "nrd.py", *flags, "--out", "run")
+    assert stopped.returncode != 0 and common.load_checkpoint(tmp_path / "run/checkpoint.pt")["epoch"] == 1
+    first = (tmp_path / "run/metrics.jsonl").read_text()
+    status, out, _ = nrd_cli(*flags, "--out", "run", "--resume")
+    assert status == 0 and "after epoch 1 of 3" in out
+    after = (tmp_path / "run/metrics.jsonl").read_text()
+    assert after.startswith(first) and after.count("\n") == 3
+
+    assert nrd_cli(*flags, "--epochs", "1", "--out", "longer")[0] == 0
+    checkpoint = common.load_checkpoint(tmp_path / "longer/checkpoint.pt")
+    checkpoint["config"]["epochs"] = 3  # as if it had been stopped
+    torch.save(checkpoint, tmp_path / "longer/checkpoint.pt")
+    result = torchrun(ROOT / "nrd.py", *flags, "--out", "longer", "--resume")
+    assert result.returncode == 0 and "after epoch 1 of 3" in result.stdout, result.stderr
+    assert common.load_checkpoint(tmp_path / "longer/checkpoint.pt")["epoch"] == 3
+
+
+def test_a_process_that_dies_ends_the_other_with_its_error(torchrun, tmp_path):
+    result = torchrun(ROOT / "tests/ranks.py", "die", "nrd.py", *TINY, "--out", "run", timeout=60)
+    assert result.returncode != 0 and "ArithmeticError: rank 1 has died" in result.stderr
+    assert common.load_checkpoint(tmp_path / "run/checkpoint.pt")["epoch"] == 0
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--batch-size", "33"], "--batch-size: 33 does not divide by 2 processes; 32 does"),
+    (["--limit-train", "1"], "2 processes for 1 training images"),
+    (["--device", "cuda:1"], "leave it out"),
+])  # fmt: skip
+def test_bad_input_is_one_line(torchrun, flags, says):
+    result = torchrun(ROOT / "nrd.py", *TINY, *flags)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.returncode != 0 and len(errors) == 1 and says in errors[0]
+    assert "exitcode  : 2" in result.stderr.replace("exitcode: 2", "exitcode  : 2")
+
+
+def test_evaluate_runs_as_one_process(torchrun):
+    result = torchrun(ROOT / "evaluate.py", "none.pt")
+    assert result.returncode != 0 and result.stderr.count("error: torchrun: this script runs as one process") == 1
+
+
+# ------------------------------------------------------------------------------------------------------- several seeds
+
+
+def test_several_seeds_are_the_single_runs_and_their_mean(nrd_cli, tmp_path):
+    status, out, err = nrd_cli(*TINY, "--seed", 0, 3, 5, "--out", "run")
+    assert (status, err) == (0, "")
+    finals = []
+    for seed in (0, 3, 5):
+        assert nrd_cli(*TINY, "--seed", seed, "--out", f"alone{seed}")[0] == 0
+        assert_same_run(tmp_path / f"run-seed{seed}", tmp_path / f"alone{seed}")
+        finals.append(common.load_checkpoint(tmp_path / f"alone{seed}/checkpoint.pt")["metrics"][-1])
+    assert len({record["train_loss"] for record in finals}) == 3
+    for name, key in (("test", "test_acc"), ("test, EMA", "ema_test_acc")):
+        values = [record[key] for record in finals]
+        line = f"    {name} {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} % (n = 3)"
+        assert line in out.splitlines()
+
+
+def test_a_sweep_that_was_stopped_goes_on(nrd_cli, tmp_path):
+    assert nrd_cli(*TINY, "--seed", 1)[0] == 0
+    before = (tmp_path / "runs/nrd-shapes-sym0.5-seed1/checkpoint.pt").read_bytes()
+    status, _, err = nrd_cli(*TINY, "--seed", 1, 2)
+    assert status == 2 and "--resume" in err
+    status, out, _ = nrd_cli(*TINY, "--seed", 1, 2, "--resume")
+    assert status == 0 and "(n = 2)" in out
+    assert (tmp_path / "runs/nrd-shapes-sym0.5-seed1/checkpoint.pt").read_bytes() == before
+    assert common.load_checkpoint(tmp_path / "runs/nrd-shapes-sym0.5-seed2/checkpoint.pt")["epoch"] == 2
+    assert nrd_cli(*TINY, "--seed", 4, "--resume")[0] == 2  # of a single run there must be something
+
+
+def test_seeds_per_rank(torchrun, nrd_cli, tmp_path):
+    """Three seeds on two processes, whole batches, the numbers of single runs."""
+    result = torchrun(ROOT / "nrd.py", *TINY, "--seed", 0, 1, 2, "--seeds-per-rank", "--out", "run")
+    assert result.returncode == 0, result.stderr
+    assert "(n = 3)" in result.stdout and result.stdout.count("seeds, last epoch") == 1
+    order = [result.stdout.splitlines()[-1].find(f"run-seed{seed}") for seed in range(3)]
+    assert order == sorted(order) and order[0] > 0
+    assert nrd_cli(*TINY, "--seed", 1, "--out", "alone")[0] == 0
+    mine, theirs = (common.load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("alone", "run-seed1"))
+    for a, b in zip(without_times(mine["metrics"]), without_times(theirs["metrics"]), strict=True):
+        assert a == pytest.approx(b, abs=0.05)  # another number of threads
+
+
+@pytest.mark.parametrize("flags", [["--seeds-per-rank"], ["--seed", 0, 1, "--seeds-per-rank"], ["--seed", 0, "x"]])
+def test_bad_seeds(nrd_cli, tmp_path, flags):
+    status, _, err = nrd_cli(*TINY, *flags)
+    assert status == 2 and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_of_two_processes_one_makes_what_the_other_finds(tmp_path):
+    """A lock that a process holds keeps another one out until it is done, and is gone then."""
+    code = (
+        f"import sys, time; sys.path.append({str(ROOT)!r}); import common; from pathlib import Path\n"
+        "with common.locked(Path('thing')):\n"
+        "    found = Path('thing').exists(); time.sleep(1); Path('thing').touch(); print(found)"
+    )
+    pair = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE) for _ in range(2)]
+    printed = sorted(process.communicate(timeout=60)[0].split()[-1] for process in pair)
+    assert printed == [b"False", b"True"] and not (tmp_path / "thing.lock").exists()
