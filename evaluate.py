@@ -1186,9 +1186,12 @@ def main():
     teacher = [load_subject(args.teacher, args, device, "--teacher")] if args.teacher else []
     if args.transfer and len(subjects + teacher) < 2:
         raise UsageError("--transfer: takes two or more different checkpoints")
-    load_data = functools.cache(lambda *name: common.load_dataset(*name, 1, args.limit_test, device))
+    load_data = functools.cache(
+        lambda name, at, *size: common.load_dataset(name, at, 1, args.limit_test, device, *size)
+    )
     for subject in subjects + teacher:
-        subject.test = load_data(subject.dataset, subject.data_dir)
+        sizes = (subject.config.get(key, size) for key, size in (("resize", 256), ("image_size", 224)))  # photographs
+        subject.test = load_data(subject.dataset, subject.data_dir, *sizes)
         check_fit(subject)
     if args.transfer and len({subject.data for subject in subjects + teacher}) > 1:
         kinds = ", ".join({subject.dataset: 0 for subject in subjects + teacher})

@@ -2,8 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import ks_2samp
 from torchvision.transforms import v2
 
 import common
@@ -260,3 +262,72 @@ def test_on_cuda_nothing_waits_for_the_device(monkeypatch):
     finally:
         for cache in caches:
             cache.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------------------- photographs
+
+
+def test_resized_crops_are_the_library_s(pictures):
+    """Boxes of many shapes, larger and smaller than what they become."""
+    images = to_float(pictures)
+    boxes = [(0, 0, 32, 32), (3, 5, 20, 11), (10, 0, 7, 30), (31, 31, 1, 1), (8, 9, 16, 16), (0, 12, 32, 20)]
+    boxes = (boxes * 2)[: len(images)]
+    top, left, height, width = (torch.tensor(column).float().view(-1, 1) for column in zip(*boxes))
+    for size in (16, 24, 40):
+        found = common._resized_crop(images, top, left, height, width, size)
+        for image, mine, box in zip(images, found, boxes):
+            expected = v2.functional.resized_crop(image, *box, [size, size], antialias=False)
+            assert torch.allclose(mine, expected, atol=1e-5)
+
+
+def test_random_resized_crop_draws_what_the_library_draws(monkeypatch):
+    """Area, shape and place of the boxes, against the library's own draws: Kolmogorov and Smirnov's test."""
+    drawn = []
+    monkeypatch.setattr(common, "_resized_crop", lambda images, *box: drawn.append(box[:4]) or images)
+    common.random_resized_crop(torch.zeros(3000, 3, 64, 64), 48)
+    top, left, height, width = (column.flatten().numpy() for column in drawn[0])
+    assert (top >= 0).all() and (top + height <= 64).all() and (left >= 0).all() and (left + width <= 64).all()
+    image = torch.zeros(3, 64, 64)
+    library = [v2.RandomResizedCrop(48).make_params([image]) for _ in range(3000)]
+    theirs = {key: np.array([params[key] for params in library]) for key in ("top", "left", "height", "width")}
+    pairs = [(height * width, theirs["height"] * theirs["width"]), (height / width, theirs["height"] / theirs["width"])]
+    pairs += [(top, theirs["top"]), (left, theirs["left"])]
+    for mine, other in pairs:
+        assert ks_2samp(mine, other).pvalue > 1e-3
+
+
+def test_random_resized_crop_takes_the_whole_image_where_no_box_fits():
+    images = torch.rand(5, 3, 20, 20)
+    found = common.random_resized_crop(images, 20, scale=(0.99, 1.0), ratio=(3.0, 4.0))
+    assert torch.allclose(found, images, atol=1e-5)
+
+
+@pytest.mark.parametrize("i, name", enumerate(["brightness", "contrast", "saturation", "hue"]))
+def test_colour_jitter_is_the_library_s(pictures, monkeypatch, i, name):
+    """One of the four at a time, by the factors that were drawn."""
+    images, factors = to_float(pictures), []
+    uniform = torch.Tensor.uniform_
+
+    def noted(tensor, low, high):
+        factors.append((low, high, uniform(tensor, low, high).flatten()))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "uniform_", noted)
+    amounts = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0) | {name: 0.3}
+    out = common.color_jitter(images, **amounts)
+    ((low, high, factor),) = [drawn for drawn in factors if drawn[0] != drawn[1]]
+    assert (low, high) == ((-0.3, 0.3) if name == "hue" else (0.7, 1.3)) and len(set(factor.tolist())) == len(images)
+    adjust = getattr(v2.functional, f"adjust_{name}")
+    for mine, image, f in zip(out, images, factor.tolist()):
+        assert torch.allclose(mine, adjust(image, f), atol=2e-5)
+
+
+def test_colour_jitter_draws_the_order(pictures, monkeypatch):
+    """Darker and then more contrast is not more contrast and then darker: all orders come."""
+    seen, images = set(), to_float(pictures[:1])
+    order = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda n: seen.add(tuple((drawn := order(n)).tolist())) or drawn)
+    for _ in range(200):
+        out = common.color_jitter(images)
+        assert out.min() >= 0 and out.max() <= 1
+    assert len(seen) == 24

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn as nn
+import torchvision
 
 import common
 from common import UsageError, build_model
@@ -146,3 +147,70 @@ def test_small_net_reaches_95_percent_on_shapes():
             optimizer.step()
             scheduler.step()
     assert common.accuracy(common.predict(model, data.test_images), data.test_labels) > 95
+
+
+# ---------------------------------------------------------------------------------------------------------- photographs
+
+
+def test_inception_resnet_v2_is_as_published():
+    """55.8 million parameters at 1000 classes; sizes of its outputs at 299 pixels (Szegedy et al. 2017, Figure 15)."""
+    with torch.device("meta"):
+        net = common.build_model("inception_resnet_v2", 1000, image_size=299)
+        assert sum(p.numel() for p in net.parameters()) == 55_843_464
+        logits, features = net.eval()(torch.empty(2, 3, 299, 299), features=True)
+    assert logits.shape == (2, 1000)
+    assert [tuple(f.shape[1:]) for f in features] == [(320, 35, 35), (320, 35, 35), (1088, 17, 17), (1536, 8, 8)]
+    net = common.build_model("inception_resnet_v2", 5, image_size=75)
+    net(torch.rand(2, 3, 75, 75)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    with pytest.raises(UsageError, match="75"):
+        common.build_model("inception_resnet_v2", 5)
+
+
+LIBRARY = ["resnet18", "resnet50", "resnet101", "mobilenet_v2", "densenet121", "shufflenet_v2"]
+
+
+@pytest.mark.parametrize("arch", LIBRARY)
+def test_photographs_get_the_library_s_architecture(arch, monkeypatch):
+    """The same weights give the same logits as torchvision's own model; below 128 pixels it is another form."""
+    made = []
+    library = torchvision.models.shufflenet_v2_x1_0 if arch == "shufflenet_v2" else torchvision.models.get_model
+    name = "shufflenet_v2_x1_0" if arch == "shufflenet_v2" else "get_model"
+    monkeypatch.setattr(torchvision.models, name, lambda *a, **k: made.append(library(*a, **k)) or made[-1])
+    net = common.build_model(arch, 7, image_size=128).eval()
+    x = torch.rand(2, 3, 128, 128)
+    with torch.no_grad():
+        assert torch.allclose(net(x), made[0].eval()(x), rtol=1e-3, atol=1e-4)
+        _, large = net(x, features=True)
+        _, small = common.build_model(arch, 7, image_size=127).eval()(x, features=True)
+    assert small[-1].shape[-1] >= 4 * large[-1].shape[-1] and net.image_size == 128
+
+
+def test_pretrained_weights_but_for_another_classifier(monkeypatch):
+    source = torchvision.models.resnet18()
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda self, **_: source.state_dict())
+    net = common.build_model("resnet18", 7, image_size=224, pretrained=True)
+    assert torch.equal(net.stem[0].weight, source.conv1.weight) and net.head[-1].weight.shape == (7, 512)
+    assert torch.equal(net.blocks[3][1].conv2.weight, source.layer4[1].conv2.weight)
+    whole = common.build_model("resnet18", 1000, image_size=224, pretrained=True)
+    assert torch.equal(whole.head[-1].weight, source.fc.weight)
+
+    def offline(self, **_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(type(weights), "get_state_dict", offline)
+    with pytest.raises(UsageError, match="no route to host.*resnet18-f37072fd.pth"):
+        common.build_model("resnet18", 7, image_size=224, pretrained=True)
+    for arch, size in (("resnet18", 32), ("wrn-10-1", 224)):
+        with pytest.raises(UsageError, match="--pretrained"):
+            common.build_model(arch, 7, image_size=size, pretrained=True)
+
+
+def test_a_checkpoint_of_photographs_gives_the_form_back(tmp_path):
+    net = common.build_model("mobilenet_v2", 3, image_size=160)
+    header = {"arch": "mobilenet_v2", "num_classes": 3, "dropout": 0.0, "image_size": 160}
+    x = torch.rand(1, 3, 160, 160)
+    again = common.load_model({**header, "model": net.state_dict()})
+    with torch.no_grad():
+        assert again.image_size == 160 and torch.equal(again(x), net.eval()(x))
