@@ -302,8 +302,8 @@ def test_random_resized_crop_takes_the_whole_image_where_no_box_fits():
     assert torch.allclose(found, images, atol=1e-5)
 
 
-@pytest.mark.parametrize("i, name", enumerate(["brightness", "contrast", "saturation", "hue"]))
-def test_colour_jitter_is_the_library_s(pictures, monkeypatch, i, name):
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
+def test_colour_jitter_is_the_library_s(pictures, monkeypatch, name):
     """One of the four at a time, by the factors that were drawn."""
     images, factors = to_float(pictures), []
     uniform = torch.Tensor.uniform_
