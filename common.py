@@ -647,10 +647,11 @@ def read_photograph(path, resize, side, place=(0.5, 0.5)):
 
     with Image.open(path) as file:
         file.draft("RGB", (resize, resize))  # JPEG only: decoded at 1/2, 1/4, 1/8 where that is still large enough
-        image = file.convert("RGB")
-    window = max(1, round(min(image.size) * side / resize))
-    top, left = (round(p * (n - window)) for p, n in zip(place, (image.height, image.width)))
-    return v2.pil_to_tensor(v2.resized_crop(image, top, left, window, window, [side, side], antialias=True))
+        image = v2.pil_to_tensor(file.convert("RGB"))  # resizing is twice as fast on a tensor
+    height, width = image.shape[1:]
+    window = max(1, round(min(height, width) * side / resize))
+    top, left = (round(p * (n - window)) for p, n in zip(place, (height, width)))
+    return v2.resized_crop(image, top, left, window, window, [side, side], antialias=True)
 
 
 def fetch(images, parts, random=True):
@@ -762,7 +763,7 @@ def channel_stats(images):
 
 def to_float(images):
     """uint8 [..., 3, H, W] -> float32 in [0, 1]."""
-    return images.float() / 255
+    return images / 255
 
 
 def batches(count, batch_size, device):
@@ -1139,13 +1140,14 @@ def auto_augment(images):
 def crop_flip(images, padding=4, mode="zero"):
     """Random crop from the image padded by `padding` pixels ("zero" or "reflect"), and a flip with probability 1/2.
 
-    images: float [B, 3, H, W]; returns the same shape.
+    padding: 0 only flips. images: float [B, 3, H, W]; returns the same shape.
     """
     height, width = images.shape[2:]
-    padded = F.pad(images, (padding,) * 4, mode="constant" if mode == "zero" else mode)
-    top, left = torch.randint(2 * padding + 1, (2, len(images)), device=images.device)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, 3, 2·padding + 1, 2·padding + 1, H, W]
-    images = windows[torch.arange(len(images), device=images.device), :, top, left]
+    if padding:
+        padded = F.pad(images, (padding,) * 4, mode="constant" if mode == "zero" else mode)
+        top, left = torch.randint(2 * padding + 1, (2, len(images)), device=images.device)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, 3, 2·padding + 1, 2·padding + 1, H, W]
+        images = windows[torch.arange(len(images), device=images.device), :, top, left]
     flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(flip, images.flip(3), images)
 

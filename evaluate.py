@@ -861,6 +861,9 @@ def evaluate_clean(subject):
     }
 
 
+BLOCK = 2**26  # values that are attacked at once: 256 MB, more than all of CIFAR's
+
+
 def evaluate_pgd(subject, eps, args):
     """Accuracy in percent under PGD of each number of steps in args.pgd, in the worst of args.restarts random starts.
 
@@ -868,25 +871,30 @@ def evaluate_pgd(subject, eps, args):
     trajectory serves all step counts. It leaves the work as soon as no step to come could change its result, except
     where it is part of its batch's statistics.
     """
-    clean, labels = to_float(subject.test.test_images), subject.test.test_labels
+    images, labels = subject.test.test_images, subject.test.test_labels
     longest = max(args.pgd)
     below = [max((k for k in args.pgd if k < step), default=0) for step in range(longest + 1)]
     survived = longest * subject.right.long()  # the largest of the step counts that each sample withstands
-    turns = range(args.restarts * (longest + 1))
-    for turn in progress(turns, f"PGD, ε {eps_name(eps)}, on {subject.path}"):
-        restart, step = divmod(turn, longest + 1)
+    blocks = torch.arange(len(labels), device=images.device).split(max(1, BLOCK // images[0].numel()))
+    turns = list(itertools.product(range(len(blocks)), range(args.restarts), range(longest + 1)))
+    for i, restart, step in progress(turns, f"PGD, ε {eps_name(eps)}, on {subject.path}"):
+        block = blocks[i]
         if step == 0:
-            x = random_start(clean, eps, torch.Generator(clean.device).manual_seed(args.seed + restart))
-        at_stake = (survived >= max(step, 1)) | subject.by_batch
+            clean = to_float(images[block])
+            seed = args.seed + restart + args.restarts * i
+            x = random_start(clean, eps, torch.Generator(clean.device).manual_seed(seed))
+        at_stake = (survived[block] >= max(step, 1)) | subject.by_batch
         for rows in common.even_batches(at_stake.nonzero().squeeze(1), subject.batch_size):
+            here = block[rows]
+            truth = labels[here]
             if step < longest:
-                logits, gradient = input_gradient(subject.model, x[rows], labels[rows])
+                logits, gradient = input_gradient(subject.model, x[rows], truth)
                 x[rows] = ascend(x[rows], clean[rows], gradient, eps, args.step_size)
             else:
                 with torch.no_grad():
                     logits = subject.model(x[rows])
-            lost = logits.argmax(1) != labels[rows]
-            survived[rows] = torch.where(lost, survived[rows].clamp(max=below[step]), survived[rows])
+            lost = logits.argmax(1) != truth
+            survived[here] = torch.where(lost, survived[here].clamp(max=below[step]), survived[here])
     return {str(k): 100 * (survived >= k).double().mean().item() for k in args.pgd}
 
 

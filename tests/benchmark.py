@@ -1,6 +1,6 @@
 """Speed, side by side in one run: ours and what a user would otherwise pick, interleaved, medians after a warm-up.
 
-    python tests/benchmark.py [augment|corrupt|attack|leaves|train|all] [--device cpu|cuda] [--repeats 5]
+    python tests/benchmark.py [augment|corrupt|attack|leaves|train|loader|scaling|all] [--device cpu|cuda] [--repeats 5]
 
 Peers: torchvision is there; `pip install -r tests/benchmark-requirements.txt` for kornia, imagecorruptions and
 torchattacks. A peer that is missing, or fails under the installed libraries, is named in a line and left out.
@@ -12,7 +12,9 @@ import importlib.metadata
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -21,6 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -357,7 +360,74 @@ def train(args):
     race(args, "NRD PreActResNet-34", ("preact_resnet34", "preact_resnet34"), two_views, js, both, plain_js)
 
 
-WORKS = {"augment": augment, "corrupt": corrupt, "attack": attack, "leaves": leaves, "train": train}
+def loader_of_files(args):
+    """From JPEG files of 500×375: uint8 windows of 256 pixels; random resized crops of 224 pixels and flips."""
+    workers, size = os.cpu_count(), 64
+    images, labels = common.draw_shapes(256, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        large = F.interpolate(to_float(images), (375, 500), mode="bilinear")
+        for i, (image, label) in enumerate(zip(large, labels.tolist())):
+            path = Path(folder) / f"class{label}" / f"{i}.jpg"
+            path.parent.mkdir(exist_ok=True)
+            v2.functional.to_pil_image((image + 0.03 * torch.randn_like(image)).clamp(0, 1)).save(path, quality=90)
+        paths = [path for path, _ in torchvision.datasets.ImageFolder(folder).samples] * 4
+        photographs = common.Photographs(paths, 256, 256, args.device, workers)
+
+        def ours(function):
+            def run():
+                for _, part in common.fetch(photographs, common.batches(len(paths), size, args.device)):
+                    function(part)
+                return len(paths) // size * size
+
+            return run
+
+        def theirs(*transforms):
+            plain = torchvision.datasets.ImageFolder(folder, v2.Compose(transforms))
+            plain.samples = plain.samples * 4
+            options = {"num_workers": workers, "persistent_workers": True, "pin_memory": args.device.type == "cuda"}
+            batches = torch.utils.data.DataLoader(plain, size, shuffle=True, drop_last=True, **options)
+
+            def run():
+                for x, _ in batches:
+                    x.to(args.device, non_blocking=True)
+                return len(paths) // size * size
+
+            return run
+
+        peer = f"ImageFolder and DataLoader, {workers} workers too"
+        same = theirs(v2.Resize(256), v2.RandomCrop(256), v2.PILToTensor())
+        compare("photographs, decoded and resized, images/s", ours(lambda x: x), {peer: same}, args)
+        flip, to_tensor = v2.RandomHorizontalFlip(), [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        crop = theirs(v2.RandomResizedCrop(224), flip, *to_tensor)
+        whole = ours(lambda x: common.crop_flip(common.random_resized_crop(to_float(x), 224), padding=0))
+        compare("photographs, random resized crop and flip, images/s", whole, {peer: crop}, args)
+
+
+def scaling(args):
+    """A run of nrd.py under torchrun with one process and with two, a thread each: images/s of its last epoch."""
+    script = Path(common.__file__).with_name("nrd.py")
+
+    def run(processes):
+        with tempfile.TemporaryDirectory() as folder:
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            flags = ["--epochs", "2", "--limit-test", "32", "--device", args.device.type, "--out", f"{folder}/run"]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"} if args.device.type == "cpu" else os.environ
+            subprocess.run([*launcher, str(script), *flags], check=True, capture_output=True, env=environment)
+            return common.load_checkpoint(Path(folder) / "run/checkpoint.pt")["metrics"][-1]["images_per_second"]
+
+    measured = {processes: [] for processes in (2, 1)}
+    for _ in range(args.repeats):
+        for processes, values in measured.items():
+            values.append(run(processes))
+    two, one = map(statistics.median, measured.values())
+    print(
+        f"| nrd.py on shapes, 2 processes, images/s | {two:,.0f} | 1 process | {one:,.0f} | {two / one:.2f} |",
+        flush=True,
+    )
+
+
+WORKS = {"augment": augment, "corrupt": corrupt, "attack": attack, "leaves": leaves, "train": train,
+         "loader": loader_of_files, "scaling": scaling}  # fmt: skip
 
 
 def main():

@@ -209,7 +209,10 @@ def pgd_args(steps, restarts=1, seed=0, step_size=0.003):
     return SimpleNamespace(pgd=steps, restarts=restarts, seed=seed, step_size=step_size)
 
 
-def test_accuracy_under_pgd_of_a_linear_model():
+@pytest.mark.parametrize("block", [evaluate.BLOCK, 768 * 30, 1])
+def test_accuracy_under_pgd_of_a_linear_model(monkeypatch, block):
+    """However many images are attacked at once."""
+    monkeypatch.setattr(evaluate, "BLOCK", block)
     images = random_images(200)
     model = Linear(768)
     labels = model(common.to_float(images)).argmax(1)
