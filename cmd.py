@@ -221,7 +221,7 @@ def main():
     held_labels = data.train_labels[held][seen]
     train_images, labels, true = data.train_images[kept], labels[kept], data.train_labels[kept]
     stats = common.channel_stats(train_images)
-    how = {"image_size": data.image_size, "pretrained": args.pretrained}
+    how = {"image_size": data.image_size, "pretrained": args.pretrained and not args.resume}
     A = common.build_model(args.arch, num_classes, 0.0, *stats, **how).to(device)
     try:
         B = common.build_model(args.arch_b, num_classes, 0.0, *stats, **how).to(device)

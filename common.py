@@ -14,6 +14,7 @@ so that `torch.manual_seed` and the random states in a checkpoint determine them
 import argparse
 import codecs
 import contextlib
+import datetime
 import difflib
 import functools
 import hashlib
@@ -27,6 +28,7 @@ import statistics
 import sys
 import textwrap
 import time
+import warnings
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -45,13 +47,14 @@ class UsageError(Exception):
     """Something the user can mend: the message names the flag or file and says what would work."""
 
 
-def run_main(main, stopped="a run's checkpoint.pt holds the finished epochs: --resume continues it", runs=True):
+def run_main(main, stopped="a run's checkpoint.pt holds the last epoch saved: --resume continues it", runs=True):
     """Call main(); UsageError becomes one line on stderr and status 2, Ctrl-C and SIGTERM one line and status 130.
 
     stopped: what that last line tells the user. runs: main() trains, so it can be called for several --seed (`sweep`),
     and by several processes (`torchrun`, see below).
     """
-    rank = int(os.environ.get("RANK", 0))
+    launched = torch.distributed.is_torchelastic_launched()  # by torchrun
+    rank = int(os.environ["RANK"]) if launched else 0
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -61,16 +64,16 @@ def run_main(main, stopped="a run's checkpoint.pt holds the finished epochs: --r
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
 
-    if "RANK" not in os.environ:  # else torchrun sends it where another process has died, and this one may be waiting
+    if not launched:  # else torchrun sends it where another process has died, and this one may be waiting
         signal.signal(signal.SIGTERM, interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter must not end the program
     try:
-        if "RANK" in os.environ:
+        if launched:
             if not runs:
                 raise UsageError("torchrun: this script runs as one process; python starts it")
-            torch.distributed.init_process_group()
+            torch.distributed.init_process_group(timeout=datetime.timedelta(days=30))  # for another's seeds, a download
             if rank:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sweep(main) if runs else main()
@@ -81,12 +84,19 @@ def run_main(main, stopped="a run's checkpoint.pt holds the finished epochs: --r
     except KeyboardInterrupt:
         if rank:
             os._exit(130)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # workers that are stopped as well are no news
         print("\n" * sys.stdout.isatty(), end="", flush=True)  # below the live line
         print(f"stopped; {stopped}", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker"):
+            fail("--workers: a process that decodes has died; fewer of them, or more memory and /dev/shm, may help")
+        if not rank or not ("gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
+            raise
+        fail(f"process {rank} has lost the others")
+    if launched:
+        torch.distributed.destroy_process_group()
 
 
 FINISHED = []  # the folder of each run finished by this process, and its last record
@@ -100,7 +110,7 @@ def sweep(main):
     """
     given = sys.argv[1:]
     after = given[given.index("--seed") + 1 :] if "--seed" in given else []
-    seeds = list(itertools.takewhile(str.isdigit, after))
+    seeds = list(itertools.takewhile(str.isdecimal, after))
     apart = "--seeds-per-rank" in given
     if apart and (len(seeds) < 2 or not torch.distributed.is_initialized()):
         raise UsageError(
@@ -109,34 +119,42 @@ def sweep(main):
     SWEEPING[:], FINISHED[:] = seeds if len(seeds) > 1 else [], []
     if not SWEEPING:
         return main()
+    if len(set(map(int, seeds))) < len(seeds):
+        raise UsageError(f"--seed: {' '.join(seeds)}: one of them comes twice")
     at = given.index("--seed")
     rest = given[:at] + given[at + 1 + len(seeds) :]
     size, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if apart else (1, 0)
-    for seed in seeds[rank::size]:
-        out = [i for i, flag in enumerate(rest) if "--out" in (flag.partition("=")[0], rest[i - 1])]
-        named = [f"{flag}-seed{seed}" if i in out and flag != "--out" else flag for i, flag in enumerate(rest)]
-        sys.argv[1:] = [*named, "--seed", seed]
-        main()
-    finished = FINISHED
-    if apart:
-        gathered = [None] * size
-        torch.distributed.all_gather_object(gathered, FINISHED)
-        finished = [run for runs in itertools.zip_longest(*gathered) for run in runs if run]
-    if finished:
-        print(f"{len(finished)} seeds, last epoch, mean ± standard deviation:")
-        figures = [key for key in COLUMNS if not key.startswith("train") and finished[0][1].get(key) is not None]
-        for key in figures:
-            values = [record[key] for _, record in finished]
-            deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-            print(f"    {LEGENDS[key]} {statistics.mean(values):.2f} ± {deviation:.2f} % (n = {len(values)})")
-        print("in " + " ".join(str(folder) for folder, _ in finished))
+    try:
+        for seed in seeds[rank::size]:
+            out = [i for i, flag in enumerate(rest) if "--out" in (flag.partition("=")[0], rest[i - 1])]
+            sys.argv[1:] = [*rest, "--seed", seed]
+            for i in out:
+                if rest[i] != "--out":
+                    sys.argv[1 + i] = f"{rest[i].rstrip('/')}-seed{seed}"
+            main()
+    finally:  # the mean of those that are done is told in any case
+        finished = FINISHED
+        if apart and sys.exception() is None:
+            gathered = [None] * size
+            torch.distributed.all_gather_object(gathered, FINISHED)
+            finished = [run for runs in itertools.zip_longest(*gathered) for run in runs if run]
+        if finished:
+            print(f"{len(finished)} seeds, last epoch, mean ± standard deviation:")
+            figures = [key for key in COLUMNS if not key.startswith("train") and finished[0][1].get(key) is not None]
+            for key in figures:
+                values = [record[key] for _, record in finished]
+                deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+                print(f"    {LEGENDS[key]} {statistics.mean(values):.2f} ± {deviation:.2f} % (n = {len(values)})")
+            print("in " + " ".join(str(folder) for folder, _ in finished))
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are a single line, and whose --help keeps the script's docstring as it is written."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
 
     def error(self, message):
         raise UsageError(f"{message.removeprefix('argument ')} (--help explains every flag)")
@@ -200,7 +218,7 @@ def add_common_arguments(parser):
         "--seed",
         type=number(int, 0, 2**63 - 1),
         default=0,
-        help="of weights, batches, augmentation and label noise; several: one run after the other (default: 0)",
+        help="of weights, batches, augmentation, label noise; several: a run each, side by side (default: 0)",
     )
 
     add = parser.add_argument_group("machine and output").add_argument
@@ -208,8 +226,8 @@ def add_common_arguments(parser):
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA)")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models")
     add("--out", type=Path, metavar="DIR", help="run folder (default: runs/METHOD-DATASET-NOISE-seedS)")
-    add("--seeds-per-rank", action="store_true", help="torchrun: each process runs other seeds, on whole batches")
-    add("--resume", action="store_true", help="continue the run in the run folder, on CPU to the same bit")
+    add("--seeds-per-rank", action="store_true", help="torchrun: each process takes other --seed, whole batches")
+    add("--resume", action="store_true", help="continue the run in the run folder (one CPU process: to the same bit)")
 
 
 def add_teacher_arguments(parser):
@@ -235,7 +253,11 @@ def fill(args, preset):
         raise UsageError(
             f"--rate: --noise {args.noise} has no rate to choose; leave --rate out, or name another --noise"
         )
-    if args.image_size > args.resize:
+    if args.dataset.startswith("imagefolder:"):
+        if args.dataset == "imagefolder:":
+            raise UsageError("--dataset imagefolder: names no folder; imagefolder:PATH does")
+        args.dataset = f"imagefolder:{os.path.normpath(args.dataset.removeprefix('imagefolder:'))}"
+    if of_photographs(args.dataset) and args.image_size > args.resize:
         raise UsageError(f"--image-size: {args.image_size} does not fit in --resize {args.resize}")
     return args
 
@@ -256,6 +278,9 @@ def setup(args):
             fits = args.batch_size // TOGETHER[0] * TOGETHER[0] or TOGETHER[0]
             raise UsageError(f"--batch-size: {args.batch_size} does not divide by {TOGETHER[0]} processes; {fits} does")
         if args.device == "cuda" or args.device is None and torch.cuda.is_available():
+            processes, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+            if processes > devices:
+                raise UsageError(f"torchrun: {processes} processes for {devices} GPUs; --nproc_per_node={devices} fits")
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", args.device)
@@ -281,9 +306,10 @@ def setup(args):
 # ------------------------------------------------------------------------------------------------------------ processes
 # `torchrun --nproc_per_node=N script.py …` starts a script N times. Each process ("rank") has the whole model and takes
 # its share of every batch; before a step, gradients are averaged over the processes, and after it BatchNorm's running
-# statistics: what DistributedDataParallel does, for any number of networks and forward passes. So all weights stay the
-# same everywhere. BatchNorm normalises by the process's share, and losses that compare samples compare within it. The
-# first process, rank 0, alone prints and writes. Without torchrun, nothing here does anything.
+# statistics: what DistributedDataParallel does, but for any number of networks and forward passes. As all start from
+# the same seed, weights stay the same everywhere. BatchNorm normalises by the process's share, and losses that compare
+# samples compare within it. The first process, rank 0, alone prints and writes. Without torchrun, nothing here does
+# anything.
 
 TOGETHER = [1, 0]  # how many processes share the batch, and which of them this is; set by `setup`
 
@@ -329,28 +355,31 @@ def wait():
 
 @contextlib.contextmanager
 def locked(path):
-    """Of several processes on one machine that need `path`, let one make it; the others then find it."""
+    """Of several processes on one machine that need `path`, let one make it; the others then find it.
+
+    By a file .NAME.lock beside it, which stays. Where there are no such locks, or none may be written, nothing.
+    """
     try:
         import fcntl
-    except ImportError:  # Windows: without
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_RDWR)
+    except (ImportError, OSError):
         yield
         return
-    lock = path.with_name(f"{path.name}.lock")
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        lock.touch()
-    except OSError as error:
-        raise UsageError(f"cannot write {lock}: {error.strerror}") from None
-    with open(lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             print(f"waiting for another process that makes {path}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        except OSError:
+            pass
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)  # workers that were started in here have the file open too
+        os.close(file)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -359,9 +388,9 @@ def locked(path):
 class Dataset(NamedTuple):
     """A labelled image set; the arrays of an .npz file have the names of the first five."""
 
-    train_images: torch.Tensor  # uint8 [N, 3, H, W], or Photographs
+    train_images: torch.Tensor  # uint8 [N, 3, H, W]; or Photographs, whose windows may be larger than test images
     train_labels: torch.Tensor  # int64 [N], in [0, len(classes))
-    test_images: torch.Tensor  # uint8 [M, 3, H, W]
+    test_images: torch.Tensor  # uint8 [M, 3, H, W], always in memory
     test_labels: torch.Tensor  # int64 [M]
     classes: list  # names, str
     more: dict = {}  # further test sets: name: (images, labels)
@@ -374,6 +403,13 @@ class Dataset(NamedTuple):
 
 ARRAYS = Dataset._fields[:5]
 DATASETS = ("shapes", "cifar10", "cifar100", "svhn", "food101", "webvision")
+
+
+def data_name(name):
+    """cifar10 of cifar10 or of path/to/cifar10.npz, photos of imagefolder:path/to/photos."""
+    return (
+        Path(name.removeprefix("imagefolder:")).resolve().name if name.startswith("imagefolder:") else Path(name).stem
+    )
 
 
 def of_photographs(name):
@@ -505,18 +541,29 @@ def download(name, path):
             f"{', '.join(ARRAYS)} there; --dataset shapes needs none"
         ) from None
     arrays = (images[0], np.int64(labels[0]), images[1], np.int64(labels[1]), np.array(classes))
-    with replacing(path) as partial:
+    with replacing(path, by_all=True) as partial:
         np.savez(partial, **dict(zip(ARRAYS, arrays)))
 
 
 UNREADABLE = {}  # of this run: path of a photograph: what is wrong with it
 
 
-def unreadable(path, fault):
-    """Name a photograph that is skipped, once."""
+def unreadable(path, fault, by_all=False):
+    """Name a photograph that is skipped, once. by_all: every process finds it, and the first says so."""
     if str(path) not in UNREADABLE:
         UNREADABLE[str(path)] = fault
+        if by_all and TOGETHER[1]:
+            return
         print(f"skipped: {path}: {fault}", file=sys.stderr, flush=True)
+
+
+def count_unreadable():
+    """Print how many photographs were skipped, if any, by all processes."""
+    found = [[*UNREADABLE]] * TOGETHER[0]
+    if TOGETHER[0] > 1:
+        torch.distributed.all_gather_object(found, [*UNREADABLE])
+    if count := len(set(itertools.chain(*found))):
+        print(f"{count:,} photograph{'s' * (count > 1)} could not be read and {'were' if count > 1 else 'was'} skipped")
 
 
 def list_photographs(name, data_dir):
@@ -533,7 +580,7 @@ def list_photographs(name, data_dir):
     if name == "food101":
         try:
             with locked(data_dir / "food-101"):
-                missing = not (data_dir / "food-101" / "meta").is_dir()
+                missing = not all((data_dir / "food-101" / folder).is_dir() for folder in ("meta", "images"))
                 parts = [library.Food101(data_dir, split, download=missing) for split in ("train", "test")]
         except UsageError:
             raise
@@ -547,7 +594,7 @@ def list_photographs(name, data_dir):
     try:
         train, test = (library.ImageFolder(folder) for folder in folders)
     except OSError as error:
-        layout = f"{root}/train/CLASS/… and {root}/test/CLASS/… are needed"
+        layout = f"{root}/train/CLASS/… and {root}/test/CLASS/… (or val) are needed"
         raise UsageError(f"--dataset {name}: {error}; {layout}") from None
     if train.classes != test.classes:
         odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
@@ -567,14 +614,20 @@ def list_webvision(root, imagenet, count=50):
             rows = [line.rsplit(maxsplit=1) for line in (root / "info" / file).read_text().splitlines()]
             chosen = [(folder / path, int(label)) for path, label in rows if int(label) < count]
             for path in (path for path, _ in chosen if not path.is_file()):
-                unreadable(path, "missing")
+                unreadable(path, "missing", by_all=True)
             lists[part] = [(path, label) for path, label in chosen if str(path) not in UNREADABLE]
     except FileNotFoundError as error:
         raise UsageError(f"--dataset webvision: no file {error.filename}; WebVision 1.0 belongs in {root}") from None
     except (OSError, ValueError) as error:
         raise UsageError(f"--dataset webvision: {root}/info is not WebVision's: {error}") from None
-    if len(synsets) < count or any(len(set(label for _, label in rows)) < count for rows in lists.values()):
-        raise UsageError(f"--dataset webvision: the lists in {root}/info lack some of the first {count} classes")
+    if (
+        min(map(len, synsets), default=0) < 2
+        or len(synsets) < count
+        or any(len(set(label for _, label in rows)) < count for rows in lists.values())
+    ):
+        raise UsageError(
+            f"--dataset webvision: the lists in {root}/info, or its files, lack some of the first {count} classes"
+        )
     if imagenet.is_dir():
         lacking = [wnid for wnid, *_ in synsets if not (imagenet / wnid).is_dir()]
         if lacking:
@@ -596,7 +649,8 @@ class Photographs:
     def __init__(self, paths, resize, side, device="cpu", workers=None):
         self.paths, self.resize, self.side, self.device = list(paths), resize, min(side, resize), torch.device(device)
         self.shape = torch.Size((len(self.paths), 3, self.side, self.side))
-        self.workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if workers is None else workers
         self.orders = []  # of the loader: what its workers are to decode next
 
     def __len__(self):
@@ -609,15 +663,26 @@ class Photographs:
     @functools.cached_property
     def loader(self):
         """Each worker decodes whole batches, those in `orders`; the workers live as long as the photographs."""
+        warnings.filterwarnings(
+            "ignore", "This DataLoader will create"
+        )  # more workers than cores are the user's choice
         return torch.utils.data.DataLoader(
             Decoder(self.paths, self.resize, self.side),
             batch_size=None,
+            worker_init_fn=start_worker,
             sampler=self.orders,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # the global one is for the draws of the method
         )
+
+
+def start_worker(_):
+    """What the first process is told to do, it passes on: a worker has nothing to say."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 class Decoder(torch.utils.data.Dataset):
@@ -640,7 +705,8 @@ class Decoder(torch.utils.data.Dataset):
 def read_photograph(path, resize, side, place=(0.5, 0.5)):
     """uint8 [3, side, side] from an image file: the shorter side resized to `resize` pixels, a square window cut out.
 
-    place: of the window, down and across, from 0 (top, left) to 1. Bilinear with antialiasing.
+    place: of the window, whose side is side / resize of the shorter side: down and across, from 0 (top, left) to 1.
+    Bilinear with antialiasing.
     """
     from PIL import Image
     from torchvision.transforms.v2 import functional as v2
@@ -657,24 +723,32 @@ def read_photograph(path, resize, side, place=(0.5, 0.5)):
 def fetch(images, parts, random=True):
     """Yield (part, images[part]) for each index tensor of the list `parts`: int64 [b] and uint8 [b, 3, H, W].
 
-    images: a uint8 tensor, or Photographs, which workers decode ahead, windows at random places or in the middle; a
-    photograph that cannot be read is named, counted, and left out of its part. None: None is yielded for the images.
-    Raises UsageError where no photograph of a part can be read.
+    images: a uint8 tensor, or Photographs, which workers decode ahead, windows at random places, else in the middle. A
+    photograph that cannot be read is named, counted and skipped: at random, another one of its part takes its place, so
+    that all parts keep their size; else it is missing. None: None is yielded for the images.
+    Raises UsageError where nothing can be read.
     """
     if not isinstance(images, Photographs):
         yield from ((part, None if images is None else images[part]) for part in parts)
         return
-    sizes = [len(part) for part in parts]
+    sizes, empty = [len(part) for part in parts], True
     places = torch.rand(sum(sizes), 2) if random else torch.full((sum(sizes), 2), 0.5)
-    images.orders[:] = zip((part.cpu() for part in parts), places.split(sizes))
+    rows = torch.cat(parts).cpu().split(sizes)
+    images.orders[:] = [(some.numpy(), place.numpy()) for some, place in zip(rows, places.split(sizes))]
     for part, (pixels, kept, faults) in zip(parts, images.loader):
         for path, fault in faults.items():
-            unreadable(path, fault)
+            unreadable(path, fault, by_all=not random)
         if pixels is None:
-            raise UsageError(
-                f"--dataset: none of {len(part)} photographs in a row can be read: {next(iter(faults))}, …"
-            )
+            if TOGETHER[0] > 1 and random:  # a process that skips a step would leave the others waiting
+                raise UsageError(f"--dataset: none of the {len(part)} photographs of a batch can be read: {path}, …")
+            continue
+        if faults and random:
+            full = torch.arange(len(part)) % len(kept)
+            pixels, kept = pixels[full], kept[full]
+        empty = False
         yield (part[kept.to(part.device)] if faults else part), pixels.to(images.device, non_blocking=True)
+    if empty and parts:
+        raise UsageError(f"--dataset: none of {len(images):,} photographs can be read: {images.paths[0]}, …")
 
 
 def decoded(images):
@@ -683,7 +757,7 @@ def decoded(images):
     if not isinstance(images, Photographs):
         return images, rows
     pixels, seen = torch.empty(images.shape, dtype=torch.uint8, device=images.device), [rows[:0]]
-    for part, some in fetch(images, list(rows.split(32)) if len(rows) else [], random=False):
+    for part, some in fetch(images, list(rows.split(32)), random=False) if len(rows) else ():
         pixels[sum(map(len, seen)) :][: len(part)] = some
         seen.append(part)
         if sys.stdout.isatty():
@@ -1215,7 +1289,7 @@ def _turn_hue(images, turn):
     safe = chroma.where(chroma > 0, 1.0)
     sector = torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
     sector = torch.where(high == red, (green - blue) / safe, sector).unsqueeze(1)  # hue in sixths of a turn
-    k = (sector + 6 * turn + torch.tensor([5.0, 3.0, 1.0], device=images.device).view(3, 1, 1)) % 6
+    k = (sector + 6 * turn + torch.arange(5.0, 0.0, -2.0, device=images.device).view(3, 1, 1)) % 6
     return high.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -1568,10 +1642,10 @@ def accuracy(scores, labels, k=1):
     return 100 * (scores.topk(k).indices == labels.unsqueeze(1)).any(1).double().mean().item()
 
 
-def more_accuracies(model, data, amp, logits):
+def more_accuracies(model, data, amp, logits, predict=predict):
     """What is reported of photographs besides top-1 accuracy: top-5, and both on further test sets; {} of others.
 
-    logits: of the test images.
+    logits: of the test images. predict: how they were made of model, images and amp.
     """
     if not isinstance(data.train_images, Photographs) or len(data.classes) < 6:
         return {}
@@ -1586,14 +1660,14 @@ def more_accuracies(model, data, amp, logits):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, by_all=False):
     """Yield a temporary path beside `path`, renamed over `path` once the block has written it without an error.
 
-    Of several processes that run together only the first renames its file.
+    Of several processes that run together only the first renames its file, unless by_all; the others' is deleted.
 
     Raises UsageError where that cannot be written; `path` is then as it was, and no temporary file is left.
     """
-    rank = TOGETHER[1]
+    rank = 0 if by_all else TOGETHER[1]
     partial = path.with_name(f"{path.stem}.partial{rank or ''}{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1676,7 +1750,7 @@ class Run:
     def __init__(self, args, device, method, arch, classes, dropout=0.0, tag="", epochs=None, **parts):
         noise = args.noise if args.rate is None or args.noise == "none" else f"{args.noise}{args.rate:g}"
         noise = "clean" if args.noise == "none" else noise
-        name = [method, Path(args.dataset).stem, noise, tag, f"seed{args.seed}"]
+        name = [method, data_name(args.dataset), noise, tag, f"seed{args.seed}"]
         args.out = args.out or Path("runs") / "-".join(filter(None, name))
         self.folder, self.device, self.epochs, self.parts = args.out, device, epochs or args.epochs, parts
         self.path = self.folder / "checkpoint.pt"
@@ -1704,7 +1778,7 @@ class Run:
         if not args.resume and saved:
             hint = "--resume continues it, --out DIR starts one elsewhere"
             raise UsageError(f"--out: {self.folder} already holds this run; {hint}")
-        if not args.resume and self.folder.is_dir() and any(".partial" not in p.name for p in self.folder.iterdir()):
+        if not saved and self.folder.is_dir() and any(".partial" not in p.name for p in self.folder.iterdir()):
             raise UsageError(f"--out: {self.folder} is not empty; name a new folder")
 
         print(textwrap.fill(" ".join(f"{k}={v}" for k, v in config.items()), 120, break_on_hyphens=False), flush=True)
@@ -1761,15 +1835,17 @@ class Run:
         """Yield (index, images[index]) for the index tensors `batches`, as `fetch` does; on a terminal keep a line with
         images/s and time left up to date.
         """
-        if self.began is None:  # nothing is written before training starts
-            self.save()
-            self.write_text("config.json", json.dumps(self.header["config"], indent=2))
-            self.began = self.drawn = time.perf_counter()
-        self.epoch_began, shown, count = time.perf_counter(), 0.0, 0
         size, rank = TOGETHER
         if rank:  # draws of its own, and none that a checkpoint would have to hold
             torch.manual_seed(hash((self.header["config"]["seed"], self.epoch, rank)) % 2**63)
-        for step, (index, part) in enumerate(fetch(images, batches)):
+        self.epoch_began, shown, count = time.perf_counter(), 0.0, 0
+        parts = fetch(images, batches)
+        parts = itertools.chain([next(parts)], parts)
+        if self.began is None:  # nothing is written before there is something to learn from
+            self.save()
+            self.write_text("config.json", json.dumps(self.header["config"], indent=2))
+            self.began = self.drawn = time.perf_counter()
+        for step, (index, part) in enumerate(parts):
             yield index, part
             count += len(index) * size
             now = time.perf_counter()
@@ -1796,11 +1872,11 @@ class Run:
         if len(bad):
             step = f"step {bad[0] + 1} of epoch {self.epoch + 1}"
             held = f"{self.path} holds epoch {self.saved_epoch}"
-            sys.exit(f"error: the loss is {losses[bad[0]]:.0f} at {step}; {held}; lower --lr")
+            sys.exit(TOGETHER[1] or f"error: the loss is {losses[bad[0]]:.0f} at {step}; {held}; lower --lr")
         state = [v for part in self.parts.values() if isinstance(part, nn.Module) for v in part.state_dict().values()]
         if not torch.stack([v.isfinite().all() for v in state]).all():
             held = f"{self.path} holds epoch {self.saved_epoch}"
-            sys.exit(f"error: weights are not finite after epoch {self.epoch + 1}; {held}")
+            sys.exit(TOGETHER[1] or f"error: weights are not finite after epoch {self.epoch + 1}; {held}")
         record = {"epoch": self.epoch + 1, **metrics, "train_loss": losses.mean().item()}
         record["images_per_second"] = round(self.images_per_second, 1)
         record["seconds"] = round(time.perf_counter() - self.epoch_began, 2)
@@ -1826,8 +1902,7 @@ class Run:
         final = self.metrics[-1]
         if self.header["method"] != "teacher":
             FINISHED.append((self.folder, final))
-        if UNREADABLE:
-            print(f"{len(UNREADABLE):,} photographs could not be read and were skipped")
+        count_unreadable()
         others = [k for k in COLUMNS if k != "test_acc" and not k.startswith("train") and final.get(k) is not None]
         if self.device.type == "cuda":
             print(f"peak device memory {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB")
@@ -1853,9 +1928,10 @@ def load_teacher(args, run, data, labels, milestones, dropout=0.0, **recipe):
     """
     if args.teacher:
         path, checkpoint = args.teacher, load_checkpoint(args.teacher, "--teacher")
-        there = (Path(checkpoint["dataset"]).stem, checkpoint["classes"], checkpoint["dropout"])
-        here = (Path(args.dataset).stem, list(data.classes), dropout)
-        for what, theirs, ours in zip(("data set", "classes", "dropout"), there, here):
+        size = checkpoint.get("image_size", data.image_size)
+        there = (data_name(checkpoint["dataset"]), checkpoint["classes"], checkpoint["dropout"], size)
+        here = (data_name(args.dataset), list(data.classes), dropout, data.image_size)
+        for what, theirs, ours in zip(("data set", "classes", "dropout", "image size"), there, here):
             if theirs != ours:
                 theirs, ours = (textwrap.shorten(str(value), 60) for value in (theirs, ours))
                 raise UsageError(f"--teacher: {path} has {what} {theirs}, not {ours}; leave it out to train one")
@@ -1865,8 +1941,10 @@ def load_teacher(args, run, data, labels, milestones, dropout=0.0, **recipe):
             trained = []
             for seed in seeds:
                 own = teacher_arguments(args, data, labels, milestones, dropout, seed, recipe)
-                with locked(own.out) if TOGETHER[0] == 1 else contextlib.nullcontext():
+                with contextlib.nullcontext() if TOGETHER[1] else locked(own.out):
+                    wait()  # until the first process has the lock, so that all see the same
                     trained.append(train_teacher(own, run.device, data, labels))
+                    wait()
             path, checkpoint = max(trained, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
         teacher = load_model(checkpoint, "model", run.device).requires_grad_(False)
     run.header["teacher"] = str(path)
@@ -1878,20 +1956,22 @@ def fingerprint(images):
     """Bytes that tell image sets apart: the pixels; of Photographs the files' names and sizes, and how they are cut."""
     if not isinstance(images, Photographs):
         return images.cpu().numpy().tobytes()
-    files = [(*Path(path).parts[-2:], os.path.getsize(path)) for path in images.paths]
+    sizes = (os.path.getsize(path) if os.path.exists(path) else -1 for path in images.paths)
+    files = [(*Path(path).parts[-2:], size) for path, size in zip(images.paths, sizes)]
     return json.dumps([images.resize, images.side, files]).encode()
 
 
 def teacher_arguments(args, data, labels, milestones, dropout, seed, recipe):
     """What determines a teacher, and in `out` the folder named after that."""
     flags = "dataset data_dir noise rate limit_train limit_test epochs batch_size lr weight_decay device amp compile"
+    flags += " resize image_size" if of_photographs(args.dataset) else ""
     own = argparse.Namespace(**{flag: getattr(args, flag) for flag in flags.split()})
     own.arch, own.dropout, own.milestones, own.seed = args.teacher_arch, dropout, milestones, seed
     vars(own).update({"optimizer": "sgd", **recipe})
     own.data = hashlib.sha256(fingerprint(data.train_images) + labels.cpu().numpy().tobytes()).hexdigest()
     identity = {flag: value for flag, value in vars(own).items() if flag not in Run.SAME_RUN}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    own.out = Path("runs/teachers") / f"{own.arch}-{Path(own.dataset).stem}-dropout{dropout:g}-seed{seed}-{digest}"
+    own.out = Path("runs/teachers") / f"{own.arch}-{data_name(own.dataset)}-dropout{dropout:g}-seed{seed}-{digest}"
     return own
 
 
@@ -1932,7 +2012,9 @@ def train_teacher(own, device, data, labels):
             optimizer.step()
             losses.append(loss.detach())
         logits = predict(model, data.test_images, own.amp)
-        scheduler.step(*[] if own.milestones else [F.cross_entropy(logits, data.test_labels).item()])
+        test_loss = F.cross_entropy(logits, data.test_labels)
+        average([test_loss])
+        scheduler.step(*[] if own.milestones else [test_loss.item()])
         more = more_accuracies(model, data, own.amp, logits)
         run.end_epoch(losses, lr=lr, test_acc=accuracy(logits, data.test_labels), **more)
     run.finish()

@@ -795,7 +795,7 @@ def check_fit(subject):
     """Give the test set its fingerprint; UsageError where the model cannot take its images or has other classes."""
     images, labels = subject.test.test_images, subject.test.test_labels
     content = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
-    subject.data = f"{Path(subject.dataset).stem}, {len(labels)} images, sha256 {content[:16]}"
+    subject.data = f"{common.data_name(str(subject.dataset))}, {len(labels)} images, sha256 {content[:16]}"
     try:
         logits = predict(subject.model, images[:2])
     except Exception as error:  # whatever a network says to images of a size it was not made for
@@ -1241,6 +1241,7 @@ def main():
         source.transfer = evaluation.part("transfer", source, settings, evaluate_transfer, *work, needed=targets)
     evaluation.summary = report(args, grouped(subjects), teacher)
     evaluation.save()
+    common.count_unreadable()
     print(f"wrote {evaluation.path}")
 
 

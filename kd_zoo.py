@@ -357,7 +357,7 @@ def train_student(args, device, data, labels, student):
                     loss = fitnet_loss(regressor, s, t) if method == "fitnet" else fsp_loss(s, t)
                 elif method == "bss":
                     done = (epoch + 1) / args.epochs
-                    moved = boundary_samples(teacher, x, y, S.detach(), T, size=32 // common.TOGETHER[0])
+                    moved = boundary_samples(teacher, x, y, S.detach(), T, size=max(1, 32 // common.TOGETHER[0]))
                     loss = ce + (1 + 3 * (1 - done)) * hinton_loss(S, T, tau)
                     if len(moved):
                         bss = hinton_loss(student(moved).float(), teacher(moved).float(), tau)
@@ -422,6 +422,7 @@ def train_one(args, device, data, labels, student):
         run.end_epoch(
             losses, lr=lr, test_acc=max(scores), branch_test_acc=scores,
             ensemble_test_acc=accuracy(ensemble, data.test_labels),
+            **common.more_accuracies(branches[best.best], data, args.amp, logits[best.best]),
             class_acc=class_accuracies(logits[best.best], data.test_labels),
         )  # fmt: skip
     run.finish()
@@ -445,7 +446,8 @@ def train_dml(args, device, data, labels, student):
         scores = [accuracy(S, data.test_labels) for S in logits]
         best.best = scores.index(max(scores))
         class_acc = class_accuracies(logits[best.best], data.test_labels)
-        run.end_epoch(losses, lr=lr, test_acc=max(scores), student_test_acc=scores, class_acc=class_acc)
+        more = common.more_accuracies(students[best.best], data, args.amp, logits[best.best])
+        run.end_epoch(losses, lr=lr, test_acc=max(scores), student_test_acc=scores, class_acc=class_acc, **more)
     run.finish()
 
 

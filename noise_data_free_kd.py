@@ -47,7 +47,7 @@ from common import UsageError, accuracy, number, one_of, predict, to_float
 
 def preset(args):
     """What the flags left unset, from appendix A.7; on shapes, small nets for a CPU."""
-    name = Path(args.dataset or "shapes").stem
+    name = "photographs" if str(args.dataset).startswith("imagefolder:") else Path(args.dataset or "shapes").stem
     run = {
         "epochs": 200, "teacher_epochs": 100, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0, "noise": "none",
         "teacher_arch": {"cifar100": "wrn-28-10", "svhn": "resnet18", "food101": "resnet101"}.get(name, "resnet34"),
@@ -270,6 +270,10 @@ def main():
     teacher = common.load_teacher(args, run, data, labels, milestones=None, epochs=args.teacher_epochs, **recipe)
     running = on_running_statistics(teacher, args.running_fraction, args.seed)
     print(f"of the teacher's {len(batch_norms(teacher))} BatchNorm layers {len(running)} use running statistics")
+
+    def predicted(net, images, amp):
+        return logits_by_statistics(net, images, args.eval_batch_size, args.adjust_batches, amp)[mode]
+
     untouched = [value.clone() for value in teacher.state_dict().values()]
     if args.compile:
         student.compile()
@@ -293,9 +297,11 @@ def main():
             raise RuntimeError("the teacher has changed")
         logits = logits_by_statistics(student, data.test_images, args.eval_batch_size, args.adjust_batches, args.amp)
         scores = {f"test_acc_{name}": accuracy(S, data.test_labels) for name, S in logits.items()}
-        test_loss = F.cross_entropy(logits[mode], data.test_labels).item()
+        test_loss = F.cross_entropy(logits[mode], data.test_labels)
+        common.average([test_loss])  # so that the schedule decides the same everywhere
+        test_loss = test_loss.item()
         scheduler.step(*[test_loss] if args.schedule == "plateau" else [])
-        more = {"test_top5": accuracy(logits[mode], data.test_labels, 5)} if len(data.classes) > 5 else {}
+        more = common.more_accuracies(student, data, args.amp, logits[mode], predicted)
         run.end_epoch(losses, lr=lr, test_acc=scores[f"test_acc_{mode}"], **scores, **more, test_loss=test_loss)
     run.finish()
 
@@ -315,7 +321,8 @@ def show_source(args, data):
 
     images = None
     if args.source == "data":
-        images, _ = common.decoded(data.train_images[torch.arange(64) % len(data.train_images)])
+        images, _ = common.decoded(data.train_images[: min(64, len(data.train_images))])
+        images = images[torch.arange(64, device=images.device) % len(images)]
     x = samples(args.source, 64, data, images).cpu()
     x = (x / 6 + 0.5).clamp(0, 1) if args.source == "gaussian" else x
     sheet = x.unflatten(0, (8, 8)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)

@@ -78,7 +78,8 @@ def preset(args):
     steps, the paper's 156,000: hence a small net, a faster EMA, a larger lr for nrd's smaller gradients, and no
     augmentation for the student, against which a net of this size would need far longer to memorise anything.
     All photographs are treated as WebVision is (appendix A.2, and the text's general weight decay), with the labels
-    that they have. The other losses' own hyperparameters are there those of CIFAR-10 without noise.
+    that they have. The teacher's AugMix comes after its crop, where there are fewer pixels; the paper's order is
+    --teacher-augment augmix+resizedcrop+flip. The other losses' own hyperparameters are CIFAR-10's without noise.
     """
     photographs = common.of_photographs(args.dataset)
     noise, rate = args.noise or ("none" if photographs else "sym"), args.rate
@@ -326,7 +327,7 @@ def analyze(args, device):
     config = checkpoint["config"]
     noise, data_dir = checkpoint["noise"], args.data_dir or Path(config["data_dir"])
     if common.of_photographs(config["dataset"]):
-        raise UsageError(f"--analyze: {args.analyze}: of photographs the true labels are not known; name another run")
+        raise UsageError(f"--analyze: {args.analyze} was trained on photographs; name a run whose images fit in memory")
     data = common.load_dataset(config["dataset"], data_dir, config["limit_train"], 1, device)
     given = common.corrupt_labels(
         data.train_labels, noise["kind"], noise["rate"], len(data.classes), noise["seed"], data.classes, data_dir

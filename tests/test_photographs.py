@@ -2,11 +2,17 @@
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from test_cmd import load
 from test_run import assert_same_run
@@ -137,7 +143,7 @@ def test_damaged_pictures_are_named_counted_and_skipped(folder, nrd_cli, tmp_pat
     assert len(data.test_labels) == 23 and torch.equal(colour_of(data.test_images), data.test_labels)
     rows = []
     for part, images in common.fetch(data.train_images, list(torch.arange(48).split(16))):
-        assert torch.equal(colour_of(images), data.train_labels[part])
+        assert torch.equal(colour_of(images), data.train_labels[part]) and len(part) == 16  # others take their places
         rows += part.tolist()
     assert sorted(set(range(48)) - set(rows)) == [8, 35]
 
@@ -151,15 +157,71 @@ def test_damaged_pictures_are_named_counted_and_skipped(folder, nrd_cli, tmp_pat
 def test_a_folder_of_nothing_but_damage_is_refused(folder, nrd_cli):
     for path in (folder / "train").rglob("*.*"):
         path.write_bytes(b"")
-    status, _, err = nrd_cli(*flags_of(folder), "--arch", "wrn-10-1")
+    status, _, err = nrd_cli(*flags_of(folder), "--arch", "wrn-10-1", "--out", "run")
+    assert not list(Path("run").iterdir())
     last = err.splitlines()[-1]
     assert status == 2 and last.startswith("error: --dataset") and "can be read" in last and "Traceback" not in err
+
+
+def test_one_picture_left_over_may_be_damaged(tmp_path, nrd_cli):
+    """The last of 33 test pictures, alone in its part; a batch of training pictures, all of them."""
+    random = np.random.default_rng(0)
+    for label, count in ((0, 32), (1, 1)):
+        for part in ("train", "test"):
+            for i in range(count):
+                write_photograph(tmp_path / "p" / part / f"{label}" / f"{i}.png", label, random)
+    for part in ("train", "test"):
+        (tmp_path / "p" / part / "1/0.png").write_bytes(b"")
+    files = load_dataset(f"imagefolder:{tmp_path / 'p'}", **SIZE)
+    assert len(files.test_labels) == 32
+    seen = [part.tolist() for part, _ in common.fetch(files.train_images, [torch.tensor([i]) for i in (31, 32, 5)])]
+    assert seen == [[31], [5]]
+
+
+def test_a_picture_that_is_missing_does_not_keep_a_teacher_from_being_trained(folder, cli, tmp_path):
+    (folder / "train/class0/9.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    nets = ["--teacher-arch", "wrn-10-1", "--student-arch", "wrn-10-1"]
+    status, out, err = cli(fickle_teacher, *flags_of(folder), *nets, "--epochs", 1, "--out", "run")
+    assert status == 0 and err.count("\n") == 1 and "1 photograph could not be read and was skipped" in out
+    (teacher,) = (tmp_path / "runs/teachers").glob("wrn*/checkpoint.pt")
+    assert common.load_checkpoint(teacher)["config"]["image_size"] == 32
+    other = [*flags_of(folder), *nets, "--epochs", 1, "--teacher", teacher, "--image-size", 24, "--out", "other"]
+    status, _, err = cli(fickle_teacher, *other)
+    assert status == 2 and "has image size 32, not 24" in err
+
+
+def test_the_spelling_of_a_folder_does_not_matter(folder, nrd_cli, tmp_path):
+    for spelling in (f"{folder}/", f"{folder}/../photos"):
+        flags = [*flags_of(spelling), "--arch", "wrn-10-1", "--epochs", 1, "--resume"]
+        flags = flags if (tmp_path / "runs").exists() else flags[:-1]
+        assert nrd_cli(*flags)[0] == 0
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["nrd-photos-clean-seed0"]
+    assert common.data_name("imagefolder:.") == tmp_path.name and common.data_name("a/b/cifar10.npz") == "cifar10"
+
+
+def test_a_stopped_group_of_processes_says_one_line(folder, tmp_path):
+    """As schedulers do it: SIGTERM to the run and its workers at once."""
+    flags = [*flags_of(folder, 2), "--arch", "wrn-10-1", "--epochs", 500, "--out", "run"]
+    command = [sys.executable, str(ROOT / "nrd.py"), *map(str, flags)]
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run/metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    os.killpg(run.pid, signal.SIGTERM)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and err.count("\n") == 1 and err.startswith("stopped; ")
 
 
 def test_folders_that_do_not_match_are_refused(folder, nrd_cli, tmp_path):
     (folder / "test/class5").rename(folder / "test/other")
     cases = [(f"imagefolder:{folder}", "other classes: class5, other"), ("imagefolder:none", "none/train/CLASS")]
-    cases += [("imagefolder", "imagefolder:PATH"), ("food101", "download failed"), ("webvision", "WebVision 1.0")]
+    cases += [
+        ("imagefolder", "imagefolder:PATH"),
+        ("imagefolder:", "names no folder"),
+        ("food101", "download failed"),
+        ("webvision", "WebVision 1.0"),
+    ]
     for name, says in cases:
         status, _, err = nrd_cli("--dataset", name, "--data-dir", "nowhere", "--epochs", 1)
         assert status == 2 and err.count("\n") == 1 and says in err, err
@@ -208,7 +270,7 @@ def test_mini_webvision(tmp_path, capsys, nrd_cli):
 
     flags = ["--dataset", "webvision", "--data-dir", tmp_path, "--resize", 36, "--image-size", 32, "--workers", 0]
     status, out, err = nrd_cli(*flags, "--arch", "wrn-10-1", "--epochs", 1, "--batch-size", 32, "--out", "run")
-    assert status == 0 and "1 photographs could not be read" in out
+    assert status == 0 and "1 photograph could not be read" in out
     (record,) = common.load_checkpoint("run/checkpoint.pt")["metrics"]
     assert {"test_acc", "test_top5", "imagenet_acc", "imagenet_top5"} <= record.keys()
     assert record["test_acc"] <= record["test_top5"] and record["imagenet_acc"] <= record["imagenet_top5"]
