@@ -357,29 +357,32 @@ def wait():
 def locked(path):
     """Of several processes on one machine that need `path`, let one make it; the others then find it.
 
-    By a file .NAME.lock beside it, which stays. Where there are no such locks, or none may be written, nothing.
+    By a file NAME.lock beside it, while that lasts. Where there are no such locks, or none may be written, nothing.
     """
+    lock, file = path.with_name(f"{path.name}.lock"), None
     try:
         import fcntl
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path.with_name(f".{path.name}.lock"), os.O_CREAT | os.O_RDWR)
+        while file is None:
+            file = os.open(lock, os.O_CREAT | os.O_RDWR)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that makes {path}", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not lock.exists() or os.stat(lock).st_ino != os.fstat(file).st_ino:  # it was another's, and is gone
+                os.close(file)
+                file = None
     except (ImportError, OSError):
-        yield
-        return
+        pass
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that makes {path}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass
         yield
     finally:
-        with contextlib.suppress(OSError):
+        if file is not None:
+            lock.unlink(missing_ok=True)
             fcntl.flock(file, fcntl.LOCK_UN)  # workers that were started in here have the file open too
-        os.close(file)
+            os.close(file)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data

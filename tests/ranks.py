@@ -98,7 +98,7 @@ if __name__ == "__main__":
         "die": die_on_rank_1,
     }[job]()
     init, dist.destroy_process_group = dist.init_process_group, lambda: None
-    dist.init_process_group = lambda: dist.is_initialized() or init()  # once for all that follow one another
+    dist.init_process_group = lambda **how: dist.is_initialized() or init(**how)  # once for all that follow one another
     for command in " ".join(scripts).split(" then "):
         name, *flags = command.split()
         sys.argv = [name, *flags]

@@ -13,6 +13,7 @@ from test_augment import within
 from test_run import assert_same_run
 
 import common
+import evaluate
 import noise_data_free_kd as dfkd
 
 # ------------------------------------------------------------------------------------------------------------ BatchNorm
@@ -377,7 +378,7 @@ def test_bad_input(cli, flags, names, tmp_path):
     assert not list(tmp_path.glob("runs/*/*"))
 
 
-def test_evaluate_honours_the_mode(script, tmp_path):
+def test_evaluate_honours_the_mode(cli, tmp_path):
     """The accuracy on the statistics of its batches, in whatever order the file has the classes."""
     data = common.load_dataset("shapes", limit_train=96, limit_test=40)
     order = data.test_labels.argsort()
@@ -386,16 +387,16 @@ def test_evaluate_honours_the_mode(script, tmp_path):
         test_images=data.test_images[order].numpy(), test_labels=data.test_labels[order].numpy(), classes=data.classes,
     )  # fmt: skip
     flags = ["--eval-batch-size", 40, "--out", "run", "--lr", 0.003, "--epochs", 3, "--dataset", "sorted.npz"]
-    assert script("noise_data_free_kd.py", *SMALL, *flags).returncode == 0
+    assert cli(dfkd, *SMALL, *flags)[0] == 0
     checkpoint = common.load_checkpoint(tmp_path / "run/checkpoint.pt")
     net = common.load_model(checkpoint)
     common.current_statistics(dfkd.batch_norms(net))
     images, labels = (common.load_dataset(tmp_path / "sorted.npz")[i] for i in (2, 3))
     for size in (40, 20):
         flags = ["--ece", "--pgd", 1, "--eps", "1/255", "--batch-size", size, "--device", "cpu", "--out", f"e{size}"]
-        result = script("evaluate.py", "run/checkpoint.pt", *flags)
-        assert (result.returncode, result.stderr) == (0, "")
-        assert f"statistics of each batch (--batch-size {size})" in result.stdout
+        status, out, err = cli(evaluate, "run/checkpoint.pt", *flags)
+        assert (status, err) == (0, "")
+        assert f"statistics of each batch (--batch-size {size})" in out
         with torch.no_grad():  # two batches of every other image
             parts = [net(common.to_float(images[i :: 40 // size])) for i in range(40 // size)]
         hits = sum((S.argmax(1) == labels[i :: 40 // size]).sum().item() for i, S in enumerate(parts))
