@@ -30,7 +30,8 @@ CMD-S has eta = 4, the one of Table 7 that agrees with Table 1; CMD-P eta = 2, b
 has r = 0 in the first epoch. Tf-KD_reg is the label 0.9 q + 0.1 softmax(p_d / 20), p_d being 0.99 at the label.
 SyncMKD and AsyncMKD have eps = 0.5. KDCL is its MinLogit, temperature 2, weight 1. Crops come with flips, as in the
 paper of ResNet. ResNet-50 follows the settings of CDR as we know them: 100 epochs, lr 0.01, ×0.1 after 40 and 80,
-weight decay 1e-3, batches of 64. Table 1's cell CE, all is Table 5's SyncMKD: --mutual sync.
+weight decay 1e-3, batches of 64. Of WebVision's photographs the shorter side becomes 320 pixels, where the paper has
+320 × 320; photographs are cropped as they are read. Table 1's cell CE, all is Table 5's SyncMKD: --mutual sync.
 
 `import cmd` is Python's module of that name; to import from this file, copy it under another one.
 """
@@ -113,9 +114,10 @@ def parse_args():
     parser = common.Parser(__doc__)
     common.add_common_arguments(parser)
     add = parser.add_argument_group("two networks").add_argument
-    add("--arch", help="of A, and of B too (default: resnet34; on shapes wrn-10-1)")
+    names = "resnet34; on shapes wrn-10-1, food101 resnet50, webvision inception_resnet_v2"
+    add("--arch", help=f"of A, and of B too (default: {names})")
     add("--arch-b", metavar="ARCH", help="of B, where it is another")
-    add("--augment", type=one_of("crop", "none"), help="crop: padding 4, and flips (default: crop; on shapes none)")
+    add("--augment", type=one_of("crop", "none"), help="crop: padded by 4, and flips (default: crop; on shapes none)")
     add("--pretrained", action=argparse.BooleanOptionalAction, help="torchvision's ImageNet weights (default: food101)")
     add("--validation", type=number(float, 0, 0.9), default=0.0, metavar="SHARE", help="of training, clean, held out")
     add = parser.add_argument_group("method (equations 2-12)").add_argument

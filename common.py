@@ -1533,7 +1533,8 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), i
         raise UsageError(f"--dropout: {arch} has none; wrn-D-K has")
     if pretrained and not (large and arch in of_library):
         raise UsageError(
-            f"--pretrained: {arch} at {image_size} pixels has no weights; {', '.join(of_library)} at 224 have"
+            f"--pretrained: {arch} at {image_size} pixels has no weights, {', '.join(of_library)} at 224 have; "
+            f"--no-pretrained starts from random ones"
         )
     if wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) >= 1:
         k, n = int(wide[2]), (int(wide[1]) - 4) // 6
