@@ -339,12 +339,12 @@ def act_as_one(optimizer, modules):
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         average([p.grad for p in parameters if p.grad is not None])
 
-    def statistics_(*_):
+    def running_statistics(*_):
         used = (norm for norm in norms.values() if norm.training and norm.track_running_stats)
         average([value for norm in used for value in (norm.running_mean, norm.running_var)])
 
     optimizer.register_step_pre_hook(gradients)
-    optimizer.register_step_post_hook(statistics_)
+    optimizer.register_step_post_hook(running_statistics)
 
 
 def wait():
@@ -375,7 +375,9 @@ def locked(path):
                 os.close(file)
                 file = None
     except (ImportError, OSError):
-        pass
+        if file is not None:
+            os.close(file)
+            file = None
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """torchrun on the CPU: two processes that act as one, and several seeds."""
 
+import errno
 import json
 import os
 import re
@@ -219,3 +220,28 @@ def test_of_several_processes_one_makes_what_the_others_find(tmp_path):
     spans = sorted((float(began), float(ended)) for began, ended in spans)
     assert all(ended <= began + 1e-3 for (_, ended), (began, _) in zip(spans, spans[1:]))
     assert not (tmp_path / "thing.lock").exists()
+
+
+def test_without_locks_nothing_is_locked(tmp_path, monkeypatch):
+    """On file systems that have none, and in folders that may not be written."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    done = []
+    with common.locked(tmp_path / "thing"):
+        done.append("thing")
+    with common.locked(tmp_path / "thing.lock/under a file"):
+        done.append("under a file")
+    assert done == ["thing", "under a file"]
+
+
+def test_the_second_process_writes_only_what_any_may(tmp_path, monkeypatch):
+    """A data set that was downloaded is kept, whichever process did it; a picture is the first one's."""
+    monkeypatch.setattr(common, "TOGETHER", [2, 1])
+    for name, by_all in (("picture.png", False), ("data.npz", True)):
+        with common.replacing(tmp_path / name, by_all) as partial:
+            partial.write_text(name)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
