@@ -684,9 +684,8 @@ class Photographs:
 
 
 def start_worker(_):
-    """What the first process is told to do, it passes on: a worker has nothing to say."""
+    """Ctrl-C is for the first process, which then ends its workers; and a worker has nothing to say."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     warnings.filterwarnings("ignore", module="PIL")
 
 

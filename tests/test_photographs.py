@@ -199,6 +199,11 @@ def test_the_spelling_of_a_folder_does_not_matter(folder, nrd_cli, tmp_path):
     assert common.data_name("imagefolder:.") == tmp_path.name and common.data_name("a/b/cifar10.npz") == "cifar10"
 
 
+def test_workers_end_without_a_word(folder, script):
+    result = script("nrd.py", *flags_of(folder, 2), "--arch", "wrn-10-1", "--epochs", 1)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_a_stopped_group_of_processes_says_one_line(folder, tmp_path):
     """As schedulers do it: SIGTERM to the run and its workers at once."""
     flags = [*flags_of(folder, 2), "--arch", "wrn-10-1", "--epochs", 500, "--out", "run"]
@@ -320,7 +325,7 @@ def test_food101(tmp_path):
 
 
 def test_a_stopped_run_continues_to_the_same_bit(folder, nrd_cli, tmp_path, monkeypatch):
-    flags = [*flags_of(folder, 2), "--arch", "wrn-10-1", "--epochs", 3]
+    flags = [*flags_of(folder, 1), "--arch", "wrn-10-1", "--epochs", 3]
     assert nrd_cli(*flags, "--out", "whole")[0] == 0
     end_epoch = common.Run.end_epoch
 
