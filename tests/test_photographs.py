@@ -199,9 +199,15 @@ def test_the_spelling_of_a_folder_does_not_matter(folder, nrd_cli, tmp_path):
     assert common.data_name("imagefolder:.") == tmp_path.name and common.data_name("a/b/cifar10.npz") == "cifar10"
 
 
-def test_workers_end_without_a_word(folder, script):
-    result = script("nrd.py", *flags_of(folder, 2), "--arch", "wrn-10-1", "--epochs", 1)
-    assert (result.returncode, result.stderr) == (0, "")
+def test_workers_end_without_a_word(folder):
+    """Also where the program ends while they wait for more."""
+    code = (
+        f"import sys; sys.path.append({str(ROOT)!r}); import common, torch\n"
+        f"data = common.load_dataset('imagefolder:{folder}', resize=36, image_size=32, workers=2)\n"
+        "print(sum(len(part) for part, _ in common.fetch(data.train_images, list(torch.arange(48).split(8)))))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "") and result.stdout.endswith("48\n")
 
 
 def test_a_stopped_group_of_processes_says_one_line(folder, tmp_path):
