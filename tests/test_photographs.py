@@ -203,7 +203,7 @@ def test_workers_end_without_a_word(folder):
     """Also where the program ends while they wait for more."""
     code = (
         f"import sys; sys.path.append({str(ROOT)!r}); import common, torch\n"
-        f"data = common.load_dataset('imagefolder:{folder}', resize=36, image_size=32, workers=2)\n"
+        f"data = common.load_dataset('imagefolder:{folder}', resize=36, image_size=32, workers=6)\n"
         "print(sum(len(part) for part, _ in common.fetch(data.train_images, list(torch.arange(48).split(8)))))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
