@@ -1877,11 +1877,11 @@ class Run:
         if len(bad):
             step = f"step {bad[0] + 1} of epoch {self.epoch + 1}"
             held = f"{self.path} holds epoch {self.saved_epoch}"
-            sys.exit(TOGETHER[1] or f"error: the loss is {losses[bad[0]]:.0f} at {step}; {held}; lower --lr")
+            sys.exit(1 if TOGETHER[1] else f"error: the loss is {losses[bad[0]]:.0f} at {step}; {held}; lower --lr")
         state = [v for part in self.parts.values() if isinstance(part, nn.Module) for v in part.state_dict().values()]
         if not torch.stack([v.isfinite().all() for v in state]).all():
             held = f"{self.path} holds epoch {self.saved_epoch}"
-            sys.exit(TOGETHER[1] or f"error: weights are not finite after epoch {self.epoch + 1}; {held}")
+            sys.exit(1 if TOGETHER[1] else f"error: weights are not finite after epoch {self.epoch + 1}; {held}")
         record = {"epoch": self.epoch + 1, **metrics, "train_loss": losses.mean().item()}
         record["images_per_second"] = round(self.images_per_second, 1)
         record["seconds"] = round(time.perf_counter() - self.epoch_began, 2)
