@@ -17,7 +17,7 @@ Workshop. Equations 19 and 24-27, Algorithm 1, Tables 1, 2, 4 and 5, Figures 1 a
     python nrd.py --analyze runs/ce-cifar10-sym0.5-seed0/checkpoint.pt   # Table 1, Figures 1 and 2
 
 Attained on two CPU cores by the first two commands: 67.0 % and 48.2 % test accuracy (last epoch, mean of 3 seeds), in
-1:01 and 1:10 minutes; README.md has the rest. Not yet run at the paper's size (sym 80 %: 85.32, cross-entropy 66.51).
+0:59 and 1:10 minutes; README.md has the rest. Not yet run at the paper's size (sym 80 %: 85.32, cross-entropy 66.51).
 """
 
 import copy
