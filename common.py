@@ -1,536 +1,350 @@
-"""What every script here shares, in the order the data flows through it:
+"""What the scripts share, in the order the data flows through it:
 
-    arguments -> data -> label noise -> augmentation -> models -> training state -> reporting
+    arguments -> processes -> data -> label noise -> augmentation -> models -> run folders -> teachers -> reporting
 
-Functions take tensors and return tensors; copy one out if that is all you need. What a method is about
-(its loss, its loop, its hyperparameters) is never in this file: it stands in the method's own script.
+Functions take tensors and return tensors; copy one out if that is all you need. What a method is about (its loss, its
+loop, its hyperparameters) is never in this file: it stands in the method's own script.
 
-Conventions. Images at rest are uint8 [N, 3, H, W]; images in flight are float32 [B, 3, H, W] in [0, 1], normalisation
-being part of the model. Labels are int64. Accuracies are percentages. Bad input raises UsageError, which `run_main`
-turns into one line on stderr and exit status 2. Random draws come from torch's global generator of the tensor's device,
-so that `torch.manual_seed` and the random states in a checkpoint determine them all; label noise has its own.
+Conventions. Images at rest are uint8 [N, 3, H, W]. Images in flight are float32 [B, 3, H, W] in [0, 1]; normalisation
+is part of the model. Labels are int64. Accuracies are percentages. Random draws come from torch's global generator of
+the tensor's device, so that `torch.manual_seed` and the random states in a checkpoint determine them; label noise has
+a seed of its own.
 """
 
 import argparse
 import codecs
 import contextlib
 import datetime
-import difflib
+import fcntl
 import functools
-import hashlib
-import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import textwrap
 import time
-import warnings
-import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
+
+# torchvision and matplotlib are imported where they are used: each takes a second, and --help should not wait for them.
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
 
-class UsageError(Exception):
-    """Something the user can mend: the message names the flag or file and says what would work."""
+class UsageError(ValueError):
+    """Something that the user can mend: the message names the flag or file and says what would work."""
 
 
-def run_main(main, stopped="a run's checkpoint.pt holds the last epoch saved: --resume continues it", runs=True):
-    """Call main(); UsageError becomes one line on stderr and status 2, Ctrl-C and SIGTERM one line and status 130.
-
-    stopped: what that last line tells the user. runs: main() trains, so it can be called for several --seed (`sweep`),
-    and by several processes (`torchrun`, see below).
-    """
-    launched = torch.distributed.is_torchelastic_launched()  # by torchrun
-    rank = int(os.environ["RANK"]) if launched else 0
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    def fail(message):
-        time.sleep(3 * (rank > 0))  # what fails everywhere, the first process says, and torchrun ends the others
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-    if not launched:  # else torchrun sends it where another process has died, and this one may be waiting
-        signal.signal(signal.SIGTERM, interrupt)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a letter must not end the program
-    try:
-        if launched:
-            if not runs:
-                raise UsageError("torchrun: this script runs as one process; python starts it")
-            torch.distributed.init_process_group(timeout=datetime.timedelta(days=30))  # for another's seeds, a download
-            if rank:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sweep(main) if runs else main()
-    except (UsageError, OSError) as error:  # OSError: a path that may not even be looked at
-        fail(" ".join(str(error).split()))
-    except torch.OutOfMemoryError as error:
-        fail(f"out of memory, a smaller --batch-size needs less: {str(error).split('. ')[0]}")
-    except KeyboardInterrupt:
-        if rank:
-            os._exit(130)
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # workers that are stopped as well are no news
-        print("\n" * sys.stdout.isatty(), end="", flush=True)  # below the live line
-        print(f"stopped; {stopped}", file=sys.stderr)
-        sys.exit(130)
-    except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):
-            fail("--workers: a process that decodes has died; fewer of them, or more memory and /dev/shm, may help")
-        if not rank or not ("gloo" in str(error) or isinstance(error, torch.distributed.DistError)):
-            raise
-        fail(f"process {rank} has lost the others")
-    if launched:
-        torch.distributed.destroy_process_group()
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help shows the script's docstring as it is written, and the default of every flag."""
 
 
-FINISHED = []  # the folder of each run finished by this process, and its last record
-SWEEPING = []  # the seeds, where there are several
+def share(text):
+    """argparse type: a float in [0, 1]."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
+    return value
 
 
-def sweep(main):
-    """Call main() for each number after --seed, one after the other, into folders side by side; then their mean ± std.
-
-    With --seeds-per-rank, under torchrun, each process takes other seeds.
-    """
-    given = sys.argv[1:]
-    after = given[given.index("--seed") + 1 :] if "--seed" in given else []
-    seeds = list(itertools.takewhile(str.isdecimal, after))
-    apart = "--seeds-per-rank" in given
-    if apart and (len(seeds) < 2 or not torch.distributed.is_initialized()):
-        raise UsageError(
-            "--seeds-per-rank: is for torchrun and several seeds: torchrun … --seed 0 1 2 --seeds-per-rank"
-        )
-    SWEEPING[:], FINISHED[:] = seeds if len(seeds) > 1 else [], []
-    if not SWEEPING:
-        return main()
-    if len(set(map(int, seeds))) < len(seeds):
-        raise UsageError(f"--seed: {' '.join(seeds)}: one of them comes twice")
-    at = given.index("--seed")
-    rest = given[:at] + given[at + 1 + len(seeds) :]
-    size, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if apart else (1, 0)
-    try:
-        for seed in seeds[rank::size]:
-            out = [i for i, flag in enumerate(rest) if "--out" in (flag.partition("=")[0], rest[i - 1])]
-            sys.argv[1:] = [*rest, "--seed", seed]
-            for i in out:
-                if rest[i] != "--out":
-                    sys.argv[1 + i] = f"{rest[i].rstrip('/')}-seed{seed}"
-            main()
-    finally:  # the mean of those that are done is told in any case
-        finished = FINISHED
-        if apart and sys.exception() is None:
-            gathered = [None] * size
-            torch.distributed.all_gather_object(gathered, FINISHED)
-            finished = [run for runs in itertools.zip_longest(*gathered) for run in runs if run]
-        if finished:
-            print(f"{len(finished)} seeds, last epoch, mean ± standard deviation:")
-            figures = [key for key in COLUMNS if not key.startswith("train") and finished[0][1].get(key) is not None]
-            for key in figures:
-                values = [record[key] for _, record in finished]
-                deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-                print(f"    {LEGENDS[key]} {statistics.mean(values):.2f} ± {deviation:.2f} % (n = {len(values)})")
-            print("in " + " ".join(str(folder) for folder, _ in finished))
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are a single line, and whose --help keeps the script's docstring as it is written."""
-
-    def __init__(self, description):
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
-
-    def error(self, message):
-        raise UsageError(f"{message.removeprefix('argument ')} (--help explains every flag)")
-
-
-def unknown(name, valid):
-    """What to say of a name that is not among `valid`: the nearest names first, then all of them."""
-    near = difflib.get_close_matches(str(name), valid, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return f"unknown {name!r}; {hint}valid: {', '.join(valid)}"
-
-
-def one_of(*names):
-    """argparse type: one of `names`; anything else is refused with the nearest names."""
-
-    def check(text):
-        if text not in names:
-            raise argparse.ArgumentTypeError(unknown(text, names))
-        return text
-
-    return check
-
-
-def number(kind, low, high=1e9):
-    """argparse type: an int or float in [low, high]."""
-
-    def check(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            span = f"in [{low}, {high}]" if high == 1 else f"of at least {low} and at most {high:g}"
-            sort = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {sort} {span}")
-        return value
-
-    return check
-
-
-def add_common_arguments(parser):
-    """Add what every script shares. Flags left unset (None) are for `fill` to take from the script's preset table."""
+def argument_parser(file, doc):
+    """The parser of the script `file` with the flags that every training script has. `parse` completes it."""
+    parser = argparse.ArgumentParser(Path(file).name, description=doc, formatter_class=HelpFormatter, add_help=False)
+    parser.set_defaults(script=Path(file).stem)
     add = parser.add_argument_group("data and label noise").add_argument
-    names = "shapes (built in), cifar10, cifar100, svhn, food101, webvision, path/to/file.npz, imagefolder:PATH"
-    add("--dataset", help=f"{names} (default: shapes)")
-    add("--data-dir", type=Path, metavar="DIR", help="where data sets are kept (default: data)")
-    add("--noise", type=one_of(*NOISE_KINDS), metavar="KIND", help=" | ".join(NOISE_KINDS))
-    add("--rate", type=number(float, 0, 1), help="share of training labels to corrupt, in [0, 1]; human-* has its own")
-    add("--limit-train", type=number(int, 1), metavar="N", help="use N evenly spaced training samples")
-    add("--limit-test", type=number(int, 1), metavar="N", help="use N evenly spaced test samples")
-    add("--resize", type=number(int, 16), metavar="PIXELS", help="photographs: the shorter side becomes (default: 256)")
-    add("--image-size", type=number(int, 16), metavar="PIXELS", help="photographs: side of the crop (default: 224)")
-    add("--workers", type=number(int, 0), metavar="N", help="photographs: processes that decode (default: one a core)")
+    names = "shapes (built in), cifar10, cifar100, svhn, food101, webvision, FILE.npz or imagefolder:DIR"
+    add("--dataset", default="shapes", metavar="NAME", help=names)
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where data sets are kept")
+    add("--noise", choices=NOISE_KINDS, help="how training labels are corrupted")
+    add("--rate", type=share, help="share of training labels to corrupt; human-* has its own")
+    add("--noise-seed", type=int, default=0, help="of label noise and class imbalance: one corruption for all --seed")
+    add("--limit-train", type=int, metavar="N", help="use N evenly spaced training samples")
+    add("--limit-test", type=int, metavar="N", help="use N evenly spaced test samples")
+    add("--resize", type=int, default=256, metavar="PIXELS", help="photographs: side of the square that is kept")
+    add("--image-size", type=int, default=224, metavar="PIXELS", help="photographs: side of the crop a model sees")
 
-    add = parser.add_argument_group("training (unset: the paper's value for data set and noise)").add_argument
-    add("--epochs", type=number(int, 1), help="passes over the training set; the schedule scales along")
-    add("--batch-size", type=number(int, 1), help="images a step; the incomplete last batch is left out")
-    add("--lr", type=number(float, 0), help="initial learning rate")
-    add("--weight-decay", type=number(float, 0), help="L2 penalty of the optimiser")
-    add(
-        "--seed",
-        type=number(int, 0, 2**63 - 1),
-        default=0,
-        help="of weights, batches, augmentation, label noise; several: a run each, side by side (default: 0)",
-    )
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, help="passes over the training set; the schedule scales along")
+    add("--batch-size", type=int, help="images a step; the incomplete last batch is left out")
+    add("--lr", type=float, help="initial learning rate")
+    add("--weight-decay", type=float, help="L2 penalty of the optimiser")
+    add("--seed", type=int, nargs="+", default=[0], help="of weights, batches, augmentation; several: a run each")
 
     add = parser.add_argument_group("machine and output").add_argument
-    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the models")
-    add("--out", type=Path, metavar="DIR", help="run folder (default: runs/METHOD-DATASET-NOISE-seedS)")
-    add("--seeds-per-rank", action="store_true", help="torchrun: each process takes other --seed, whole batches")
-    add("--resume", action="store_true", help="continue the run in the run folder (one CPU process: to the same bit)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; on where the device is CUDA")
+    add("--compile", action="store_true", help="torch.compile the models")
+    add("--out", type=Path, metavar="DIR", help="run folder; None: runs/, named by every flag that is not the preset's")
+    add("--resume", action="store_true", help="continue the run in the run folder, or start it")
+    return parser
 
 
 def add_teacher_arguments(parser):
     """Add the flags of a script that distils from a teacher."""
     add = parser.add_argument_group("teacher and student").add_argument
-    add("--teacher", type=Path, metavar="CKPT", help="checkpoint.pt of a trained teacher (default: train one, once)")
-    add("--teacher-arch", metavar="ARCH", help="of the teacher that is trained (default: the paper's; on shapes small)")
-    add("--teacher-seeds", type=number(int, 1), default=1, metavar="K", help="train K, keep the best (default: 1)")
-    add("--student-arch", metavar="ARCH", help="wrn-D-K, resnetD, … (default: the paper's; on shapes small)")
+    add("--teacher", type=Path, metavar="CKPT", help="checkpoint.pt of a trained teacher; None: train one, once")
+    add("--teacher-arch", metavar="ARCH", help="of the teacher that is trained")
+    add("--teacher-seeds", type=int, default=1, metavar="K", help="train K teachers, take the best")
+    add("--student-arch", metavar="ARCH", help="wrn-D-K, resnetD, …")
 
 
-def fill(args, preset):
-    """Give every argument that is still None its value from the dict `preset`; the rest stay as the user set them.
+MACHINE = ("out", "resume", "device", "data_dir")  # flags that may differ between a run and its continuation
 
-    Raises UsageError for a --rate given with a kind of noise that has none to choose.
+
+def parse(parser, preset):
+    """The command line as a Namespace; flags that are left out have the values of preset(flags as given), a dict.
+
+    So `--dataset cifar100 --rate 0.8 --help` shows the paper's values for that cell. `name` is the run folder's: the
+    script, the data set, the noise, and every flag that differs from the preset. Two commands never share a folder.
     """
-    rate_given = args.rate is not None
-    defaults = {"dataset": "shapes", "data_dir": Path("data"), "resize": 256, "image_size": 224}
-    for name, value in {**defaults, **preset}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if rate_given and args.noise in ("none", *HUMAN):
-        raise UsageError(
-            f"--rate: --noise {args.noise} has no rate to choose; leave --rate out, or name another --noise"
-        )
-    if args.dataset.startswith("imagefolder:"):
-        if args.dataset == "imagefolder:":
-            raise UsageError("--dataset imagefolder: names no folder; imagefolder:PATH does")
-        args.dataset = f"imagefolder:{os.path.normpath(args.dataset.removeprefix('imagefolder:'))}"
-    if of_photographs(args.dataset) and args.image_size > args.resize:
-        raise UsageError(f"--image-size: {args.image_size} does not fit in --resize {args.resize}")
+    given = parser.parse_known_args()[0]
+    parser.set_defaults(amp=given.device.startswith("cuda"), **preset(given))
+    parser.add_argument("-h", "--help", action="help", help="show this and exit")
+    args = parser.parse_args()
+    if args.rate is not None and args.noise in ("none", *HUMAN):
+        raise UsageError(f"--rate: --noise {args.noise} has no rate; name another --noise, or leave --rate out")
+    changed = {flag: value for flag, value in vars(args).items() if value != parser.get_default(flag)}
+    told = {k: v for k, v in changed.items() if k not in ("dataset", "noise", "rate", "seed", *MACHINE)}
+    args.name = folder_name([args.script, args.dataset, noise_name(args.noise, args.rate)], told)
     return args
 
 
-def setup(args):
-    """Resolve --device and --amp, seed all generators, set the backends' fast paths; returns the torch.device.
+def noise_name(kind, rate):
+    """clean, sym0.5, human-worse."""
+    return "clean" if kind == "none" else kind if rate is None else f"{kind}{rate:.12g}"
 
-    Raises UsageError for a device that is not there.
+
+def folder_name(parts, flags):
+    """part-part-flag=value-flag=value, in characters that every file system takes."""
+    values = {flag: ",".join(map(str, value)) if isinstance(value, list) else value for flag, value in flags.items()}
+    name = "-".join([*parts, *(f"{flag}={value}" for flag, value in values.items())])
+    return re.sub(r"[^\w.,=+-]", "_", name.replace(".npz", ""))
+
+
+def run(parse_args, main):
+    """Run a script: main(args) for each number of --seed; of several, the mean of the metrics that main returns.
+
+    A UsageError becomes one line and exit status 2. Ctrl-C and SIGTERM end with status 130.
     """
-    apart = vars(args).get("seeds_per_rank")
-    TOGETHER[:] = [1, 0]
-    if torch.distributed.is_initialized():
-        if not apart:
-            TOGETHER[:] = torch.distributed.get_world_size(), torch.distributed.get_rank()
-        if args.device not in (None, "cpu", "cuda"):
-            raise UsageError(f"--device {args.device}: torchrun gives each process a GPU of its own; leave it out")
-        if args.batch_size % TOGETHER[0]:
-            fits = args.batch_size // TOGETHER[0] * TOGETHER[0] or TOGETHER[0]
-            raise UsageError(f"--batch-size: {args.batch_size} does not divide by {TOGETHER[0]} processes; {fits} does")
-        if args.device == "cuda" or args.device is None and torch.cuda.is_available():
-            processes, devices = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-            if processes > devices:
-                raise UsageError(f"torchrun: {processes} processes for {devices} GPUs; --nproc_per_node={devices} fits")
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", args.device)
-    if not match:
-        raise UsageError(f"--device: {unknown(args.device, ['cpu', 'cuda', 'cuda:0'])}")
-    if args.device != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise UsageError(f"--device {args.device}: {found} CUDA devices are visible; --device cpu works")
+    if not dist.is_torchelastic_launched():  # else torchrun ends a process that waits for others by SIGTERM
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        args = parse_args()
+        results = []
+        for seed in args.seed:
+            out = Path(f"{args.out}-seed{seed}") if args.out and len(args.seed) > 1 else args.out
+            results.append(main(argparse.Namespace(**{**vars(args), "seed": seed, "out": out})))
+        if len(results) > 1:
+            print(f"{len(results)} seeds, last epoch, mean ± standard deviation:")
+            for key in [key for key, value in results[0].items() if isinstance(value, float)]:
+                values = [metrics[key] for metrics in results]
+                print(f"    {key} {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command with --resume goes on after the last finished epoch", file=sys.stderr)
+        sys.exit(130)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def setup(args):
+    """Seed the generators, choose the fast paths, join torchrun's processes: the torch.device to run on."""
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {args.device}: no CUDA device is visible; --device cpu works")
     device = torch.device(args.device)
+    if dist.is_torchelastic_launched():
+        if not dist.is_initialized():
+            dist.init_process_group(timeout=datetime.timedelta(days=1))  # while one downloads, the others wait
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if rank() > 0:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    UNREADABLE.clear()
-    args.amp = device.type == "cuda" if args.amp is None else args.amp
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")  # TF32 where a matmul is left in float32
-    if vars(args).get("compile"):
-        print("compiling the models: the first steps take a minute or so", flush=True)
     return device
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
 # `torchrun --nproc_per_node=N script.py …` starts a script N times. Each process ("rank") has the whole model and takes
-# its share of every batch; before a step, gradients are averaged over the processes, and after it BatchNorm's running
-# statistics: what DistributedDataParallel does, but for any number of networks and forward passes. As all start from
-# the same seed, weights stay the same everywhere. BatchNorm normalises by the process's share, and losses that compare
-# samples compare within it. The first process, rank 0, alone prints and writes. Without torchrun, nothing here does
-# anything.
-
-TOGETHER = [1, 0]  # how many processes share the batch, and which of them this is; set by `setup`
+# its part of every batch. Before a step, gradients are averaged over the processes; after it, BatchNorm's running
+# statistics. All start from the same seed, so that weights stay the same everywhere. Rank 0 alone prints and writes.
 
 
-def average(tensors):
-    """Replace each float tensor by its mean over the processes, all in one message."""
-    if TOGETHER[0] == 1 or not tensors:
-        return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    torch.distributed.all_reduce(flat)
-    parts = (flat / TOGETHER[0]).split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [part.view(tensor.shape) for part, tensor in zip(parts, tensors)])
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def total(tensor, how="SUM"):
-    """The sum ("MAX": the largest) over the processes of a tensor, element by element; the tensor itself changes."""
-    if TOGETHER[0] > 1:
-        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(tensor):
+    """Add up a tensor over the processes, in place; returns it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
     return tensor
 
 
-def act_as_one(optimizer, modules):
-    """Make the optimiser of each process take the step that a single process with the whole batch would take."""
-    norms = {id(m): m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+def average(tensors):
+    """Replace each float tensor of a list by its mean over the processes."""
+    if world_size() > 1:
+        mean = all_reduce(torch.cat([tensor.flatten() for tensor in tensors])) / world_size()
+        for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
 
-    def gradients(optimizer, *_):
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
+
+def act_as_one(optimizer, modules):
+    """Make the optimiser of every process take the step of the whole batch."""
+    norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def gradients(*_):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         average([p.grad for p in parameters if p.grad is not None])
 
     def running_statistics(*_):
-        used = (norm for norm in norms.values() if norm.training and norm.track_running_stats)
-        average([value for norm in used for value in (norm.running_mean, norm.running_var)])
+        average([value for norm in norms for value in (norm.running_mean, norm.running_var)])
 
     optimizer.register_step_pre_hook(gradients)
     optimizer.register_step_post_hook(running_statistics)
-
-
-def wait():
-    """Wait until all processes are here."""
-    if TOGETHER[0] > 1:
-        torch.distributed.barrier()
-
-
-@contextlib.contextmanager
-def locked(path):
-    """Of several processes on one machine that need `path`, let one make it; the others then find it.
-
-    By a file NAME.lock beside it, while that lasts. Where there are no such locks, or none may be written, nothing.
-    """
-    lock, file = path.with_name(f"{path.name}.lock"), None
-    try:
-        import fcntl
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        while file is None:
-            file = os.open(lock, os.O_CREAT | os.O_RDWR)
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process that makes {path}", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not lock.exists() or os.stat(lock).st_ino != os.fstat(file).st_ino:  # it was another's, and is gone
-                os.close(file)
-                file = None
-    except (ImportError, OSError):
-        if file is not None:
-            os.close(file)
-            file = None
-    try:
-        yield
-    finally:
-        if file is not None:
-            lock.unlink(missing_ok=True)
-            fcntl.flock(file, fcntl.LOCK_UN)  # workers that were started in here have the file open too
-            os.close(file)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
 class Dataset(NamedTuple):
-    """A labelled image set; the arrays of an .npz file have the names of the first five."""
+    """A labelled image set. The arrays of an .npz file have the names of the first five fields."""
 
-    train_images: torch.Tensor  # uint8 [N, 3, H, W]; or Photographs, whose windows may be larger than test images
-    train_labels: torch.Tensor  # int64 [N], in [0, len(classes))
-    test_images: torch.Tensor  # uint8 [M, 3, H, W], always in memory
+    train_images: torch.Tensor  # uint8 [N, 3, H, W], on the device or, where too large for it, memory-mapped
+    train_labels: torch.Tensor  # int64 [N] on the device, in [0, len(classes))
+    test_images: torch.Tensor  # uint8 [M, 3, H', W']; of photographs H' < H
     test_labels: torch.Tensor  # int64 [M]
     classes: list  # names, str
-    more: dict = {}  # further test sets: name: (images, labels)
+    imagenet: tuple | None = None  # webvision: (images, labels) of ILSVRC12's validation images of the same classes
 
     @property
     def image_size(self):
         """The longer side of a test image in pixels, by which build_model chooses an architecture's form."""
         return max(self.test_images.shape[2:])
 
+    def batch(self, index):
+        """Training images float32 [B, 3, H, W] in [0, 1] on the device of index, int64 [B]."""
+        return to_float(self.train_images[index.to(self.train_images.device)].to(index.device))
+
 
 ARRAYS = Dataset._fields[:5]
-DATASETS = ("shapes", "cifar10", "cifar100", "svhn", "food101", "webvision")
-
-
-def data_name(name):
-    """cifar10 of cifar10 or of path/to/cifar10.npz, photos of imagefolder:path/to/photos."""
-    return (
-        Path(name.removeprefix("imagefolder:")).resolve().name if name.startswith("imagefolder:") else Path(name).stem
-    )
+BENCHMARKS = ("shapes", "cifar10", "cifar100", "svhn")  # clean labels: nrd, cmd and messy_collaboration corrupt them
 
 
 def of_photographs(name):
-    """Whether the data set `name` is one of photographs, which stay in their files."""
-    return name in ("food101", "webvision") or str(name).startswith("imagefolder:")
+    return name in ("food101", "webvision") or name.startswith("imagefolder:")
 
 
-def load_data(args, device, window=None):
-    """The data set that the flags of add_common_arguments name: load_dataset's Dataset."""
+def load_data(args, device):
+    """The Dataset that the flags name. Under torchrun the first process downloads and decodes, the others wait."""
+    if rank() > 0:
+        barrier()
     limits = args.limit_train, args.limit_test
-    return load_dataset(
-        args.dataset, args.data_dir, *limits, device, args.resize, args.image_size, window, args.workers
-    )
+    data = load_dataset(args.dataset, args.data_dir, *limits, device, args.resize, args.image_size)
+    if rank() == 0:
+        barrier()
+    return data
 
 
-def load_dataset(
-    name,
-    data_dir="data",
-    limit_train=None,
-    limit_test=None,
-    device="cpu",
-    resize=256,
-    image_size=224,
-    window=None,
-    workers=None,
-):
-    """The data set `name`, as a Dataset on `device`; of photographs the training images stay in their files.
+def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, device="cpu", resize=256, image_size=224):
+    """The data set `name` as a Dataset on `device`.
 
-    name: "shapes" (drawn by code), "cifar10", "cifar100", "svhn" (read from data_dir/NAME.npz; where that is missing,
-        downloaded by torchvision and cached there), the path of any .npz file of the same form, or photographs:
-        "food101", "webvision" or "imagefolder:PATH" (list_photographs says where they lie).
+    name: "shapes" (drawn by code), "cifar10", "cifar100", "svhn" (data_dir/NAME.npz; downloaded once where that is
+        missing), the path of any .npz file of that form, or photographs: "food101", "webvision" or "imagefolder:DIR"
+        (`list_pictures` says where the files lie). These are decoded once, into arrays in data_dir. Arrays of more than
+        a third of the device's memory stay memory-mapped on the host.
     limit_train, limit_test: keep that many samples, evenly spaced, so that a file sorted by class stays balanced.
-    resize, image_size: of photographs, the shorter side after resizing and the side of the square that is cut out, in
-        pixels. window: that side for training images, if another one. workers: processes that decode, None: one a core.
-    Raises UsageError if the name is unknown, the file is unreadable or malformed, or the download fails.
+    resize, image_size: of photographs, the side in pixels of training images and of test images.
+    Raises UsageError for an unknown name, a file that is missing or malformed, and a download that fails.
     """
-    if of_photographs(name):
-        lists, classes = list_photographs(str(name), Path(data_dir))
-        images, labels = {}, {}
-        for part, (paths, targets) in lists.items():
-            rows = spread(len(paths), limit_train if part == "train" else limit_test)
-            side = window or image_size if part == "train" else image_size
-            files = Photographs([paths[i] for i in rows], resize, side, device, workers)
-            if part != "train":
-                print(f"decoding {len(files):,} photographs of the {part} set, which stay in memory", flush=True)
-                files, seen = decoded(files)
-                rows = rows[seen.cpu()]
-            images[part], labels[part] = files, torch.tensor(targets)[rows].to(device)
-        if not len(images["test"]):
-            raise UsageError(f"--dataset {name}: none of the test photographs could be read")
-        more = {part: (images[part], labels[part]) for part in lists if part not in ("train", "test")}
-        return Dataset(images["train"], labels["train"], images["test"], labels["test"], classes, more)
+    name, data_dir, device = str(name), Path(data_dir), torch.device(device)
     if name == "shapes":
-        train_images, train_labels = draw_shapes(SHAPES_TRAIN, seed=0)
-        test_images, test_labels = draw_shapes(SHAPES_TEST, seed=1)
-        data = Dataset(train_images, train_labels, test_images, test_labels, SHAPES_CLASSES)
-    elif str(name).endswith(".npz"):
-        data = read_npz(Path(name), "--dataset")
-    elif name in DATASETS:  # cifar10, cifar100, svhn
-        path = Path(data_dir) / f"{name}.npz"
+        data = Dataset(*draw_shapes(SHAPES_TRAIN, seed=0), *draw_shapes(SHAPES_TEST, seed=1), SHAPES_CLASSES)
+    elif name.endswith(".npz"):
+        data = read_npz(Path(name))
+    elif name in ("cifar10", "cifar100", "svhn"):
+        path = data_dir / f"{name}.npz"
         if not path.exists():
-            with locked(path):
-                if not path.exists():
-                    download(name, path)
-        data = read_npz(path, f"--dataset {name}")
+            download(name, path)
+        data = read_npz(path)
+    elif of_photographs(name):
+        data = photographs(name, data_dir, resize, image_size)
     else:
-        raise UsageError(f"--dataset: {unknown(name, [*DATASETS, 'path/to/file.npz', 'imagefolder:PATH'])}")
-    train, test = spread(len(data.train_labels), limit_train), spread(len(data.test_labels), limit_test)
-    parts = (data.train_images[train], data.train_labels[train], data.test_images[test], data.test_labels[test])
-    return Dataset(*(part.to(device) for part in parts), data.classes)
+        known = "shapes, cifar10, cifar100, svhn, food101, webvision, FILE.npz, imagefolder:DIR"
+        raise UsageError(f"--dataset: unknown {name!r}; known are {known}")
+
+    def part(images, labels, limit=None):
+        if limit is not None:
+            rows = evenly_spaced(len(labels), limit)
+            images, labels = images[rows], labels[rows]
+        cuda = device.type == "cuda"
+        fits = not cuda or images.numel() < torch.cuda.get_device_properties(device).total_memory / 3
+        return images.to(device) if fits else images, labels.to(device)
+
+    train = part(data.train_images, data.train_labels, limit_train)
+    test = part(data.test_images, data.test_labels, limit_test)
+    return Dataset(*train, *test, data.classes, data.imagenet and part(*data.imagenet))
 
 
-def spread(total, limit):
-    """Indices int64 [min(total, limit)], evenly spaced over range(total); all of them where limit is None."""
-    count = min(total, limit or total)
+def evenly_spaced(total, limit):
+    """Indices int64 [min(total, limit)], evenly spaced over range(total)."""
+    count = min(total, limit)
     return torch.arange(count) * total // count
 
 
-def read_npz(path, flag):
-    """The Dataset in an .npz file, read without pickle and checked; UsageError names `flag`, the file and the fault."""
+def read_npz(path):
+    """The Dataset in an .npz file, read without pickle. Raises UsageError for a missing file and for wrong arrays."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [key for key in ARRAYS if key not in file.files]
-            arrays = {key: np.ascontiguousarray(file[key]) for key in ARRAYS if key not in missing}
+            arrays = {name: np.ascontiguousarray(file[name]) for name in ARRAYS}
     except FileNotFoundError:
-        raise UsageError(f"{flag}: no file {path}; --dataset shapes needs none") from None
-    except Exception as error:  # whatever a damaged or foreign file makes the readers of zip and npy raise
-        raise UsageError(
-            f"{flag}: {path} cannot be read as .npz ({type(error).__name__}); write it again with numpy.savez"
-        ) from None
-    if missing:
-        raise UsageError(f"{flag}: {path} lacks {', '.join(missing)}; it needs {', '.join(ARRAYS)}")
-    classes = [str(c) for c in arrays["classes"].ravel()]
+        raise UsageError(f"--dataset: no file {path}; --dataset shapes needs none") from None
+    except Exception as error:  # whatever a damaged or foreign file makes numpy raise
+        raise UsageError(f"--dataset: {path} is no .npz file with {', '.join(ARRAYS)} ({error})") from None
+    classes = [str(name) for name in arrays["classes"].ravel()]
     for part in ("train", "test"):
-        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"]
-        where = f"{flag}: {path}: {part}"
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not images.size:
-            raise UsageError(f"{where}_images is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W], N > 0")
-        if min(images.shape[2:]) < 16:
-            raise UsageError(f"{where}_images are {list(images.shape[2:])} pixels; the models need at least [16, 16]")
-        if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+        images, labels, where = arrays[f"{part}_images"], arrays[f"{part}_labels"], f"--dataset: {path}: {part}"
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+            raise UsageError(f"{where}_images is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W]")
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
             raise UsageError(f"{where}_labels is {labels.dtype} {list(labels.shape)}, not integer [{len(images)}]")
         if labels.min() < 0 or labels.max() >= len(classes):
-            raise UsageError(
-                f"{where}_labels are {labels.min()} to {labels.max()}, but {len(classes)} classes are named"
-            )
+            span = f"{labels.min()} to {labels.max()}"
+            raise UsageError(f"{where}_labels are {span}, but {len(classes)} classes are named")
         arrays[f"{part}_labels"] = labels.astype(np.int64)
-    if len(classes) < 2:
-        raise UsageError(f"{flag}: {path}: classes names {len(classes)}; it takes two to tell apart")
-    if arrays["train_images"].shape[1:] != arrays["test_images"].shape[1:]:
-        raise UsageError(f"{flag}: {path}: train_images and test_images differ in size")
-    return Dataset(*(torch.from_numpy(arrays[key]) for key in ARRAYS[:4]), classes)
+    return Dataset(*(torch.from_numpy(arrays[name]) for name in ARRAYS[:4]), classes)
 
 
 def download(name, path):
-    """Fetch cifar10, cifar100 or svhn with torchvision and write it to `path` as .npz; UsageError where that fails."""
+    """Fetch cifar10, cifar100 or svhn with torchvision and write it to `path` as .npz."""
+    import torchvision
+
+    print(f"downloading {name} into {path}", flush=True)
     try:
         if name == "svhn":
             parts = [torchvision.datasets.SVHN(path.parent, split, download=True) for split in ("train", "test")]
@@ -540,234 +354,116 @@ def download(name, path):
             parts = [source(path.parent, train, download=True) for train in (True, False)]
             images, labels = [p.data.transpose(0, 3, 1, 2) for p in parts], [p.targets for p in parts]
             classes = parts[0].classes
-    except Exception as error:  # whatever the network or a broken archive makes torchvision raise
-        raise UsageError(
-            f"--dataset {name}: no {path}, and the download failed ({error}); put a {name}.npz with "
-            f"{', '.join(ARRAYS)} there; --dataset shapes needs none"
-        ) from None
+    except (OSError, RuntimeError) as error:
+        need = f"put a {path} with {', '.join(ARRAYS)} there; --dataset shapes needs none"
+        raise UsageError(f"--dataset {name}: the download failed ({error}); {need}") from None
     arrays = (images[0], np.int64(labels[0]), images[1], np.int64(labels[1]), np.array(classes))
-    with replacing(path, by_all=True) as partial:
+    with atomic_write(path) as partial:
         np.savez(partial, **dict(zip(ARRAYS, arrays)))
 
 
-UNREADABLE = {}  # of this run: path of a photograph: what is wrong with it
+def photographs(name, data_dir, resize, image_size):
+    """The Dataset of photographs: the middle square of each, `resize` pixels for training, `image_size` for tests."""
+    parts, classes = list_pictures(name, data_dir)
+    data = {}
+    for part, (files, labels) in parts.items():
+        side = resize if part == "train" else image_size
+        path = data_dir / "decoded" / f"{folder_name([name, part], {})}-{resize}-{side}.npy"
+        images, rows = decode(files, resize, side, path)
+        data[part] = images, torch.tensor(labels)[rows]
+    return Dataset(*data["train"], *data["test"], classes, data.get("imagenet"))
 
 
-def unreadable(path, fault, by_all=False):
-    """Name a photograph that is skipped, once. by_all: every process finds it, and the first says so."""
-    if str(path) not in UNREADABLE:
-        UNREADABLE[str(path)] = fault
-        if by_all and TOGETHER[1]:
-            return
-        print(f"skipped: {path}: {fault}", file=sys.stderr, flush=True)
+def list_pictures(name, data_dir):
+    """{"train": (files, labels), "test": (files, labels)} of a data set of photographs, and its classes.
 
-
-def count_unreadable():
-    """Print how many photographs were skipped, if any, by all processes."""
-    found = [[*UNREADABLE]] * TOGETHER[0]
-    if TOGETHER[0] > 1:
-        torch.distributed.all_gather_object(found, [*UNREADABLE])
-    if count := len(set(itertools.chain(*found))):
-        print(f"{count:,} photograph{'s' * (count > 1)} could not be read and {'were' if count > 1 else 'was'} skipped")
-
-
-def list_photographs(name, data_dir):
-    """Paths and labels of each part, {"train": (list, list), "test": …}, and the classes.
-
-    imagefolder:PATH: PATH/train/CLASS/* and PATH/test/CLASS/* (or val), in torchvision's ImageFolder layout.
+    imagefolder:DIR: DIR/train/CLASS/* and DIR/test/CLASS/* (or val), torchvision's ImageFolder.
     food101: torchvision's Food101 in data_dir, downloaded where it is missing.
-    webvision: the first 50 classes of WebVision 1.0 in data_dir/webvision, "mini-WebVision": training images of
-        info/train_filelist_google.txt, test images of info/val_filelist.txt in val_images_256; and as part "imagenet",
-        where there is a data_dir/imagenet/val/WNID, ILSVRC12's validation images of the same 50 of info/synsets.txt.
-    Raises UsageError for folders that are missing or do not match.
+    webvision: the first 50 classes of WebVision 1.0 in data_dir/webvision ("mini-WebVision"): training images of
+        info/train_filelist_google.txt, test images of info/val_filelist.txt in val_images_256. And as "imagenet", where
+        there is a data_dir/imagenet/val/WNID, ILSVRC12's validation images of the same classes of info/synsets.txt.
     """
-    library = torchvision.datasets
-    if name == "food101":
-        try:
-            with locked(data_dir / "food-101"):
-                missing = not all((data_dir / "food-101" / folder).is_dir() for folder in ("meta", "images"))
-                parts = [library.Food101(data_dir, split, download=missing) for split in ("train", "test")]
-        except UsageError:
-            raise
-        except Exception as error:  # whatever the network or a broken archive makes torchvision raise
-            raise UsageError(f"--dataset food101: not in {data_dir}, and the download failed ({error})") from None
-        return {n: (p._image_files, p._labels) for n, p in zip(("train", "test"), parts)}, parts[0].classes
-    if name == "webvision":
-        return list_webvision(data_dir / "webvision", data_dir / "imagenet" / "val")
-    root = Path(name.removeprefix("imagefolder:"))
-    folders = [root / "train", root / ("test" if (root / "test").is_dir() else "val")]
-    try:
-        train, test = (library.ImageFolder(folder) for folder in folders)
-    except OSError as error:
-        layout = f"{root}/train/CLASS/… and {root}/test/CLASS/… (or val) are needed"
-        raise UsageError(f"--dataset {name}: {error}; {layout}") from None
-    if train.classes != test.classes:
-        odd = ", ".join(sorted(set(train.classes) ^ set(test.classes))[:5])
-        raise UsageError(f"--dataset {name}: train and {folders[1].name} have other classes: {odd}")
-    if len(train.classes) < 2:
-        raise UsageError(f"--dataset {name}: {folders[0]} has one class; it takes two to tell apart")
-    return {n: tuple(zip(*part.samples)) for n, part in (("train", train), ("test", test))}, train.classes
+    import torchvision
 
-
-def list_webvision(root, imagenet, count=50):
-    """list_photographs of WebVision's first `count` classes in root, and of the same of ILSVRC12 in imagenet/WNID."""
-    lists = {}
     try:
-        synsets = [line.split() for line in (root / "info/synsets.txt").read_text().splitlines()[:count]]
-        files = {"train": ("train_filelist_google.txt", root), "test": ("val_filelist.txt", root / "val_images_256")}
-        for part, (file, folder) in files.items():
+        if name == "food101":
+            missing = not (data_dir / "food-101" / "images").is_dir()
+            sets = {part: torchvision.datasets.Food101(data_dir, part, download=missing) for part in ("train", "test")}
+            return {part: (s._image_files, s._labels) for part, s in sets.items()}, sets["train"].classes
+        if name.startswith("imagefolder:"):
+            root = Path(name.removeprefix("imagefolder:"))
+            folder = root / "test" if (root / "test").is_dir() else root / "val"
+            train, test = (torchvision.datasets.ImageFolder(part) for part in (root / "train", folder))
+            if train.classes != test.classes:
+                odd = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
+                raise UsageError(f"--dataset {name}: train and {folder.name} have other classes: {odd}")
+            return {"train": list(zip(*train.samples)), "test": list(zip(*test.samples))}, train.classes
+        root, parts = data_dir / "webvision", {}
+        synsets = [line.split() for line in (root / "info/synsets.txt").read_text().splitlines()[:50]]
+        lists = {"train": ("train_filelist_google.txt", root), "test": ("val_filelist.txt", root / "val_images_256")}
+        for part, (file, folder) in lists.items():
             rows = [line.rsplit(maxsplit=1) for line in (root / "info" / file).read_text().splitlines()]
-            chosen = [(folder / path, int(label)) for path, label in rows if int(label) < count]
-            for path in (path for path, _ in chosen if not path.is_file()):
-                unreadable(path, "missing", by_all=True)
-            lists[part] = [(path, label) for path, label in chosen if str(path) not in UNREADABLE]
-    except FileNotFoundError as error:
-        raise UsageError(f"--dataset webvision: no file {error.filename}; WebVision 1.0 belongs in {root}") from None
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--dataset webvision: {root}/info is not WebVision's: {error}") from None
-    if (
-        min(map(len, synsets), default=0) < 2
-        or len(synsets) < count
-        or any(len(set(label for _, label in rows)) < count for rows in lists.values())
-    ):
-        raise UsageError(
-            f"--dataset webvision: the lists in {root}/info, or its files, lack some of the first {count} classes"
-        )
-    if imagenet.is_dir():
-        lacking = [wnid for wnid, *_ in synsets if not (imagenet / wnid).is_dir()]
-        if lacking:
-            raise UsageError(f"--dataset webvision: {imagenet} lacks {', '.join(lacking[:5])}, {len(lacking)} in all")
-        folders = [(sorted((imagenet / wnid).iterdir()), label) for label, (wnid, *_) in enumerate(synsets)]
-        lists["imagenet"] = [(path, label) for paths, label in folders for path in paths]
-    else:
-        print(f"no {imagenet}: without ILSVRC12's validation images of the same classes")
-    return {part: tuple(zip(*rows)) for part, rows in lists.items()}, [" ".join(words[1:]) for words in synsets]
+            parts[part] = list(zip(*[(folder / path, int(label)) for path, label in rows if int(label) < 50]))
+        imagenet = data_dir / "imagenet" / "val"
+        if imagenet.is_dir():
+            files = [(file, c) for c, (wnid, *_) in enumerate(synsets) for file in sorted((imagenet / wnid).iterdir())]
+            parts["imagenet"] = list(zip(*files))
+        return parts, [" ".join(words) for _, *words in synsets]
+    except (OSError, RuntimeError) as error:
+        raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
 
 
-class Photographs:
-    """Images in files, decoded when they are wanted: training images that do not fit in memory.
+class Pictures(torch.utils.data.Dataset):
+    """uint8 [3, side, side] of each file: the shorter side resized, the middle square cut out; None: cannot be read."""
 
-    len(), shape and device are those of the uint8 tensor [N, 3, side, side] that they stand for, and [rows] is the
-    Photographs of these rows; `fetch` gives pixels.
-    """
+    def __init__(self, files, resize, side):
+        from torchvision.transforms import v2
 
-    def __init__(self, paths, resize, side, device="cpu", workers=None):
-        self.paths, self.resize, self.side, self.device = list(paths), resize, min(side, resize), torch.device(device)
-        self.shape = torch.Size((len(self.paths), 3, self.side, self.side))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self.workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) if workers is None else workers
-        self.orders = []  # of the loader: what its workers are to decode next
+        self.files = files
+        self.square = v2.Compose([v2.PILToTensor(), v2.Resize(resize), v2.CenterCrop(side)])
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.files)
 
-    def __getitem__(self, rows):
-        paths = self.paths[rows] if isinstance(rows, slice) else [self.paths[i] for i in rows.tolist()]
-        return Photographs(paths, self.resize, self.side, self.device, self.workers)
+    def __getitem__(self, i):
+        from torchvision.datasets.folder import pil_loader
 
-    @functools.cached_property
-    def loader(self):
-        """Each worker decodes whole batches, those in `orders`; the workers live as long as the photographs."""
-        warnings.filterwarnings(
-            "ignore", "This DataLoader will create"
-        )  # more workers than cores are the user's choice
-        return torch.utils.data.DataLoader(
-            Decoder(self.paths, self.resize, self.side),
-            batch_size=None,
-            worker_init_fn=start_worker,
-            sampler=self.orders,
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # the global one is for the draws of the method
-        )
+        try:
+            return self.square(pil_loader(self.files[i]))
+        except (OSError, SyntaxError, ValueError):  # as Pillow has it
+            return None
 
 
-def start_worker(_):
-    """Ctrl-C is for the first process, which then ends its workers; and a worker has nothing to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.filterwarnings("ignore", module="PIL")
+def decode(files, resize, side, path):
+    """The pictures in `files`, a list, as memory-mapped uint8 [n, 3, side, side], and their n rows in `files`.
 
-
-class Decoder(torch.utils.data.Dataset):
-    """What a worker does: [rows, places] -> uint8 [n, 3, side, side], the n rows that could be read, {path: fault}."""
-
-    def __init__(self, paths, resize, side):
-        self.paths, self.resize, self.side = paths, resize, side
-
-    def __getitem__(self, order):
-        images, kept, faults = [], [], {}
-        for i, (row, place) in enumerate(zip(order[0].tolist(), order[1].tolist())):
-            try:
-                images.append(read_photograph(self.paths[row], self.resize, self.side, place))
-                kept.append(i)
-            except Exception as error:  # whatever a damaged file makes the decoder raise
-                faults[str(self.paths[row])] = " ".join(str(error).split()) or type(error).__name__
-        return torch.stack(images) if images else None, torch.tensor(kept), faults
-
-
-def read_photograph(path, resize, side, place=(0.5, 0.5)):
-    """uint8 [3, side, side] from an image file: the shorter side resized to `resize` pixels, a square window cut out.
-
-    place: of the window, whose side is side / resize of the shorter side: down and across, from 0 (top, left) to 1.
-    Bilinear with antialiasing.
+    They are decoded once, into `path`, and again where the files have changed. A file that cannot be read is named,
+    counted and left out.
     """
-    from PIL import Image
-    from torchvision.transforms.v2 import functional as v2
-
-    with Image.open(path) as file:
-        file.draft("RGB", (resize, resize))  # JPEG only: decoded at 1/2, 1/4, 1/8 where that is still large enough
-        image = v2.pil_to_tensor(file.convert("RGB"))  # resizing is twice as fast on a tensor
-    height, width = image.shape[1:]
-    window = max(1, round(min(height, width) * side / resize))
-    top, left = (round(p * (n - window)) for p, n in zip(place, (height, width)))
-    return v2.resized_crop(image, top, left, window, window, [side, side], antialias=True)
-
-
-def fetch(images, parts, random=True):
-    """Yield (part, images[part]) for each index tensor of the list `parts`: int64 [b] and uint8 [b, 3, H, W].
-
-    images: a uint8 tensor, or Photographs, which workers decode ahead, windows at random places, else in the middle. A
-    photograph that cannot be read is named, counted and skipped: at random, another one of its part takes its place, so
-    that all parts keep their size; else it is missing. None: None is yielded for the images.
-    Raises UsageError where nothing can be read.
-    """
-    if not isinstance(images, Photographs):
-        yield from ((part, None if images is None else images[part]) for part in parts)
-        return
-    sizes, empty = [len(part) for part in parts], True
-    places = torch.rand(sum(sizes), 2) if random else torch.full((sum(sizes), 2), 0.5)
-    rows = torch.cat(parts).cpu().split(sizes)
-    images.orders[:] = [(some.numpy(), place.numpy()) for some, place in zip(rows, places.split(sizes))]
-    for part, (pixels, kept, faults) in zip(parts, images.loader):
-        for path, fault in faults.items():
-            unreadable(path, fault, by_all=not random)
-        if pixels is None:
-            if TOGETHER[0] > 1 and random:  # a process that skips a step would leave the others waiting
-                raise UsageError(f"--dataset: none of the {len(part)} photographs of a batch can be read: {path}, …")
-            continue
-        if faults and random:
-            full = torch.arange(len(part)) % len(kept)
-            pixels, kept = pixels[full], kept[full]
-        empty = False
-        yield (part[kept.to(part.device)] if faults else part), pixels.to(images.device, non_blocking=True)
-    if empty and parts:
-        raise UsageError(f"--dataset: none of {len(images):,} photographs can be read: {images.paths[0]}, …")
-
-
-def decoded(images):
-    """Images in memory, uint8 [n, 3, H, W], and the rows int64 [n] that could be read; of Photographs the middle."""
-    rows = torch.arange(len(images), device=images.device)
-    if not isinstance(images, Photographs):
-        return images, rows
-    pixels, seen = torch.empty(images.shape, dtype=torch.uint8, device=images.device), [rows[:0]]
-    for part, some in fetch(images, list(rows.split(32)), random=False) if len(rows) else ():
-        pixels[sum(map(len, seen)) :][: len(part)] = some
-        seen.append(part)
-        if sys.stdout.isatty():
-            print(f"\r{int(part[-1]) + 1:,} of {len(images):,}\x1b[K", end="\r", flush=True)
-    seen = torch.cat(seen)
-    return pixels[: len(seen)], seen
+    known = [[str(file), os.path.getmtime(file) if os.path.exists(file) else None] for file in files]
+    record = path.with_suffix(".json")  # of what is in `path`; it is written last
+    saved = json.loads(record.read_text()) if record.exists() else {}
+    if saved.get("files") != known:
+        rows, pictures = [], Pictures(files, resize, side)
+        own = torch.Generator()  # the global one is for the draws of the method
+        loader = torch.utils.data.DataLoader(pictures, None, num_workers=os.cpu_count(), generator=own)
+        with atomic_write(path) as partial:
+            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 3, side, side))
+            for i, image in enumerate(progress(loader, f"decoding {len(files):,} pictures into {path}")):
+                if image is None:
+                    print(f"cannot be read and is left out: {files[i]}", file=sys.stderr)
+                else:
+                    pixels[len(rows)] = image
+                    rows.append(i)
+            if not rows:
+                raise UsageError(f"--dataset: none of {len(files):,} pictures can be read: {files[0]}, …")
+            pixels.flush()
+        saved = {"files": known, "rows": rows}
+        with atomic_write(record) as partial:
+            partial.write_text(json.dumps(saved))
+        print(f"decoded {len(rows):,} pictures, left out {len(files) - len(rows):,}")
+    images = torch.from_numpy(np.load(path, mmap_mode="c"))
+    return images[: len(saved["rows"])], saved["rows"]
 
 
 SHAPES_TRAIN, SHAPES_TEST = 2000, 1000
@@ -827,10 +523,10 @@ def draw_shapes(count, seed, size=32):
 def channel_stats(images):
     """Mean and standard deviation of each channel of uint8 images [N, 3, H, W], in [0, 1]: two lists of 3.
 
-    The deviation of a channel that is constant is given as 1, so that one can divide by it. Photographs have those of
-    ImageNet.
+    The deviation of a constant channel is given as 1, so that one can divide by it. Images from 128 pixels up are taken
+    for photographs, which have the values of ImageNet.
     """
-    if isinstance(images, Photographs):
+    if min(images.shape[2:]) >= 128:
         return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double().cpu()
     share, level = counts / counts.sum(1, keepdim=True), torch.arange(256) / 255
@@ -842,23 +538,6 @@ def channel_stats(images):
 def to_float(images):
     """uint8 [..., 3, H, W] -> float32 in [0, 1]."""
     return images / 255
-
-
-def batches(count, batch_size, device):
-    """A fresh random order of range(count), cut into full batches: int64 [batch_size] index tensors on `device`.
-
-    The incomplete last batch is left out, so that every step has the same shape. Of several processes that share the
-    batches, each gets its own part of each.
-    """
-    size, rank = TOGETHER
-    share = min(batch_size, count) // size
-    if not share:
-        raise UsageError(f"torchrun: {size} processes for {count} training images; take fewer")
-    whole = share * size
-    order = torch.randperm(count, device=device)
-    if size > 1:
-        torch.distributed.broadcast(order, 0)
-    return [batch[rank * share :][:share] for batch in order[: count // whole * whole].split(whole)]
 
 
 # ---------------------------------------------------------------------------------------------------------- label noise
@@ -899,14 +578,14 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
     rate: in [0, 1]. classes: names, which asym goes by. data_dir: where CIFAR-10N's own files lie.
     Raises UsageError for an unknown kind, a rate outside [0, 1], asym without a map, human labels of another data set.
     """
-    if kind not in NOISE_KINDS:
-        raise UsageError(f"--noise: {unknown(kind, NOISE_KINDS)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels are {labels.dtype}, not int64")
     if kind in HUMAN:
         return human_labels(labels.cpu(), kind, data_dir).to(labels.device)
+    if kind not in NOISE_KINDS:
+        raise UsageError(f"--noise: unknown {kind!r}; known are {', '.join(NOISE_KINDS)}")
     if kind != "none" and not (rate is not None and 0 <= rate <= 1):
-        raise UsageError(
-            f"--rate: --noise {kind} needs a rate in [0, 1]" + (f", not {rate}" if rate is not None else "")
-        )
+        raise UsageError(f"--rate: --noise {kind} needs a rate in [0, 1], not {rate}")
     generator = torch.Generator().manual_seed(seed)
     clean, count = labels.cpu(), len(labels)
     noisy = clean.clone()
@@ -933,9 +612,7 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
                 successor[members] = torch.tensor(members[1:] + members[:1])
             pools = [torch.arange(count)]
         else:
-            raise UsageError(
-                "--noise asym: only CIFAR-10 and CIFAR-100 have a map of look-alikes; sym and pair work anywhere"
-            )
+            raise UsageError("--noise asym: only CIFAR-10 and CIFAR-100 have a map of look-alikes; sym works anywhere")
         for pool in pools:
             chosen = pool[torch.randperm(len(pool), generator=generator)[: round(rate * len(pool))]]
             noisy[chosen] = successor[clean[chosen]]
@@ -943,53 +620,21 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
 
 
 def human_labels(clean, kind, data_dir):
-    """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, whole or a `spread` of it.
-
-    The file is a pickle of numpy arrays; torch's restricted unpickler is allowed to build those and nothing else.
-    """
+    """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, all of them or evenly spaced."""
     name, key = HUMAN[kind]
     path = Path(data_dir) / name
-    rebuild = np.empty(0).__reduce__()[0]  # numpy's _reconstruct, which the file knows by its name in numpy 1
+    if not path.is_file():
+        raise UsageError(f"--noise {kind}: no {path}; it is part of CIFAR-N (github.com/UCSC-REAL/cifar-10-100n)")
+    # The file is a pickle of numpy arrays: allow torch's restricted unpickler what builds those, and nothing else.
+    rebuild = np.empty(0).__reduce__()[0]
     arrays = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
-    arrays.append(type(np.dtype(np.int64)))
-    try:
-        with torch.serialization.safe_globals(arrays):
-            content = torch.load(path, weights_only=True)
-        truth, noisy = (torch.from_numpy(np.int64(content[k])) for k in ("clean_label", key))
-    except FileNotFoundError:
-        source = "github.com/UCSC-REAL/cifar-10-100n"
-        raise UsageError(f"--noise {kind}: no {path}; it is part of CIFAR-N ({source})") from None
-    except OSError as error:
-        raise UsageError(f"--noise {kind}: cannot read {path}: {error.strerror}") from None
-    except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
-        fault = f"is not CIFAR-N's file ({type(error).__name__})"
-        raise UsageError(f"--noise {kind}: {path} {fault}; fetch it again") from None
-    if len(clean) <= len(truth) and torch.equal(truth[spread(len(truth), len(clean))], clean):
-        return noisy[spread(len(truth), len(clean))]
-    raise UsageError(f"--noise {kind}: {path} labels another data set, or the images are not in the official order")
-
-
-def imbalance(labels, gamma, num_classes, seed):
-    """Indices of a class-imbalanced subset of int64 labels [N] (KD Beyond Model Compression, section IV-C), ascending.
-
-    Class c = 1 … C keeps floor(a / (b + c^-gamma)) samples, with a and b such that the first keeps 5 % and the last all
-    of a balanced class (250 and 5000 on CIFAR-10). A smaller gamma leaves fewer samples in between.
-    gamma: above 0, else UsageError.
-    """
-    if gamma <= 0:
-        raise UsageError(f"--imbalance: {gamma} is not above 0; the paper has 0.2, 0.6, 1 and 2")
-    per_class = len(labels) // num_classes
-    low, high = per_class / 20, per_class
-    last = num_classes**-gamma
-    b = (low - high * last) / (high - low)
-    a = low * (b + 1)
-    generator = torch.Generator().manual_seed(seed)
-    kept = []
-    for c in range(num_classes):
-        pool = (labels.cpu() == c).nonzero().squeeze(1)
-        size = math.floor(a / (b + (c + 1) ** -gamma) + 1e-6)  # 1e-6: the ends are whole numbers but for rounding
-        kept.append(pool[torch.randperm(len(pool), generator=generator)[:size]])
-    return torch.cat(kept).sort().values.to(labels.device)
+    with torch.serialization.safe_globals([*arrays, type(np.dtype(np.int64))]):
+        content = torch.load(path, weights_only=True)
+    truth, noisy = (torch.from_numpy(np.int64(content[k])) for k in ("clean_label", key))
+    rows = evenly_spaced(len(truth), len(clean))
+    if not torch.equal(truth[rows], clean):
+        raise UsageError(f"--noise {kind}: {path} labels another data set, or the images are not in the official order")
+    return noisy[rows]
 
 
 # --------------------------------------------------------------------------------------------------------- augmentation
@@ -1049,6 +694,11 @@ def apply_ops(images, op, magnitude, mode="nearest"):
         else:  # compute all rows: counting them would make the host wait for the device
             images = torch.where(mask.view(-1, 1, 1, 1), transform(images, op, magnitude), images)
     return images
+
+
+def check_images(images):
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype} {list(images.shape)}, not float [B, 3, H, W] in [0, 1]")
 
 
 def _warp(images, op, magnitude, mode):
@@ -1144,6 +794,7 @@ def rand_augment(images, num_ops, magnitude):
 
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
+    check_images(images)
     table = op_magnitudes(31, *images.shape[2:], images.device)
     for _ in range(num_ops):
         op = torch.randint(IDENTITY + 1, (len(images),), device=images.device)
@@ -1157,6 +808,7 @@ def aug_mix(images, severity=3, width=3, depth=-1, alpha=1.0):
     severity: strengths are drawn from the first `severity` of 10. depth: operations a chain; -1 draws 1-3 for each.
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
+    check_images(images)
     size, device = len(images), images.device
     table = op_magnitudes(10, *images.shape[2:], device, translate=1 / 3, posterize=4)
     chains = images.repeat(width, 1, 1, 1)
@@ -1205,6 +857,7 @@ def auto_augment(images):
 
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
+    check_images(images)
     table = op_magnitudes(10, *images.shape[2:], images.device)
     ops, probabilities, strengths = auto_augment_policy(images.device)
     policy = torch.randint(len(ops), (len(images),), device=images.device)
@@ -1215,34 +868,48 @@ def auto_augment(images):
     return images
 
 
-def crop_flip(images, padding=4, mode="zero"):
+def crop_flip(images, padding=4, mode="zero", size=None):
     """Random crop from the image padded by `padding` pixels ("zero" or "reflect"), and a flip with probability 1/2.
 
-    padding: 0 only flips. images: float [B, 3, H, W]; returns the same shape.
+    padding: 0 where nothing is padded. size: side of the crop; None: that of the images. images: float [B, 3, H, W];
+    returns float [B, 3, size, size], or the same shape.
     """
-    height, width = images.shape[2:]
+    check_images(images)
+    count, _, height, width = images.shape
     if padding:
-        padded = F.pad(images, (padding,) * 4, mode="constant" if mode == "zero" else mode)
-        top, left = torch.randint(2 * padding + 1, (2, len(images)), device=images.device)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, 3, 2·padding + 1, 2·padding + 1, H, W]
-        images = windows[torch.arange(len(images), device=images.device), :, top, left]
-    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+        images = F.pad(images, (padding,) * 4, mode="constant" if mode == "zero" else mode)
+    windows = images.unfold(2, size or height, 1).unfold(3, size or width, 1)  # a view: [B, 3, tops, lefts, H, W]
+    if windows.shape[2:4] != (1, 1):
+        top, left = (torch.randint(n, (count,), device=images.device) for n in windows.shape[2:4])
+        images = windows[torch.arange(count, device=images.device), :, top, left]
+    flip = torch.rand(count, 1, 1, 1, device=images.device) < 0.5
     return torch.where(flip, images.flip(3), images)
+
+
+def _boxes(count, height, width, scale, ratio, device):
+    """Heights and widths float [count, 1] of boxes of `scale` of the area height·width and `ratio` width to height.
+
+    Of ten drawn the first that fits is taken, as in torchvision; third, bool [count, 1]: whether one did.
+    """
+    area = torch.empty(count, 10, device=device).uniform_(*scale)
+    aspect = torch.empty(count, 10, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
+    area = area * height * width
+    h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
+    first = fits.int().argmax(1, keepdim=True)
+    return h.gather(1, first), w.gather(1, first), fits.any(1, keepdim=True)
 
 
 def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     """Random resized crop: a box of `scale` of the area and `ratio` width to height, resized to size × size pixels.
 
-    Of ten boxes drawn the first that fits is taken, as in torchvision, or the whole image. Bilinear, no antialiasing,
-    for boxes that are not much larger than `size`. images: float [B, 3, H, W]; returns float [B, 3, size, size].
+    Where no box fits it is the whole image. Bilinear, no antialiasing, for boxes that are not much larger than `size`.
+    images: float [B, 3, H, W]; returns float [B, 3, size, size].
     """
-    count, (height, width), device = len(images), images.shape[2:], images.device
-    area = height * width * torch.empty(count, 10, device=device).uniform_(*scale)
-    aspect = torch.empty(count, 10, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
-    h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
-    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
-    first, whole = fits.int().argmax(1, keepdim=True), ~fits.any(1, keepdim=True)
-    h, w = h.gather(1, first).masked_fill(whole, height), w.gather(1, first).masked_fill(whole, width)
+    check_images(images)
+    height, width = images.shape[2:]
+    h, w, fits = _boxes(len(images), height, width, scale, ratio, images.device)
+    h, w = h.where(fits, height), w.where(fits, width)
     top = (torch.rand_like(h) * (height - h + 1)).floor()
     left = (torch.rand_like(w) * (width - w + 1)).floor()
     return _resized_crop(images, top, left, h, w, size)
@@ -1266,6 +933,7 @@ def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2):
 
     The order of the four is drawn for the whole batch. images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
+    check_images(images)
 
     def uniform(low, high):
         return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(low, high)
@@ -1274,14 +942,16 @@ def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2):
         red, green, blue = x.unbind(1)
         return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
 
-    steps = (
-        lambda x: x * uniform(1 - brightness, 1 + brightness),
-        lambda x: torch.lerp(gray(x).mean((2, 3), keepdim=True), x, uniform(1 - contrast, 1 + contrast)),
-        lambda x: torch.lerp(gray(x), x, uniform(1 - saturation, 1 + saturation)),
-        lambda x: _turn_hue(x, uniform(-hue, hue)),
-    )
-    for i in torch.randperm(4).tolist():
-        images = steps[i](images).clamp(0, 1)
+    for step in torch.randperm(4).tolist():
+        if step == 0:
+            images = images * uniform(1 - brightness, 1 + brightness)
+        elif step == 1:
+            images = torch.lerp(gray(images).mean((2, 3), keepdim=True), images, uniform(1 - contrast, 1 + contrast))
+        elif step == 2:
+            images = torch.lerp(gray(images), images, uniform(1 - saturation, 1 + saturation))
+        else:
+            images = _turn_hue(images, uniform(-hue, hue))
+        images = images.clamp(0, 1)
     return images
 
 
@@ -1302,6 +972,7 @@ def cutout(images, size):
 
     images: float [B, 3, H, W]; returns the same.
     """
+    check_images(images)
     height, width = images.shape[2:]
     top = torch.randint(height, (len(images), 1, 1, 1), device=images.device) - size // 2
     left = torch.randint(width, (len(images), 1, 1, 1), device=images.device) - size // 2
@@ -1311,17 +982,13 @@ def cutout(images, size):
 def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)):
     """Random erasing: with `probability` a black box in the image, of `scale` of its area and `ratio` height to width.
 
-    Of ten boxes drawn the first that fits is taken, as in torchvision. images: float [B, 3, H, W]; returns the same.
+    Where no box fits the image stays as it is. images: float [B, 3, H, W]; returns the same.
     """
-    size, (height, width), device = len(images), images.shape[2:], images.device
-    area = height * width * torch.empty(size, 10, device=device).uniform_(*scale)
-    aspect = torch.empty(size, 10, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
-    h, w = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
-    fits = (h < height) & (w < width)
-    first = fits.int().argmax(1, keepdim=True)
-    h, w = h.gather(1, first), w.gather(1, first)
-    chosen = (torch.rand(size, 1, device=device) < probability) & fits.any(1, keepdim=True)
-    h, w = torch.where(chosen, h, 0).view(-1, 1, 1, 1), torch.where(chosen, w, 0).view(-1, 1, 1, 1)
+    check_images(images)
+    height, width = images.shape[2:]
+    h, w, fits = _boxes(len(images), height, width, scale, (1 / ratio[1], 1 / ratio[0]), images.device)
+    chosen = fits & (torch.rand_like(h) < probability)
+    h, w = h.where(chosen, 0).view(-1, 1, 1, 1), w.where(chosen, 0).view(-1, 1, 1, 1)
     top = (torch.rand_like(h) * (height - h + 1)).floor()
     left = (torch.rand_like(w) * (width - w + 1)).floor()
     return _black_box(images, top, left, h, w)
@@ -1350,7 +1017,6 @@ class Classifier(nn.Module):
         self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
-        self.image_size = 32  # what build_model was told
 
     def forward(self, images, features=False):
         x = self.stem((images - self.mean) / self.std)
@@ -1382,14 +1048,16 @@ class PreActBlock(nn.Module):
 
 def basic_block(inputs, outputs, stride):
     """conv-BN-ReLU-conv-BN plus shortcut (He et al. 2015), projected where the shape changes."""
+    from torchvision.models.resnet import BasicBlock
+
     down = None
     if stride != 1 or inputs != outputs:
         down = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-    return torchvision.models.resnet.BasicBlock(inputs, outputs, stride, down)
+    return BasicBlock(inputs, outputs, stride, down)
 
 
-def groups(block, widths, depths):
-    """A group of depths[i] blocks for each of widths[1:]; all but the first group begin with stride 2."""
+def stages(block, widths, depths):
+    """A stage of depths[i] blocks for each of widths[1:]; all but the first stage begin with stride 2."""
     made = []
     for i, depth in enumerate(depths):
         layers = [block(widths[i], widths[i + 1], 1 if i == 0 else 2)]
@@ -1404,12 +1072,6 @@ def conv_stem(outputs, *rest):
 
 def pooled(*before, classifier):
     return nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
-
-
-def conv_unit(inputs, outputs, kernel, stride=1, padding=0):
-    """conv-BN-ReLU, the unit of Inception."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs, eps=1e-3), nn.ReLU(inplace=True))
 
 
 class Parallel(nn.Module):
@@ -1436,78 +1098,63 @@ class InceptionResidual(nn.Module):
 
 
 def inception_resnet_v2():
-    """Stem and three blocks of Inception-ResNet-v2 (Szegedy et al. 2017), for images from 75 pixels up; 1536 channels.
+    """Stem and three blocks of Inception-ResNet-v2 (Szegedy et al. 2017), for images from 75 pixels up."""
+    from torchvision.models.inception import BasicConv2d
 
-    With a classifier of 1000 classes 55.8 million parameters.
-    """
-    unit, chain = conv_unit, nn.Sequential
-    average = chain(nn.AvgPool2d(3, 1, 1, count_include_pad=False), unit(192, 64, 1))
-    stem = chain(
-        unit(3, 32, 3, 2), unit(32, 32, 3), unit(32, 64, 3, padding=1), nn.MaxPool2d(3, 2),
-        unit(64, 80, 1), unit(80, 192, 3), nn.MaxPool2d(3, 2),
-        Parallel(
-            unit(192, 96, 1),
-            chain(unit(192, 48, 1), unit(48, 64, 5, padding=2)),
-            chain(unit(192, 64, 1), unit(64, 96, 3, padding=1), unit(96, 96, 3, padding=1)),
-            average,
-        ),
+    def chain(inputs, *units):
+        """Convolutions with BatchNorm and ReLU, each given as (outputs, kernel, and what else Conv2d takes)."""
+        layers = []
+        for outputs, kernel, *more in units:
+            layers.append(BasicConv2d(inputs, outputs, kernel_size=kernel, **(more[0] if more else {})))
+            inputs = outputs
+        return nn.Sequential(*layers)
+
+    half, same, five = {"stride": 2}, {"padding": 1}, {"padding": 2}
+    across, down, wide, tall = {"padding": (0, 3)}, {"padding": (3, 0)}, {"padding": (0, 1)}, {"padding": (1, 0)}
+    average = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), chain(192, (64, 1)))
+    stem = nn.Sequential(
+        chain(3, (32, 3, half), (32, 3), (64, 3, same)), nn.MaxPool2d(3, 2), chain(64, (80, 1), (192, 3)),
+        nn.MaxPool2d(3, 2),
+        Parallel(chain(192, (96, 1)), chain(192, (48, 1), (64, 5, five)),
+                 chain(192, (64, 1), (96, 3, same), (96, 3, same)), average),
     )  # fmt: skip
 
     def block35():
-        return InceptionResidual(
-            320, 128, 0.17,
-            unit(320, 32, 1),
-            chain(unit(320, 32, 1), unit(32, 32, 3, padding=1)),
-            chain(unit(320, 32, 1), unit(32, 48, 3, padding=1), unit(48, 64, 3, padding=1)),
-        )  # fmt: skip
+        branches = chain(320, (32, 1)), chain(320, (32, 1), (32, 3, same))
+        return InceptionResidual(320, 128, 0.17, *branches, chain(320, (32, 1), (48, 3, same), (64, 3, same)))
 
     def block17():
-        across, down = unit(128, 160, (1, 7), padding=(0, 3)), unit(160, 192, (7, 1), padding=(3, 0))
-        return InceptionResidual(1088, 384, 0.1, unit(1088, 192, 1), chain(unit(1088, 128, 1), across, down))
+        branches = chain(1088, (192, 1)), chain(1088, (128, 1), (160, (1, 7), across), (192, (7, 1), down))
+        return InceptionResidual(1088, 384, 0.1, *branches)
 
     def block8(scale=0.2, relu=True):
-        across, down = unit(192, 224, (1, 3), padding=(0, 1)), unit(224, 256, (3, 1), padding=(1, 0))
-        return InceptionResidual(
-            2080, 448, scale, unit(2080, 192, 1), chain(unit(2080, 192, 1), across, down), relu=relu
-        )
+        branches = chain(2080, (192, 1)), chain(2080, (192, 1), (224, (1, 3), wide), (256, (3, 1), tall))
+        return InceptionResidual(2080, 448, scale, *branches, relu=relu)
 
-    reduce_a = Parallel(
-        unit(320, 384, 3, 2),
-        chain(unit(320, 256, 1), unit(256, 256, 3, padding=1), unit(256, 384, 3, 2)),
-        nn.MaxPool2d(3, 2),
-    )
-    reduce_b = Parallel(
-        chain(unit(1088, 256, 1), unit(256, 384, 3, 2)),
-        chain(unit(1088, 256, 1), unit(256, 288, 3, 2)),
-        chain(unit(1088, 256, 1), unit(256, 288, 3, padding=1), unit(288, 320, 3, 2)),
-        nn.MaxPool2d(3, 2),
-    )
-    blocks = [
-        chain(*(block35() for _ in range(10))),
-        chain(reduce_a, *(block17() for _ in range(20))),
-        chain(reduce_b, *(block8() for _ in range(9)), block8(1.0, relu=False), unit(2080, 1536, 1)),
+    longest = chain(320, (256, 1), (256, 3, same), (384, 3, half))
+    reduce_a = Parallel(chain(320, (384, 3, half)), longest, nn.MaxPool2d(3, 2))
+    longest = chain(1088, (256, 1), (288, 3, same), (320, 3, half))
+    others = chain(1088, (256, 1), (384, 3, half)), chain(1088, (256, 1), (288, 3, half))
+    reduce_b = Parallel(*others, longest, nn.MaxPool2d(3, 2))
+    return stem, [
+        nn.Sequential(*(block35() for _ in range(10))),
+        nn.Sequential(reduce_a, *(block17() for _ in range(20))),
+        nn.Sequential(reduce_b, *(block8() for _ in range(9)), block8(1.0, relu=False), chain(2080, (1536, 1))),
     ]
-    return stem, blocks
-
-
-ARCHS = (
-    *("wrn-16-2", "wrn-40-2", "wrn-28-10", "resnet8", "resnet14", "resnet20", "resnet26", "resnet8x4", "resnet26x4"),
-    *("preact_resnet18", "preact_resnet34", "resnet18", "resnet34", "resnet50", "resnet101"),
-    *("mobilenet_v2", "shufflenet_v2", "densenet121", "densenet169", "inception_resnet_v2"),
-)
 
 
 def library_model(arch, num_classes, pretrained, **options):
     """torchvision's model; pretrained: with its ImageNet weights (V1), but for a classifier of another size."""
+    import torchvision
+
     net = torchvision.models.get_model(arch, num_classes=num_classes, **options)
     if pretrained:
-        weights = torchvision.models.get_model_weights(arch).IMAGENET1K_V1
+        weights, own = torchvision.models.get_model_weights(arch).IMAGENET1K_V1, net.state_dict()
         try:
             state = weights.get_state_dict(progress=True, check_hash=True)
-        except Exception as error:  # whatever the network makes torch.hub raise
-            hint = f"put {weights.url.rsplit('/', 1)[1]} into {torch.hub.get_dir()}/checkpoints"
-            raise UsageError(f"--pretrained: no weights of {arch} from the network ({error}); {hint}") from None
-        own = net.state_dict()
+        except OSError as error:
+            place = f"{torch.hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[1]}"
+            raise UsageError(f"--pretrained: cannot download {arch} ({error}); put it into {place}") from None
         net.load_state_dict({key: state[key] if state[key].shape == own[key].shape else own[key] for key in own})
     return net
 
@@ -1523,6 +1170,7 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), i
     image_size: of the images in pixels; any from 16 up runs. Below 128 torchvision's architectures take their CIFAR
         forms: 3×3 stem of stride 1, no max-pooling, mobilenet_v2's second downsampling left out too.
     pretrained: torchvision's ImageNet weights instead, for image_size from 128 up.
+    The model's `built_as` holds arch, num_classes, dropout and image_size, from which `load_model` builds it again.
     Raises UsageError for an unknown arch, dropout where the architecture has none, and where weights or size don't fit.
     """
     wide = re.fullmatch(r"wrn-([0-9]+)-([0-9]+)", arch)
@@ -1533,19 +1181,16 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), i
     if dropout and not wide:
         raise UsageError(f"--dropout: {arch} has none; wrn-D-K has")
     if pretrained and not (large and arch in of_library):
-        raise UsageError(
-            f"--pretrained: {arch} at {image_size} pixels has no weights, {', '.join(of_library)} at 224 have; "
-            f"--no-pretrained starts from random ones"
-        )
+        raise UsageError(f"--pretrained: {arch} at {image_size} pixels has none; {', '.join(of_library)} at 224 have")
     if wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) >= 1:
         k, n = int(wide[2]), (int(wide[1]) - 4) // 6
         block = functools.partial(PreActBlock, dropout=dropout)
-        blocks = groups(block, (16, 16 * k, 32 * k, 64 * k), (n, n, n))
+        blocks = stages(block, (16, 16 * k, 32 * k, 64 * k), (n, n, n))
         head = pooled(nn.BatchNorm2d(64 * k), nn.ReLU(), classifier=nn.Linear(64 * k, num_classes))
         model = Classifier(conv_stem(16), blocks, head, mean, std)
     elif arch in ("preact_resnet18", "preact_resnet34"):
         depths = (2, 2, 2, 2) if arch.endswith("18") else (3, 4, 6, 3)
-        blocks = groups(PreActBlock, (64, 64, 128, 256, 512), depths)
+        blocks = stages(PreActBlock, (64, 64, 128, 256, 512), depths)
         head = pooled(nn.BatchNorm2d(512), nn.ReLU(), classifier=nn.Linear(512, num_classes))
         model = Classifier(conv_stem(64), blocks, head, mean, std)
     elif arch in ("resnet18", "resnet34", "resnet50", "resnet101"):
@@ -1558,7 +1203,7 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), i
         widths = (32, 64, 128, 256) if deep[2] else (16, 16, 32, 64)
         stem = conv_stem(widths[0], nn.BatchNorm2d(widths[0]), nn.ReLU())
         head = pooled(classifier=nn.Linear(widths[-1], num_classes))
-        model = Classifier(stem, groups(basic_block, widths, (n, n, n)), head, mean, std)
+        model = Classifier(stem, stages(basic_block, widths, (n, n, n)), head, mean, std)
     elif arch == "mobilenet_v2":
         net = library(dropout=0.0)
         layers = list(net.features)
@@ -1567,7 +1212,7 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), i
         blocks = [nn.Sequential(*layers[a:b]) for a, b in ((1, 4), (4, 7), (7, 14), (14, 19))]
         model = Classifier(layers[0], blocks, pooled(classifier=net.classifier), mean, std)
     elif arch == "shufflenet_v2":
-        net = torchvision.models.shufflenet_v2_x1_0(num_classes=num_classes)
+        net = library_model("shufflenet_v2_x1_0", num_classes, False)
         if not large:
             net.conv1[0].stride = (1, 1)
         stem = nn.Sequential(net.conv1, net.maxpool) if large else net.conv1
@@ -1586,58 +1231,49 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), i
         model = Classifier(stem if large else conv_stem(64, part.norm0, nn.ReLU()), blocks, head, mean, std)
     elif arch == "inception_resnet_v2":
         if image_size < 75:
-            raise UsageError(f"--arch: {arch} needs images from 75 pixels up, not {image_size}; resnet50 takes them")
+            raise UsageError(f"--arch: {arch} needs images from 75 pixels up, not {image_size}; resnet50 takes these")
         model = Classifier(*inception_resnet_v2(), pooled(classifier=nn.Linear(1536, num_classes)), mean, std)
     else:
-        raise UsageError(f"--arch: {unknown(arch, ARCHS)}")
+        known = "wrn-D-K, resnetD and resnetDx4 of CIFAR, preact_resnet18, preact_resnet34, shufflenet_v2"
+        raise UsageError(f"--arch: unknown {arch!r}; known are {known}, {', '.join(of_library)}, inception_resnet_v2")
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and not pretrained:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    model.image_size = image_size
+    model.built_as = {"arch": arch, "num_classes": num_classes, "dropout": dropout, "image_size": image_size}
     return model.to(memory_format=torch.channels_last)
 
 
-def even_batches(rows, batch_size):
+EVAL_BATCH = {"cpu": 125, "cuda": 500}  # images a forward pass: on a CPU, outputs of layers that stay in its caches
+
+
+def evenly_split(rows, batch_size):
     """Cut index tensor rows [N] into batches of nearly equal size, at most batch_size, each from all over `rows`.
 
-    So that a batch stands for the whole where files are sorted by class.
+    So a batch stands for the whole where files are sorted by class.
     """
     count = math.ceil(len(rows) / batch_size)
     return [rows[i::count] for i in range(count)]
 
 
-def current_statistics(layers):
-    """Make these BatchNorm layers normalise by the batch at hand from now on, in evaluation mode too.
-
-    Their running statistics are taken from them, so that nothing can change those.
-    """
-    for layer in layers:
-        layer.track_running_stats = False
-        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
-
-
-PASS = {"cpu": 125, "cuda": 500}  # images a forward pass: on a CPU, layers' outputs that stay in its caches
-
-
 @torch.no_grad()
 def predict(model, images, amp=False, batch_size=None):
-    """Logits float32 [N, C] of uint8 images [N, 3, H, W], the model in evaluation mode (its mode is put back after).
+    """Logits float32 [N, C], on the model's device, of uint8 images [N, 3, H, W]; the model is in evaluation mode.
 
-    batch_size: None takes that of PASS.
+    batch_size: None takes that of EVAL_BATCH. Under torchrun every process has the logits of the first.
     """
-    training, device = model.training, images.device.type
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}, not uint8")
+    device, training, logits = next(model.parameters()).device, model.training, None
     model.eval()
-    with torch.autocast(device, torch.bfloat16, enabled=amp):
-        parts = even_batches(torch.arange(len(images), device=images.device), batch_size or PASS[device])
-        size, rank = (
-            TOGETHER if len(parts) >= TOGETHER[0] else (1, 0)
-        )  # the processes share the work where it is enough
-        mine = [(part, model(to_float(images[part])).float()) for part in parts[rank::size]]
+    for rows in evenly_split(torch.arange(len(images), device=images.device), batch_size or EVAL_BATCH[device.type]):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            part = model(to_float(images[rows].to(device))).float()
+        logits = part.new_empty(len(images), part.shape[1]) if logits is None else logits
+        logits[rows.to(device)] = part
     model.train(training)
-    logits = torch.zeros(len(images), mine[0][1].shape[1], device=images.device)
-    for part, some in mine:
-        logits[part] = some
-    return total(logits) if size > 1 else logits
+    if world_size() > 1:
+        dist.broadcast(logits, 0)
+    return logits
 
 
 def accuracy(scores, labels, k=1):
@@ -1647,417 +1283,16 @@ def accuracy(scores, labels, k=1):
     return 100 * (scores.topk(k).indices == labels.unsqueeze(1)).any(1).double().mean().item()
 
 
-def more_accuracies(model, data, amp, logits, predict=predict):
-    """What is reported of photographs besides top-1 accuracy: top-5, and both on further test sets; {} of others.
-
-    logits: of the test images. predict: how they were made of model, images and amp.
-    """
-    if not isinstance(data.train_images, Photographs) or len(data.classes) < 6:
-        return {}
-    scores = {"test_top5": accuracy(logits, data.test_labels, 5)}
-    for name, (images, labels) in data.more.items():
-        logits = predict(model, images, amp)
-        scores |= {f"{name}_acc": accuracy(logits, labels), f"{name}_top5": accuracy(logits, labels, 5)}
-    return scores
-
-
-# ------------------------------------------------------------------------------------------------------- training state
-
-
-@contextlib.contextmanager
-def replacing(path, by_all=False):
-    """Yield a temporary path beside `path`, renamed over `path` once the block has written it without an error.
-
-    Of several processes that run together only the first renames its file, unless by_all; the others' is deleted.
-
-    Raises UsageError where that cannot be written; `path` is then as it was, and no temporary file is left.
-    """
-    rank = 0 if by_all else TOGETHER[1]
-    partial = path.with_name(f"{path.stem}.partial{rank or ''}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        if not rank:
-            os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter where the disk is full
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise UsageError(f"cannot write {path}: {reason}; --out chooses another folder") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def load_checkpoint(path, flag="checkpoint"):
-    """The dict that `Run` saved at `path`, tensors on the CPU, read without executing pickled code.
-
-    Keys: model and the other parts of the training state; arch, num_classes, classes, dropout, dataset, method, noise
-    (kind, rate, seed), config, metrics (one dict an epoch), epoch, rng. Raises UsageError if it is no such file.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if zipfile.ZipFile(path).testzip():
-            raise ValueError("a checksum does not match")
-    except FileNotFoundError:
-        raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints") from None
-    except OSError as error:
-        raise UsageError(f"{flag}: cannot read {path}: {error.strerror}") from None
-    except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
-        fault = f"is damaged or no checkpoint ({type(error).__name__})"
-        raise UsageError(f"{flag}: {path} {fault}; name the checkpoint.pt of a run folder") from None
-    keys = {
-        "model",
-        "arch",
-        "num_classes",
-        "classes",
-        "dropout",
-        "dataset",
-        "method",
-        "noise",
-        "config",
-        "metrics",
-        "rng",
-    }
-    if not isinstance(checkpoint, dict) or not keys <= checkpoint.keys() or not isinstance(checkpoint["config"], dict):
-        raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name the checkpoint.pt of a run folder")
-    return checkpoint
-
-
-def load_model(checkpoint, part="model", device="cpu"):
-    """Rebuild the model whose weights are checkpoint[part] ("model", "ema", …), in evaluation mode on `device`."""
-    arch = checkpoint.get("archs", {}).get(part, checkpoint["arch"])  # a part may be of another architecture
-    size = checkpoint.get("image_size", 32)
-    model = build_model(arch, checkpoint["num_classes"], checkpoint["dropout"], image_size=size)
-    model.load_state_dict(checkpoint[part])
-    return model.to(device).eval()
-
-
-class Run:
-    """A run folder: config.json, metrics.jsonl, checkpoint.pt and curves.png, and what is printed on the way.
-
-    A script's loop reads
-
-        run = Run(args, device, method=..., arch=..., classes=..., model=model, optimizer=optimizer, ...)
-        for epoch in range(run.epoch, args.epochs):
-            for index, images in run.progress(data.train_images, batches(...)):
-                ...
-            run.end_epoch(losses, lr=..., test_acc=...)
-        run.finish()
-
-    tag is what else the folder's name should tell; epochs their number, if not args.epochs. The other keyword arguments
-    are the parts whose state_dict() goes into the checkpoint. With --resume they
-    are loaded from it, with the random states, and run.epoch is the number of epochs done. Raises UsageError where the
-    folder holds something that would be lost, or --resume finds nothing, or a run of another configuration.
-    """
-
-    # flags that may differ between a run and its continuation
-    SAME_RUN = frozenset(("out", "resume", "device", "data_dir", "amp", "compile", "workers", "seeds_per_rank"))
-
-    def __init__(self, args, device, method, arch, classes, dropout=0.0, tag="", epochs=None, **parts):
-        noise = args.noise if args.rate is None or args.noise == "none" else f"{args.noise}{args.rate:g}"
-        noise = "clean" if args.noise == "none" else noise
-        name = [method, data_name(args.dataset), noise, tag, f"seed{args.seed}"]
-        args.out = args.out or Path("runs") / "-".join(filter(None, name))
-        self.folder, self.device, self.epochs, self.parts = args.out, device, epochs or args.epochs, parts
-        self.path = self.folder / "checkpoint.pt"
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        self.header = {
-            "arch": arch, "num_classes": len(classes), "classes": list(classes), "dropout": dropout,
-            "dataset": args.dataset, "method": method, "config": config,
-            "noise": {"kind": args.noise, "rate": args.rate, "seed": args.seed},
-            "image_size": next((part.image_size for part in parts.values() if isinstance(part, Classifier)), 32),
-        }  # fmt: skip
-        self.metrics, differs = [], []
-        saved = load_checkpoint(self.path, "--resume" if args.resume else "--out") if self.path.is_file() else None
-        if saved:
-            old, keys = saved["config"], sorted((config.keys() | saved["config"].keys()) - self.SAME_RUN)
-            differs = [f"{k} ({old.get(k)} there, {config.get(k)} here)" for k in keys if old.get(k) != config.get(k)]
-        changes = ", ".join(differs)
-        if args.resume and not saved and not SWEEPING:
-            raise UsageError(f"--resume: no checkpoint.pt in {self.folder}; leave --resume out to start that run")
-        if args.resume and differs:
-            raise UsageError(f"--resume: the run in {self.folder} differs in {changes}; give it the same flags")
-        if not args.resume and differs:
-            raise UsageError(
-                f"--out: {self.folder} already holds another run: {changes}; --out DIR starts one elsewhere"
-            )
-        if not args.resume and saved:
-            hint = "--resume continues it, --out DIR starts one elsewhere"
-            raise UsageError(f"--out: {self.folder} already holds this run; {hint}")
-        if not saved and self.folder.is_dir() and any(".partial" not in p.name for p in self.folder.iterdir()):
-            raise UsageError(f"--out: {self.folder} is not empty; name a new folder")
-
-        print(textwrap.fill(" ".join(f"{k}={v}" for k, v in config.items()), 120, break_on_hyphens=False), flush=True)
-        if saved:
-            try:
-                for key, part in parts.items():
-                    part.load_state_dict(saved[key])
-            except (KeyError, RuntimeError, ValueError) as error:
-                raise UsageError(f"--resume: {self.path} does not fit this script ({type(error).__name__})") from None
-            self.metrics = saved["metrics"]
-            torch.set_rng_state(saved["rng"]["cpu"])
-            if device.type == "cuda" and "cuda" in saved["rng"]:
-                torch.cuda.set_rng_state(saved["rng"]["cuda"], device)
-            print(f"resuming {self.folder} after epoch {len(self.metrics)} of {self.epochs}", flush=True)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            hint = "--out chooses another folder"
-            raise UsageError(f"cannot write {self.folder}: {error.strerror}; {hint}") from None
-        self.began, self.done_before = None, len(self.metrics)
-        if TOGETHER[0] > 1:
-            act_as_one(parts["optimizer"], [part for part in parts.values() if isinstance(part, nn.Module)])
-            wait()  # until all have looked at the folder
-        self.rng = self.rng_states()  # as an epoch finds it, before it draws its order
-
-    @property
-    def epoch(self):
-        """Number of finished epochs."""
-        return len(self.metrics)
-
-    def rng_states(self):
-        cuda = {"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {}
-        return {"cpu": torch.get_rng_state(), **cuda}
-
-    def write_text(self, name, text):
-        if TOGETHER[1]:
-            return
-        with replacing(self.folder / name) as partial:
-            partial.write_text(text + "\n" if text else "", encoding="utf-8")
-
-    def save(self):
-        """Write checkpoint.pt, then metrics.jsonl, which is always the checkpoint's list of metrics."""
-        began = time.perf_counter()
-        if not TOGETHER[1]:
-            state = {key: part.state_dict() for key, part in self.parts.items()}
-            with replacing(self.path) as partial:
-                state |= {"metrics": self.metrics, "epoch": self.epoch, "rng": self.rng}
-                torch.save({**self.header, **state}, partial)
-        self.write_text("metrics.jsonl", "\n".join(map(json.dumps, self.metrics)))
-        self.saved, self.saved_epoch = time.perf_counter(), self.epoch
-        self.save_seconds = self.saved - began
-
-    def progress(self, images, batches):
-        """Yield (index, images[index]) for the index tensors `batches`, as `fetch` does; on a terminal keep a line with
-        images/s and time left up to date.
-        """
-        size, rank = TOGETHER
-        if rank:  # draws of its own, and none that a checkpoint would have to hold
-            torch.manual_seed(hash((self.header["config"]["seed"], self.epoch, rank)) % 2**63)
-        self.epoch_began, shown, count = time.perf_counter(), 0.0, 0
-        parts = fetch(images, batches)
-        parts = itertools.chain([next(parts)], parts)
-        if self.began is None:  # nothing is written before there is something to learn from
-            self.save()
-            self.write_text("config.json", json.dumps(self.header["config"], indent=2))
-            self.began = self.drawn = time.perf_counter()
-        for step, (index, part) in enumerate(parts):
-            yield index, part
-            count += len(index) * size
-            now = time.perf_counter()
-            if sys.stdout.isatty() and now - shown > 0.2:
-                shown, speed = now, count / (now - self.epoch_began)
-                done = self.epoch - self.done_before + (step + 1) / len(batches)
-                left = duration((now - self.began) * (self.epochs - self.done_before - done) / done)
-                where = f"epoch {self.epoch + 1}/{self.epochs}  step {step + 1}/{len(batches)}"
-                print(f"\r{where}  {speed:,.0f} images/s  {left} left\x1b[K", end="", flush=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.images_per_second = count / (time.perf_counter() - self.epoch_began)
-
-    def end_epoch(self, losses, **metrics):
-        """Record an epoch: check the losses, save the checkpoint (of large models not every time), print a line.
-
-        losses: the loss of every step, a list of scalar tensors, left on the device until now. metrics: floats or None.
-        A loss or weight that is not finite ends the program with status 1 and leaves the last checkpoint.
-        """
-        losses = torch.stack(losses).float()
-        average([losses])
-        losses = losses.cpu()
-        bad = (~losses.isfinite()).nonzero().flatten()
-        if len(bad):
-            step = f"step {bad[0] + 1} of epoch {self.epoch + 1}"
-            held = f"{self.path} holds epoch {self.saved_epoch}"
-            sys.exit(1 if TOGETHER[1] else f"error: the loss is {losses[bad[0]]:.0f} at {step}; {held}; lower --lr")
-        state = [v for part in self.parts.values() if isinstance(part, nn.Module) for v in part.state_dict().values()]
-        if not torch.stack([v.isfinite().all() for v in state]).all():
-            held = f"{self.path} holds epoch {self.saved_epoch}"
-            sys.exit(1 if TOGETHER[1] else f"error: weights are not finite after epoch {self.epoch + 1}; {held}")
-        record = {"epoch": self.epoch + 1, **metrics, "train_loss": losses.mean().item()}
-        record["images_per_second"] = round(self.images_per_second, 1)
-        record["seconds"] = round(time.perf_counter() - self.epoch_began, 2)
-        self.metrics.append(record)
-        self.rng, now = self.rng_states(), time.perf_counter()
-        if self.save_seconds < 0.2 or now - self.saved > 20 * self.save_seconds or self.epoch == self.epochs:
-            self.save()  # where that is slow, it may take a twentieth of the run
-        if now - self.drawn > 60:
-            self.drawn = now
-            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name)
-        left = (now - self.began) / (self.epoch - self.done_before) * (self.epochs - self.epoch)
-        columns = [f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}", f"loss {record['train_loss']:.4f}"]
-        columns += [f"{COLUMNS[k]} {v:5.2f}" for k, v in metrics.items() if k in COLUMNS and v is not None]
-        columns += [f"{record['images_per_second']:,.0f} images/s", f"{duration(left)} left"]
-        start, end = ("\r", "\x1b[K") if sys.stdout.isatty() else ("", "")
-        print(start + "  ".join(columns) + end, flush=True)
-
-    def finish(self):
-        """Draw curves.png and print the last line: final and best test accuracy, and the folder."""
-        wait()  # until the checkpoint is written
-        plot_curves(self.folder / "curves.png", self.metrics, self.folder.name)
-        best = max(self.metrics, key=lambda record: record["test_acc"])
-        final = self.metrics[-1]
-        if self.header["method"] != "teacher":
-            FINISHED.append((self.folder, final))
-        count_unreadable()
-        others = [k for k in COLUMNS if k != "test_acc" and not k.startswith("train") and final.get(k) is not None]
-        if self.device.type == "cuda":
-            print(f"peak device memory {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB")
-        beside = f" ({', '.join(f'{COLUMNS[k]} {final[k]:.2f} %' for k in others)})" if others else ""
-        print(
-            f"final test accuracy {final['test_acc']:.2f} %{beside} after epoch {final['epoch']}, "
-            f"best {best['test_acc']:.2f} % after epoch {best['epoch']}: {self.folder}"
-        )
-
-
-def load_teacher(args, run, data, labels, milestones, dropout=0.0, **recipe):
-    """The teacher in --teacher, or a standard one, trained by cross-entropy now or by an earlier run.
-
-    run: the student's Run, whose checkpoints will name the teacher. data: the Dataset. labels: int64 [N], the training
-    labels as the student is given them. A teacher is trained by SGD with the student's epochs, batch size, lr and
-    weight decay, `milestones` (epochs after which lr falls to a fifth; None: to a tenth where the test loss has not
-    fallen for ten), crops padded by reflection, and flips; `dropout` is its network's. recipe: epochs, lr, weight_decay
-    and optimizer ("sgd" or "adam"), where they are other ones. It stays in runs/teachers, in a folder named by a digest
-    of all that, images and labels included. Of --teacher-seeds K, seeds 0 … K-1, the one with the highest test accuracy
-    teaches.
-    Returns the model in evaluation mode, without gradients. The student's random states are as if it had been there.
-    Raises UsageError for a --teacher of other classes, another data set or another dropout.
-    """
-    if args.teacher:
-        path, checkpoint = args.teacher, load_checkpoint(args.teacher, "--teacher")
-        size = checkpoint.get("image_size", data.image_size)
-        there = (data_name(checkpoint["dataset"]), checkpoint["classes"], checkpoint["dropout"], size)
-        here = (data_name(args.dataset), list(data.classes), dropout, data.image_size)
-        for what, theirs, ours in zip(("data set", "classes", "dropout", "image size"), there, here):
-            if theirs != ours:
-                theirs, ours = (textwrap.shorten(str(value), 60) for value in (theirs, ours))
-                raise UsageError(f"--teacher: {path} has {what} {theirs}, not {ours}; leave it out to train one")
-    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-        if not args.teacher:
-            seeds = range(args.teacher_seeds)
-            trained = []
-            for seed in seeds:
-                own = teacher_arguments(args, data, labels, milestones, dropout, seed, recipe)
-                with contextlib.nullcontext() if TOGETHER[1] else locked(own.out):
-                    wait()  # until the first process has the lock, so that all see the same
-                    trained.append(train_teacher(own, run.device, data, labels))
-                    wait()
-            path, checkpoint = max(trained, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
-        teacher = load_model(checkpoint, "model", run.device).requires_grad_(False)
-    run.header["teacher"] = str(path)
-    print(f"teacher: {path}, test accuracy {checkpoint['metrics'][-1]['test_acc']:.2f} %", flush=True)
-    return teacher
-
-
-def fingerprint(images):
-    """Bytes that tell image sets apart: the pixels; of Photographs the files' names and sizes, and how they are cut."""
-    if not isinstance(images, Photographs):
-        return images.cpu().numpy().tobytes()
-    sizes = (os.path.getsize(path) if os.path.exists(path) else -1 for path in images.paths)
-    files = [(*Path(path).parts[-2:], size) for path, size in zip(images.paths, sizes)]
-    return json.dumps([images.resize, images.side, files]).encode()
-
-
-def teacher_arguments(args, data, labels, milestones, dropout, seed, recipe):
-    """What determines a teacher, and in `out` the folder named after that."""
-    flags = "dataset data_dir noise rate limit_train limit_test epochs batch_size lr weight_decay device amp compile"
-    flags += " resize image_size" if of_photographs(args.dataset) else ""
-    own = argparse.Namespace(**{flag: getattr(args, flag) for flag in flags.split()})
-    own.arch, own.dropout, own.milestones, own.seed = args.teacher_arch, dropout, milestones, seed
-    vars(own).update({"optimizer": "sgd", **recipe})
-    own.data = hashlib.sha256(fingerprint(data.train_images) + labels.cpu().numpy().tobytes()).hexdigest()
-    identity = {flag: value for flag, value in vars(own).items() if flag not in Run.SAME_RUN}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    own.out = Path("runs/teachers") / f"{own.arch}-{data_name(own.dataset)}-dropout{dropout:g}-seed{seed}-{digest}"
-    return own
-
-
-def train_teacher(own, device, data, labels):
-    """Train a teacher, go on with it, or find it done: the path of its checkpoint, and the checkpoint."""
-    path = own.out / "checkpoint.pt"
-    own.resume = path.is_file()
-    if own.resume:
-        checkpoint = load_checkpoint(path, "teacher")
-        if checkpoint["epoch"] == own.epochs:
-            return path, checkpoint
-    print(f"training a teacher first; it stays in {own.out} for later runs", flush=True)
-    torch.manual_seed(own.seed)
-    model = build_model(own.arch, len(data.classes), own.dropout, image_size=data.image_size).to(device)
-    if own.optimizer == "sgd":
-        optimizer = torch.optim.SGD(model.parameters(), own.lr, momentum=0.9, weight_decay=own.weight_decay)
-    else:
-        optimizer = torch.optim.Adam(model.parameters(), own.lr, weight_decay=own.weight_decay)
-    if own.milestones:
-        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, own.milestones, gamma=0.2)
-    else:
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=10)
-    run = Run(
-        own, device, method="teacher", arch=own.arch, classes=data.classes, dropout=own.dropout,
-        model=model, optimizer=optimizer, scheduler=scheduler,
-    )  # fmt: skip
-    if own.compile:
-        model.compile()
-    for _ in range(run.epoch, own.epochs):
-        model.train()
-        lr, losses = optimizer.param_groups[0]["lr"], []
-        for index, images in run.progress(data.train_images, batches(len(labels), own.batch_size, device)):
-            x = crop_flip(to_float(images), mode="reflect")
-            with torch.autocast(device.type, torch.bfloat16, enabled=own.amp):
-                loss = F.cross_entropy(model(x).float(), labels[index])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        logits = predict(model, data.test_images, own.amp)
-        test_loss = F.cross_entropy(logits, data.test_labels)
-        average([test_loss])
-        scheduler.step(*[] if own.milestones else [test_loss.item()])
-        more = more_accuracies(model, data, own.amp, logits)
-        run.end_epoch(losses, lr=lr, test_acc=accuracy(logits, data.test_labels), **more)
-    run.finish()
-    return path, load_checkpoint(path, "teacher")
-
-
-# ------------------------------------------------------------------------------------------------------------ reporting
-
-COLUMNS = {  # metric: its heading in the line printed each epoch
-    "test_acc": "test", "ema_test_acc": "EMA", "ensemble_test_acc": "ensemble",
-    "test_top5": "top-5", "imagenet_acc": "ImageNet", "imagenet_top5": "top-5",
-    "test_acc_A": "A", "test_acc_B": "B", "val_acc": "validation",
-    "test_acc_current": "current", "test_acc_running": "running", "test_acc_adjusted": "adjusted",
-    "train_acc_right": "right", "train_acc_wrong": "wrong",
-}  # fmt: skip
-LEGENDS = {
-    "test_acc": "test",
-    "ema_test_acc": "test, EMA",
-    "test_top5": "test, top-5",
-    "imagenet_acc": "ImageNet",
-    "imagenet_top5": "ImageNet, top-5",
-    "ensemble_test_acc": "test, ensemble",
-    "test_acc_A": "test, A",
-    "test_acc_B": "test, B",
-    "val_acc": "validation",
-    "test_acc_current": "test, current statistics",
-    "test_acc_running": "test, running statistics",
-    "test_acc_adjusted": "test, re-estimated statistics",
-    "train_acc_right": "rightly labelled samples: the label",
-    "train_acc_wrong": "wrongly labelled samples: the wrong label (memorised)",
-    "train_acc_wrong_true": "wrongly labelled samples: the true label",
-}
-
-
-def duration(seconds):
-    """1:02:03 or 2:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+def test_metrics(model, data, amp):
+    """{"test_acc": …}; with more than ten classes "test_top5" too; for webvision both on ILSVRC12, "imagenet_…"."""
+    metrics, tests = {}, {"test": (data.test_images, data.test_labels), "imagenet": data.imagenet}
+    for name, test in tests.items():
+        if test:
+            logits = predict(model, test[0], amp)
+            metrics[f"{name}_acc"] = accuracy(logits, test[1])
+            if len(data.classes) > 10:
+                metrics[f"{name}_top5"] = accuracy(logits, test[1], k=5)
+    return metrics
 
 
 def label_accuracies(predicted, noisy, true):
@@ -2067,7 +1302,9 @@ def label_accuracies(predicted, noisy, true):
     train_acc_right: rightly labelled samples given their label. train_acc_wrong: wrongly labelled samples given their
     wrong label, which is memorisation. train_acc_wrong_true: wrongly labelled samples given their true class.
     """
-    seen, wrong = total(predicted, "MAX") >= 0, noisy != true
+    if world_size() > 1:
+        dist.all_reduce(predicted, dist.ReduceOp.MAX)
+    seen, wrong = predicted >= 0, noisy != true
 
     def share(hit, among):
         return 100 * hit[among].float().mean().item() if among.any() else None
@@ -2084,6 +1321,8 @@ def calibration(probabilities, labels, bins=15):
 
     probabilities: [N, C]; labels: int64 [N]. Equal-width bins; the three lists are of length `bins`, empty bins 0.
     """
+    if not torch.allclose(probabilities.sum(1), torch.ones_like(probabilities[:, 0]), atol=1e-3):
+        raise ValueError("rows of probabilities must sum to 1; are these logits?")
     confidence, predicted = probabilities.double().max(1)
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bin i is (i / bins, (i + 1) / bins]
     hit = (predicted == labels).double()
@@ -2094,37 +1333,371 @@ def calibration(probabilities, labels, bins=15):
     return ece, acc.tolist(), conf.tolist(), (size / len(labels)).tolist()
 
 
+# ---------------------------------------------------------------------------------------------------------- run folders
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary path beside `path`; it is renamed to `path` once the block has ended without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path, flag="checkpoint"):
+    """The dict that `Run` saved at `path`, tensors on the CPU, read without executing pickled code.
+
+    Keys: model and the other parts of the training state, each with its entry in built_as; script, dataset, classes,
+    noise (kind, rate, seed), config, metrics (a dict an epoch), epoch, epochs, rng. Prints how far unfinished training
+    is. Raises UsageError where there is no such file, and where no epoch is finished.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints") from None
+    except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
+        raise UsageError(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})") from None
+    if not isinstance(checkpoint, dict) or not {"model", "built_as", "config", "metrics", "rng"} <= checkpoint.keys():
+        raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name the checkpoint.pt of a run folder")
+    if not checkpoint["metrics"]:
+        raise UsageError(f"{flag}: {path} has finished no epoch; train it first")
+    if checkpoint["epoch"] < checkpoint["epochs"]:
+        print(f"{path}: epoch {checkpoint['epoch']} of {checkpoint['epochs']}", flush=True)
+    return checkpoint
+
+
+def load_model(checkpoint, part="model", device="cpu"):
+    """Rebuild the model whose weights are checkpoint[part] ("model", "ema", …), in evaluation mode on `device`."""
+    model = build_model(**checkpoint["built_as"][part])
+    model.load_state_dict(checkpoint[part])
+    return model.to(device).eval()
+
+
+def claim(folder, config, resume, wait):
+    """Hold `folder` for this process by an advisory lock on its config.json, the open file that is returned.
+
+    wait: for another process that holds it. Raises UsageError where one holds it, and where the folder has other files,
+    another run, or, without resume, this one.
+    """
+    path = folder / "config.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists() and any(folder.iterdir()):
+        raise UsageError(f"--out: {folder} is not empty; name a new folder")
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not wait:
+            raise UsageError(f"--out: another process is at work in {folder}") from None
+        print(f"waiting for the process that is at work in {folder}", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    file.seek(0)
+    text = file.read()
+    if text and f'"script": "{config["script"]}"' not in text:
+        raise UsageError(f"--out: {path} is not of a run; name a new folder")
+    if (folder / "checkpoint.pt").exists():
+        old = json.loads(text)
+        keys = sorted(config.keys() - {*MACHINE, "torch", "commit"})
+        differs = [f"{k} ({old.get(k)} there, {config[k]} here)" for k in keys if old.get(k) != config[k]]
+        if differs:
+            raise UsageError(f"--out: {folder} holds another run: {', '.join(differs)}; name another folder")
+        if not resume:
+            raise UsageError(f"--out: {folder} holds this run; --resume continues it, --out DIR starts one elsewhere")
+    else:
+        file.truncate(0)
+        file.write(json.dumps(config, indent=2) + "\n")
+        file.flush()
+    return file
+
+
+class Run:
+    """A run folder: config.json, metrics.jsonl, checkpoint.pt and curves.png, and what is printed on the way.
+
+        run = Run(args, device, data.classes)                              # claims the folder
+        run.checkpoint(model=model, optimizer=optimizer, …)                # saved every epoch, read back by --resume
+        for epoch in range(run.epoch, run.epochs):
+            for index in run.batches(len(labels), args.batch_size):        # int64 [batch_size]
+                …
+            run.end_epoch(losses, lr=…, test_acc=…)                        # printed, saved and drawn
+        return run.finish()
+
+    epochs: None takes args.epochs. wait: for a process that is at work in the folder. Raises UsageError where the
+    folder holds something that would be lost.
+    """
+
+    def __init__(self, args, device, classes, epochs=None, wait=False):
+        self.args, self.device, self.epochs = args, device, epochs or args.epochs
+        self.folder = args.out or Path("runs") / f"{args.name}-seed{args.seed}"
+        self.path = self.folder / "checkpoint.pt"
+        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        self.header = {
+            "script": args.script, "dataset": args.dataset, "classes": list(classes), "epochs": self.epochs,
+            "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}, "config": config,
+        }  # fmt: skip
+        if rank() == 0:
+            git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+            config |= {"torch": str(torch.__version__), "commit": commit}
+            self.claimed = claim(self.folder, config, args.resume, wait)
+        barrier()
+        print(textwrap.fill(" ".join(f"{k}={v}" for k, v in config.items()), 120, break_on_hyphens=False), flush=True)
+        self.saved = load_checkpoint(self.path, "--resume") if args.resume and self.path.exists() else {"metrics": []}
+        self.metrics, self.done_before = self.saved["metrics"], len(self.saved["metrics"])
+        self.began = self.drawn = self.printed = time.perf_counter()
+        self.pause, self.save_seconds = 60, 0.0
+
+    @property
+    def epoch(self):
+        """Number of finished epochs."""
+        return len(self.metrics)
+
+    def time_left(self, done):
+        """A text, when `done` epochs, a float, are finished."""
+        return duration((time.perf_counter() - self.began) * (self.epochs - done) / (done - self.done_before)) + " left"
+
+    def checkpoint(self, **parts):
+        """The parts of the training state, whose state_dict() is saved. With --resume they are read back here."""
+        self.parts, saved, self.saved = parts, self.saved, None
+        if self.metrics:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            torch.set_rng_state(saved["rng"]["cpu"])
+            if self.device.type == "cuda" and "cuda" in saved["rng"]:
+                torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)
+        if world_size() > 1:
+            modules = [part for part in parts.values() if isinstance(part, nn.Module)]
+            if self.device.type == "cuda":
+                modules = [nn.SyncBatchNorm.convert_sync_batchnorm(module) for module in modules]
+            act_as_one(parts["optimizer"], modules)
+        self.began = time.perf_counter()
+
+    def save(self):
+        """Write checkpoint.pt, then metrics.jsonl, which is always the checkpoint's list of metrics."""
+        began = time.perf_counter()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        built_as = {name: part.built_as for name, part in self.parts.items() if hasattr(part, "built_as")}
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        progress = {"metrics": self.metrics, "epoch": self.epoch, "rng": rng}
+        if rank() == 0:
+            with atomic_write(self.path) as partial:
+                torch.save({**self.header, "built_as": built_as, **state, **progress}, partial)
+            with atomic_write(self.folder / "metrics.jsonl") as partial:
+                partial.write_text("".join(json.dumps(record) + "\n" for record in self.metrics), encoding="utf-8")
+        self.saved_at = time.perf_counter()
+        self.save_seconds = self.saved_at - began
+
+    def batches(self, count, batch_size):
+        """One epoch: a random order of range(count), int64 [batch_size] at a time, without the incomplete last batch.
+
+        Keeps the line with images/s and time left up to date. Under torchrun each process gets its part of each batch.
+        """
+        if rank() > 0:  # draws of its own, and none that a checkpoint would have to hold
+            torch.manual_seed((self.args.seed * self.epochs + self.epoch) * world_size() + rank())
+        order = torch.randperm(count, device=self.device)
+        if world_size() > 1:
+            dist.broadcast(order, 0)
+        batch_size = min(batch_size, count)
+        steps = order[: count // batch_size * batch_size].view(-1, world_size(), batch_size // world_size())
+        self.epoch_began = time.perf_counter()
+        for step, index in enumerate(steps[:, rank()], 1):
+            yield index
+            now = time.perf_counter()
+            if now - self.printed > (0.2 if sys.stdout.isatty() else self.pause):
+                self.printed, self.pause = now, 300  # without a terminal: after a minute, then every five
+                speed = f"{step * batch_size / (now - self.epoch_began):,.0f} images/s"
+                where = f"epoch {self.epoch + 1}/{self.epochs}  step {step}/{len(steps)}"
+                show(f"{where}  {speed}  {self.time_left(self.epoch + step / len(steps))}", live=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.images_per_second = len(steps) * batch_size / (time.perf_counter() - self.epoch_began)
+
+    def end_epoch(self, losses, **metrics):
+        """Record an epoch: check losses and weights, save, print a line. metrics: floats, lists of floats or None.
+
+        losses: the loss of every step, a list of scalar tensors, which stay on the device until now. Where a loss or a
+        weight is not finite, the program ends with status 1; the last checkpoint stays.
+        """
+        losses = torch.stack(losses).float()
+        average([losses])
+        weights = [v for part in self.parts.values() if isinstance(part, nn.Module) for v in part.state_dict().values()]
+        if not all(values.isfinite().all() for values in (losses, *weights)):
+            sys.exit(f"error: a loss or weight is not finite in epoch {self.epoch + 1}, and not saved; lower --lr")
+        now = time.perf_counter()
+        record = {"epoch": self.epoch + 1, **metrics, "train_loss": losses.mean().item()}
+        record["images_per_second"] = round(self.images_per_second, 1)
+        record["seconds"] = round(now - self.epoch_began, 2)
+        self.metrics.append(record)
+        last = self.epoch == self.epochs
+        if self.save_seconds < 0.2 or last or now - self.saved_at > 20 * self.save_seconds:
+            self.save()  # where that is slow, it may take a twentieth of the run
+        if now - self.drawn > 60 and not last and rank() == 0:
+            self.drawn = now
+            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name)
+        numbers = {"loss": record["train_loss"], **metrics}
+        shown = [f"{key} {value:#.4g}" for key, value in numbers.items() if isinstance(value, float)]
+        shown += [f"{key} {value:,}" for key, value in numbers.items() if isinstance(value, int)]
+        shown += [f"{self.images_per_second:,.0f} images/s", self.time_left(self.epoch)]
+        show("  ".join([f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}", *shown]))
+        self.printed = now
+
+    def finish(self):
+        """Draw curves.png, print the last line and let the folder go. Returns the metrics of the last epoch."""
+        last, best = self.metrics[-1], max(self.metrics, key=lambda record: record["test_acc"])
+        if rank() == 0:
+            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name)
+            self.claimed.close()
+        if self.device.type == "cuda":
+            print(f"peak device memory {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB")
+        final = f"test_acc {last['test_acc']:.2f} % after epoch {last['epoch']}"
+        print(f"{final}, best {best['test_acc']:.2f} % after epoch {best['epoch']}: {self.folder}", flush=True)
+        return last
+
+
+# ------------------------------------------------------------------------------------------------------------- teachers
+
+
+def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
+    """The teacher in --teacher, or a standard one, trained by cross-entropy now or by an earlier run; and its path.
+
+    data: the Dataset. labels: int64 [N], the training labels as the student is given them. A standard teacher is
+    trained by SGD with the student's epochs, batch size, lr and weight decay, `milestones` (epochs after which lr falls
+    to a fifth; None: to a tenth where the test loss has not fallen for ten), crops padded by reflection, and flips.
+    recipe: epochs, batch_size, lr, weight_decay and optimizer ("sgd" or "adam"), where they are other ones. It stays in
+    a folder of runs/teachers named by all of that. Of --teacher-seeds K, seeds 0 … K-1, the most accurate one teaches.
+    Returns the model in evaluation mode without gradients, and its path. The global random states stay as they are.
+    Raises UsageError for a --teacher of other classes, label noise, imbalance, image size or dropout.
+    """
+    own = {"arch": args.teacher_arch, "dropout": dropout, "imbalance": vars(args).get("imbalance"), "optimizer": "sgd"}
+    same = "dataset data_dir noise rate noise_seed limit_train limit_test epochs batch_size lr weight_decay"
+    same += " device amp compile resize image_size" if of_photographs(args.dataset) else " device amp compile"
+    own |= {flag: getattr(args, flag) for flag in same.split()} | {"milestones": milestones} | recipe
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if args.teacher:
+            path, checkpoint = args.teacher, load_checkpoint(args.teacher, "--teacher")
+            built_as = checkpoint["built_as"]["model"]
+            noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
+            pairs = {  # what must agree: (the teacher's, ours)
+                "classes": (checkpoint["classes"], list(data.classes)),
+                "label noise": (checkpoint["noise"], noise),
+                "imbalance": (checkpoint["config"].get("imbalance"), own["imbalance"]),
+                "image size": (built_as["image_size"], data.image_size),
+                "dropout": (built_as["dropout"], dropout),
+            }
+            for what, (theirs, ours) in pairs.items():
+                if theirs != ours:
+                    theirs, ours = textwrap.shorten(str(theirs), 80), textwrap.shorten(str(ours), 80)
+                    raise UsageError(f"--teacher: {path} has {what} {theirs}, not {ours}; leave it out to train one")
+        else:
+            teachers = [train_teacher(own, seed, device, data, labels) for seed in range(args.teacher_seeds)]
+            path, checkpoint = max(teachers, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
+        teacher = load_model(checkpoint, "model", device).requires_grad_(False)
+    print(f"teacher: {path}, test_acc {checkpoint['metrics'][-1]['test_acc']:.2f} %", flush=True)
+    return teacher, str(path)
+
+
+def train_teacher(own, seed, device, data, labels):
+    """Train the teacher that the dict `own` of load_teacher describes, or find it trained: its path and checkpoint."""
+    noise = noise_name(own["noise"], own["rate"])
+    told = {key: value for key, value in own.items() if value and key not in ("arch", "dataset", "noise", "rate")}
+    name = folder_name([own["arch"], own["dataset"], noise], {k: v for k, v in told.items() if k not in MACHINE})
+    args = argparse.Namespace(**own, script="teacher", name=name, seed=seed, resume=True)
+    args.out = Path("runs/teachers") / f"{name}-seed{seed}"
+    path = args.out / "checkpoint.pt"
+    checkpoint = load_checkpoint(path, "teacher") if path.exists() else None
+    if checkpoint and checkpoint["epoch"] == args.epochs:
+        return path, checkpoint
+
+    print("training a teacher first; it stays for later runs", flush=True)
+    torch.manual_seed(seed)
+    run = Run(args, device, data.classes, wait=True)
+    model = build_model(args.arch, len(data.classes), args.dropout, image_size=data.image_size).to(device)
+    algorithm = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam}[args.optimizer]
+    optimizer = algorithm(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    if args.milestones:
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.milestones, gamma=0.2)
+    else:
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=10)
+    run.checkpoint(model=model, optimizer=optimizer, scheduler=scheduler)
+    if args.compile:
+        model.compile()
+    for _ in range(run.epoch, args.epochs):
+        model.train()
+        lr, losses = optimizer.param_groups[0]["lr"], []
+        for index in run.batches(len(labels), args.batch_size):
+            x = crop_flip(data.batch(index), mode="reflect", size=data.image_size)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                loss = F.cross_entropy(model(x).float(), labels[index])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        logits = predict(model, data.test_images, args.amp)
+        if args.milestones:
+            scheduler.step()
+        else:
+            scheduler.step(F.cross_entropy(logits, data.test_labels).item())
+        run.end_epoch(losses, lr=lr, test_acc=accuracy(logits, data.test_labels))
+    run.finish()
+    barrier()  # the first process has written the checkpoint
+    return path, load_checkpoint(path, "teacher")
+
+
+# ------------------------------------------------------------------------------------------------------------ reporting
+
+
+def duration(seconds):
+    """1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def show(text, live=False):
+    """Print a line. On a terminal, a live line is overwritten by the next."""
+    if sys.stdout.isatty():
+        print(f"\r{text}\x1b[K", end="" if live else "\n", flush=True)
+    else:
+        print(text, flush=True)
+
+
+def progress(items, label):
+    """Yield the items, which have a length; keep a line with the share done and the time left."""
+    began = shown = time.perf_counter()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if now - shown > (0.2 if sys.stdout.isatty() else 60):
+            shown, left = now, (now - began) / done * (len(items) - done)
+            show(f"{label}  {100 * done / len(items):.0f} %  {duration(left)} left", live=True)
+    show(f"{label}  took {duration(time.perf_counter() - began)}")
+
+
 def plot_curves(path, metrics, title):
-    """Draw test accuracy, accuracy on training labels, loss and learning rate over the epochs to `path` (PNG)."""
+    """Draw the numbers of `metrics`, a dict an epoch, over the epochs to `path` (PNG)."""
     from matplotlib.figure import Figure  # half a second to import, and only here
 
-    if not metrics or TOGETHER[1]:
-        return
+    panels = {}
+    names = [key for key in metrics[-1] if key not in ("epoch", "seconds", "images_per_second", "lr")]
+    for key in [*names, "lr"]:
+        if isinstance(metrics[-1][key], (int, float)):
+            of_training = "training labels (%)" if key.startswith("train_acc") else "accuracy (%)"
+            panel = of_training if "acc" in key or "top5" in key else "loss" if "loss" in key else key
+            panels.setdefault(panel, []).append(key)
     epochs = [record["epoch"] for record in metrics]
-    shown = [key for key in LEGENDS if metrics[-1].get(key) is not None]
-    panels = {"test": "test accuracy (%)", "train": "share of training samples predicted as … (%)", "loss": "loss"}
-    if not any(key.startswith("train") for key in shown):
-        del panels["train"]
-    figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
     figure.suptitle(title, parse_math=False)
-    axes = dict(zip(panels, figure.subplots(1, len(panels))))
-    for key in shown:
-        axes["train" if key.startswith("train") else "test"].plot(
-            epochs, [record[key] for record in metrics], ".-", label=LEGENDS[key]
-        )
-    axes["loss"].plot(epochs, [record["train_loss"] for record in metrics], ".-", label="training loss")
-    for name, panel in axes.items():
-        panel.set(xlabel="epoch", ylabel=panels[name])
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.grid(alpha=0.3)
-    rate = axes["loss"].twinx()
-    rate.plot(epochs, [record["lr"] for record in metrics], "k:", drawstyle="steps-post", label="learning rate (right)")
-    rate.set(yscale="log" if metrics[-1]["lr"] > 0 else "linear", ylabel="learning rate")
-    axes["test"].legend(fontsize="small")
-    if "train" in axes:
-        axes["train"].set(ylim=(-2, 135), yticks=range(0, 101, 20))
-        axes["train"].legend(fontsize="small", loc="upper center")
-    lines = axes["loss"].get_lines() + rate.get_lines()
-    axes["loss"].legend(lines, [line.get_label() for line in lines])
-    with replacing(Path(path)) as partial:
+    for axes, (panel, keys) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
+        for key in keys:
+            axes.plot(epochs, [record[key] for record in metrics], ".-", label=key)
+        axes.set(xlabel="epoch", ylabel=panel)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if panel != keys[0]:
+            axes.legend(fontsize="small")
+    with atomic_write(path) as partial:
         figure.savefig(partial, dpi=110)

@@ -7,16 +7,17 @@
     python evaluate.py CKPT … --transfer --teacher TEACHER_CKPT      # Figure 1 of KD Beyond Model Compression
     python evaluate.py --show-corruptions --dataset cifar10          # what --cifar-c does without a folder
 
-CKPT is the checkpoint.pt of a run folder; put checkpoints first. Those that differ only in their seed are reported as
-mean ± sample standard deviation (n). Everything goes to --out (default: beside the first CKPT): evaluation.json, PNGs.
-The parts done stay in evaluation.json: the same command, or a larger one, does only what is missing.
+CKPT is the checkpoint.pt of a run folder; put checkpoints first. Those that differ only in their seed are one row of a
+table: mean ± sample standard deviation (n). A row is named by every flag in which it differs from another row. The
+results of a checkpoint stay beside it, in evaluation.json, and are not measured again. Pictures and summary.json, the
+numbers of the tables, go to --out.
 
 Arani, Sarfraz, Zonooz: Noise as a Resource for Learning in Knowledge Distillation (sections 2.2-2.4, Tables 1-6,
 Figures 2 and 3). Sarfraz, Arani, Zonooz: Knowledge Distillation Beyond Model Compression (section IV-D, Figure 1).
 Shon et al.: Neural Vicinal Risk Minimization (Figure 5: calibration).
 
-Other people's weights: --arch NAME --num-classes N weights.pt (a state_dict for common.build_model) or --torchvision
-NAME [weights.pt] (a torchvision model; without a file its published ImageNet weights), each with --dataset.
+Other people's weights need --dataset. `weights.pt --arch NAME` is a state_dict for common.build_model, `weights.pt
+--torchvision NAME` one for a torchvision model; `--torchvision NAME` alone has the weights that torchvision publishes.
 
 Everything is float32 in evaluation mode with deterministic convolutions, on CUDA as on the CPU.
 """
@@ -24,181 +25,126 @@ Everything is float32 in evaluation mode with deterministic convolutions, on CUD
 import argparse
 import contextlib
 import dataclasses
+import fractions
 import functools
 import hashlib
 import itertools
 import json
 import math
 import re
-import shutil
 import statistics
 import sys
 import textwrap
-import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
-from matplotlib.figure import Figure
-from torchvision.datasets.folder import pil_loader
 
 import common
-from common import UsageError, number, predict, to_float
+from common import UsageError, evenly_spaced, evenly_split, predict, to_float
+
+# torchvision, matplotlib and Pillow are imported where they are used: --help should not wait for them.
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
 
 def fraction(text):
     """argparse type: a float in [0, 1], written as 0.031 or as 8/255."""
-    top, _, bottom = text.partition("/")
-    try:
-        value = float(top) / float(bottom or 1)
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
+    value = float(fractions.Fraction(text))
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number in [0, 1] like 0.031 or 8/255")
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
     return value
 
 
-def parse_args():
-    parser = common.Parser(__doc__)
-    parser.add_argument(
-        "checkpoints", nargs="*", type=Path, metavar="CKPT", help="checkpoint.pt, or the folder, of runs"
-    )
-    parser.add_argument("--part", default="model", help='which weights of CKPT: "model" (default), "ema", …')
+def positive(text):
+    """argparse type: an int from 1 up."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return int(text)
 
-    add = parser.add_argument_group("what to run (default: clean accuracy, --ece and --pgd 20)").add_argument
+
+def parse_args():
+    parser = argparse.ArgumentParser("evaluate.py", description=__doc__, formatter_class=common.HelpFormatter)
+    add = parser.add_argument
+    add("checkpoints", nargs="*", type=Path, default=[], metavar="CKPT", help="checkpoint.pt, or the folder, of runs")
+    add("--part", default="model", help="the weights in CKPT: model, ema, …")
+
+    add = parser.add_argument_group("what to run (none of these: --ece --pgd 20)").add_argument
     add("--ece", action="store_true", help="ECE (15 equal-width bins), NLL, Brier score, reliability diagram")
-    add(
-        "--pgd",
-        nargs="*",
-        type=number(int, 1, 100_000),
-        metavar="STEPS",
-        help="l∞ PGD of so many steps; several: a sweep",
-    )
-    add("--eps", nargs="+", type=fraction, default=[0.031], help="radius in [0, 1], several: a sweep (default: 0.031)")
-    add("--step-size", type=fraction, default=0.003, help="in [0, 1] (default: 0.003)")
-    add("--restarts", type=number(int, 1, 100), default=5, help="random starts, the worst counts (default: 5)")
+    add("--pgd", nargs="+", type=positive, default=[], metavar="N", help="l∞ PGD of N steps; several: a sweep")
+    add("--eps", nargs="+", type=fraction, default=[0.031], help="radius in [0, 1], 0.031 or 8/255; several: a sweep")
+    add("--step-size", type=fraction, default=0.003, help="in [0, 1]")
+    add("--restarts", type=positive, default=5, help="random starts, the worst counts")
     add("--cifar-c", nargs="?", const="", metavar="DIR", help="19 corruptions: the official .npy files, else generated")
     add("--cinic", type=Path, metavar="DIR", help="the ImageNet images of CINIC-10, 2,100 a class")
-    add("--transfer", action="store_true", help="adversarial images of each checkpoint on each other")
+    add("--transfer", action="store_true", help="PGD-20 images of each checkpoint on each other, of the smallest --eps")
     add("--teacher", type=Path, metavar="CKPT", help="--transfer: one more source, in a column of its own")
     add("--show-corruptions", action="store_true", help="write corruptions.png, a contact sheet")
 
     add = parser.add_argument_group("data, machine and output").add_argument
-    add("--dataset", help="as in the training scripts (default: what CKPT was trained on)")
-    add("--data-dir", type=Path, metavar="DIR", help="where data sets are kept (default: as in training)")
-    add("--limit-test", type=number(int, 1), metavar="N", help="use N evenly spaced test samples (default: all)")
-    add(
-        "--seed",
-        type=number(int, 0, 2**62),
-        default=0,
-        help="of random starts, corruptions, CINIC's choice (default: 0)",
-    )
-    add("--batch-size", type=number(int, 1), help="images a forward pass (default: 125 on a CPU, else 500)")
-    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-    add("--out", type=Path, metavar="DIR", help="where results go (default: the folder of the first CKPT)")
+    add("--dataset", metavar="NAME", help="as in the training scripts; None: what CKPT was trained on")
+    add("--data-dir", type=Path, metavar="DIR", help="where data sets are kept; None: as in training")
+    add("--limit-test", type=positive, metavar="N", help="use N evenly spaced test samples")
+    add("--seed", type=int, default=0, help="of random starts, corruptions, CINIC's choice")
+    add("--batch-size", type=positive, help="images a forward pass; None: 125 on a CPU, else 500")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    add("--out", type=Path, metavar="DIR", help="of pictures and summary.json; None: the folder of the first CKPT")
 
     add = parser.add_argument_group("other people's weights").add_argument
-    add("--arch", help="CKPT is a state_dict for this architecture of common.build_model")
-    add("--torchvision", metavar="NAME", help="a torchvision model: weights CKPT, or its published ones without")
-    add("--num-classes", type=number(int, 2), metavar="N", help="outputs of that model")
-    add(
-        "--mean",
-        nargs=3,
-        type=number(float, -1e9),
-        default=[0, 0, 0],
-        help="what it subtracts from each channel in [0, 1] …",
-    )
-    add("--std", nargs=3, type=number(float, 0), default=[1, 1, 1], help="… and then divides by")
-    parser.set_defaults(amp=False)  # float32 throughout
+    add("--arch", metavar="NAME", help="CKPT is a state_dict for this architecture of common.build_model")
+    add("--torchvision", metavar="NAME", help="CKPT is a state_dict for this model; no CKPT: its published weights")
+    add("--num-classes", type=positive, metavar="N", help="outputs of the model; None: the classes of --dataset")
+    add("--mean", nargs=3, type=float, default=[0, 0, 0], help="what it subtracts from each channel in [0, 1] …")
+    add("--std", nargs=3, type=float, default=[1, 1, 1], help="… and then divides by")
     args = parser.parse_intermixed_args()
 
-    paths = (path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints)
-    args.checkpoints = list(dict.fromkeys(paths))
-    foreign = "--arch" if args.arch else "--torchvision" if args.torchvision else None
-    if args.arch and args.torchvision:
-        raise UsageError("--arch, --torchvision: name one of the two")
-    if foreign and not args.dataset:
-        raise UsageError(f"--dataset: {foreign} does not tell what to evaluate on; add --dataset NAME")
-    if args.arch and not args.checkpoints:
-        raise UsageError("--arch: name a file of weights too: --arch NAME --num-classes N weights.pt")
-    if foreign and args.checkpoints and not args.num_classes:
-        raise UsageError(f"--num-classes: {foreign} with a file of weights needs the number of classes")
-    if min(args.std) == 0:
-        raise UsageError("--std: must be above 0")
-    if not args.checkpoints and not foreign and not (args.show_corruptions and args.dataset):
-        raise UsageError("CKPT: name the checkpoint.pt of a run folder, before the other flags (--help explains)")
-    if args.transfer and len(args.checkpoints) + (args.teacher is not None) < 2:
-        raise UsageError("--transfer: takes two or more checkpoints")
-    if args.teacher and not args.transfer:
-        raise UsageError("--teacher: is for --transfer; add it")
-    if args.transfer and len(args.eps) > 1:
-        raise UsageError("--eps: --transfer takes one")
-    chosen = args.ece, args.pgd is not None, args.cifar_c is not None, args.cinic, args.transfer, args.show_corruptions
-    if not any(chosen):
-        args.ece, args.pgd = True, []
-    args.pgd = [] if args.pgd is None else sorted(set(args.pgd)) or [20]
-    args.eps = sorted(set(args.eps))
-    args.out = args.out or (args.checkpoints[0].parent if args.checkpoints else Path("runs") / "evaluation")
+    if not (args.checkpoints or args.torchvision or args.show_corruptions):
+        raise UsageError("CKPT: name the checkpoint.pt of a run folder, before the other flags")
+    if (args.arch or args.torchvision) and not args.dataset:
+        raise UsageError("--dataset: weights do not tell what to evaluate on; add --dataset NAME")
+    args.checkpoints = [path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints]
+    asked = args.ece or args.pgd or args.cinic or args.transfer or args.show_corruptions
+    if not asked and args.cifar_c is None:
+        args.ece, args.pgd = True, [20]
+    args.pgd, args.eps = sorted(set(args.pgd)), sorted(set(args.eps))
+    args.out = args.out or (args.checkpoints[0].parent if args.checkpoints else Path("runs/evaluation"))
     return args
-
-
-def progress(items, label):
-    """Yield the items of a list; on a terminal keep a line with the share done and the time left; end with a line."""
-    live, began, shown = sys.stdout.isatty(), time.perf_counter(), 0.0
-    short = label[: shutil.get_terminal_size().columns - 25]
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.perf_counter()
-        if live and now - shown > 0.2:
-            left = common.duration((now - began) / done * (len(items) - done))
-            print(f"\r{short}  {100 * done / len(items):.0f} %  {left} left\x1b[K", end="", flush=True)
-            shown = now
-    start, end = ("\r", "\x1b[K") if live else ("", "")
-    with contextlib.suppress(OSError):  # a reader that has gone must not cost the result
-        print(f"{start}{label}  took {common.duration(time.perf_counter() - began)}{end}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------ PGD
 
 
-def input_gradient(model, x, labels):
-    """Logits [B, C], and the gradient of the cross-entropy with respect to x, float [B, 3, H, W], alone."""
+def random_start(images, eps, generator):
+    """A uniform draw from the l∞ ball of radius eps around float images [B, 3, H, W], clipped to [0, 1]."""
+    noise = torch.rand(images.shape, device=images.device, generator=generator)
+    return (images + eps * (2 * noise - 1)).clamp(0, 1)
+
+
+def ascend(model, x, images, labels, eps, step_size):
+    """One step of PGD from x, float [B, 3, H, W]: the logits [B, C] at x, and the next point.
+
+    The step follows the sign of the cross-entropy's gradient, then returns to the ball around `images` and to [0, 1].
+    """
     x = x.detach().requires_grad_()
-    logits = model(x)
-    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), x)
-    return logits.detach(), gradient
+    with torch.enable_grad():
+        logits = model(x)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), x)
+    following = x.detach() + step_size * gradient.sign()
+    return logits.detach(), following.clamp(images - eps, images + eps).clamp(0, 1)
 
 
-def ascend(x, clean, gradient, eps, step_size):
-    """One step of PGD: along the gradient's sign, then back into the ball around `clean` and into [0, 1]."""
-    return (x + step_size * gradient.sign()).clamp(clean - eps, clean + eps).clamp(0, 1)
-
-
-def random_start(clean, eps, generator):
-    """A uniform draw from the l∞ ball of radius eps around images float [..., H, W], clipped to [0, 1]."""
-    noise = torch.rand(clean.shape, device=clean.device, generator=generator)
-    return (clean + eps * (2 * noise - 1)).clamp(0, 1)
-
-
-@torch.enable_grad()
 def pgd(model, images, labels, eps=0.031, step_size=0.003, steps=20, generator=None):
     """Projected gradient descent (Madry et al. 2018), l∞, from one random start: the adversarial images.
 
-    model: logits of float images, in evaluation mode. images: float [B, 3, H, W] in [0, 1]; labels: int64 [B].
+    model: gives logits of float images, in evaluation mode. images: float [B, 3, H, W] in [0, 1]; labels: int64 [B].
     eps, step_size: in [0, 1]. generator: of the random start, on the images' device; None: the global one.
     Returns float [B, 3, H, W], within eps of `images` and within [0, 1].
     """
-    images = images.detach()
     x = random_start(images, eps, generator)
     for _ in range(steps):
-        _, gradient = input_gradient(model, x, labels)
-        x = ascend(x, images, gradient, eps, step_size)
+        _, x = ascend(model, x, images, labels, eps, step_size)
     return x
 
 
@@ -235,21 +181,22 @@ SEVERITIES = {  # severity 1 … 5
 
 
 def corrupt(images, name, severity, seed=0):
-    """CIFAR-C's corruption `name` of uint8 images [N, 3, H, W], H and W at least 16: the same, on the same device.
+    """CIFAR-C's corruption `name` (a key of CORRUPTIONS) of images: uint8 [N, 3, H, W] again, on the same device.
 
-    severity: 1 … 5. The same seed gives the same pixels on the same kind of device, whatever images follow: each
-    thousand has a generator of its own.
-    Raises UsageError for an unknown name or severity.
+    images: uint8 [N, 3, H, W], H and W at least 16. severity: 1 … 5. The same seed gives the same pixels on the same
+    kind of device. Each thousand images has a generator of its own, so that they do not depend on what follows.
+    Raises ValueError for images of another dtype, an unknown name and an unknown severity.
     """
-    if name not in SEVERITIES:
-        raise UsageError(f"corruption: {common.unknown(name, list(SEVERITIES))}")
-    if severity not in (1, 2, 3, 4, 5):
-        raise UsageError(f"corruption: severity {severity} is not one of 1, 2, 3, 4, 5")
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}, not uint8")
+    if name not in CORRUPTIONS or severity not in (1, 2, 3, 4, 5):
+        raise ValueError(f"no {name!r} of severity {severity}; known are 1 … 5 of {', '.join(CORRUPTIONS)}")
     function, constants = CORRUPTIONS[name], SEVERITIES[name][severity - 1]
     parts = []
     for i, part in enumerate(images.split(1000)):
-        parts.append(function(to_float(part), constants, torch.Generator(images.device).manual_seed(seed + i)))
-    return torch.cat([(part * 255).round().clamp(0, 255).byte() for part in parts])
+        x = function(to_float(part), constants, torch.Generator(images.device).manual_seed(seed + i))
+        parts.append((x * 255).round().clamp(0, 255).byte())
+    return torch.cat(parts)
 
 
 def normal(like, generator):
@@ -415,18 +362,20 @@ def plasma(x, decay, generator):
     size = 2 ** math.ceil(math.log2(max(height, width)))
     field = torch.zeros(count, size, size, device=x.device)
     step, amplitude = size, 1.0
+
+    def displaced(total, amplitude):
+        return total / 4 + uniform(-amplitude, amplitude, total.shape, x, generator)
+
     while step > 1:
         half = step // 2
-
-        def displaced(total, amplitude=amplitude):
-            return total / 4 + uniform(-amplitude, amplitude, total.shape, x, generator)
-
         corners = field[:, ::step, ::step]
         pairs = corners + corners.roll(-1, 1)
-        centres = displaced(pairs + pairs.roll(-1, 2))
+        centres = displaced(pairs + pairs.roll(-1, 2), amplitude)
+        sides = centres + centres.roll(1, 1) + corners + corners.roll(-1, 2)
         field[:, half::step, half::step] = centres
-        field[:, ::step, half::step] = displaced(centres + centres.roll(1, 1) + corners + corners.roll(-1, 2))
-        field[:, half::step, ::step] = displaced(centres + centres.roll(1, 2) + corners + corners.roll(-1, 1))
+        field[:, ::step, half::step] = displaced(sides, amplitude)
+        sides = centres + centres.roll(1, 2) + corners + corners.roll(-1, 1)
+        field[:, half::step, ::step] = displaced(sides, amplitude)
         step, amplitude = half, amplitude / decay**2  # CIFAR-C's displacement is the square of what it decays
     low, high = field.amin((1, 2), keepdim=True), field.amax((1, 2), keepdim=True)
     return ((field - low) / (high - low)).unsqueeze(1)[..., :height, :width]
@@ -554,93 +503,64 @@ def elastic_transform(x, constants, generator):
     return sampled(x, points + shift.permute(0, 2, 3, 1))
 
 
-CORRUPTIONS = {name: globals()[name] for name in SEVERITIES}
+CORRUPTIONS = {
+    "gaussian_noise": gaussian_noise, "shot_noise": shot_noise, "impulse_noise": impulse_noise,
+    "speckle_noise": speckle_noise, "gaussian_blur": gaussian_blur, "defocus_blur": defocus_blur,
+    "glass_blur": glass_blur, "motion_blur": motion_blur, "zoom_blur": zoom_blur, "snow": snow, "frost": frost,
+    "fog": fog, "spatter": spatter, "brightness": brightness, "contrast": contrast, "saturate": saturate,
+    "pixelate": pixelate, "jpeg_compression": jpeg_compression, "elastic_transform": elastic_transform,
+}  # fmt: skip
 
 
-def official_corruptions(folder, subjects):
-    """The CIFAR-10-C files in `folder`: {name: memory map uint8 [50000, 32, 32, 3]}, severities in blocks of 10,000.
+def read_cifar_c(folder, subjects):
+    """The official CIFAR-10-C: {corruption: memory map uint8 [50000, 32, 32, 3]}, severities in blocks of 10,000.
 
-    Raises UsageError for a file that is missing or of another form, and where labels.npy does not repeat the labels of
-    every subject's test set.
+    Raises UsageError for a file of `folder` that is missing or of another shape, and where labels.npy does not repeat
+    the labels of every subject's test set.
     """
     arrays = {}
-    for name in [*SEVERITIES, "labels"]:
-        path = Path(folder) / f"{name}.npy"
-        shape, kind = ((50000,), "iu") if name == "labels" else ((50000, 32, 32, 3), "u")
-        try:
-            arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise UsageError(f"--cifar-c: no {path}; --cifar-c without a folder generates the corruptions") from None
-        except Exception as error:  # whatever a damaged or foreign file makes numpy raise
-            raise UsageError(f"--cifar-c: {path} cannot be read as .npy ({type(error).__name__})") from None
-        found = arrays[name]
-        if not isinstance(found, np.ndarray):
-            raise UsageError(f"--cifar-c: {path} is an archive, not a .npy file")
-        if found.shape != shape or found.dtype.kind not in kind or kind == "u" and found.itemsize > 1:
-            wanted = "integer [50000]" if name == "labels" else f"uint8 {list(shape)}"
-            raise UsageError(f"--cifar-c: {path} is {found.dtype} {list(found.shape)}, not {wanted}")
-    labels = arrays.pop("labels").reshape(5, 10000)
+    for name in [*CORRUPTIONS, "labels"]:
+        path, shape = folder / f"{name}.npy", (50000,) if name == "labels" else (50000, 32, 32, 3)
+        if not path.exists():
+            raise UsageError(f"--cifar-c: no file {path}; --cifar-c without a folder generates the corruptions")
+        arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        if arrays[name].shape != shape:
+            raise UsageError(f"--cifar-c: {path} is {list(arrays[name].shape)}, not {list(shape)}")
     for subject in subjects:
-        own = subject.test.test_labels.cpu().numpy()
-        if len(own) > 10000 or (labels[:, common.spread(10000, len(own)).numpy()] != own).any():
-            raise UsageError(f"--cifar-c: {folder}/labels.npy are not the labels of {subject.dataset}'s test set")
+        labels = subject.data.test_labels.cpu().numpy()
+        blocks = arrays["labels"].reshape(5, 10000)[:, evenly_spaced(10000, len(labels)).numpy()]
+        if not all(np.array_equal(block, labels) for block in blocks):
+            raise UsageError(f"--cifar-c: {folder}/labels.npy are not the labels of {subject.test_set}")
     return arrays
-
-
-def corrupted_images(official, images, name, severity, seed):
-    """`images` uint8 [N, 3, H, W] corrupted: from official_corruptions' arrays; generated where that is None."""
-    if official is None:
-        return corrupt(images, name, severity, seed)
-    rows = 10000 * (severity - 1) + common.spread(10000, len(images)).numpy()
-    return torch.from_numpy(official[name][rows]).permute(0, 3, 1, 2).contiguous().to(images.device)
 
 
 # ---------------------------------------------------------------------------------------------------------------- CINIC
 
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 def load_cinic(folder, data_dir, seed, per_class=2100):
     """The ImageNet images of CINIC-10 (Darlow et al. 2018): uint8 [N, 3, 32, 32], and int64 [N] in CIFAR-10's order.
 
-    Drawn by seed are `per_class` of each class's PNG files below `folder`, in whatever split, whose names do not start
-    with "cifar10-". Cached in data_dir as .npz. Raises UsageError for a class with too few images and for a bad image.
+    The seed draws `per_class` PNG files of each class below `folder`, in whatever split, whose names do not start with
+    "cifar10-". They stay in data_dir as .npz, which is read the next time, whatever `folder` is then.
+    Raises UsageError for a class with too few images.
     """
-    if not folder.is_dir():
-        raise UsageError(f"--cinic: no folder {folder}")
-    random, files = np.random.default_rng(seed), []
-    found = {name: [] for name in CIFAR10}
-    for path in sorted(folder.rglob("*.png")):
-        if path.parent.name in found and not path.name.startswith("cifar10-"):
-            found[path.parent.name].append(path.relative_to(folder).as_posix())
-    for name, paths in found.items():
-        if len(paths) < per_class:
-            few = f"{len(paths)} images of ImageNet for class {name}"
-            raise UsageError(f"--cinic: {folder} has {few}, {per_class} are needed: …/{name}/*.png, not cifar10-*.png")
-        files += [paths[i] for i in sorted(random.permutation(len(paths))[:per_class])]
-    labels = torch.arange(len(CIFAR10)).repeat_interleave(per_class)
-    cache = data_dir / f"cinic10-imagenet-{per_class}-seed{seed}.npz"
-    stats = [(folder / file).stat() for file in files]
-    files_now = [f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in zip(files, stats)]
-    if cache.exists():
-        try:
-            with np.load(cache, allow_pickle=False) as saved:
-                if saved["files"].tolist() == files_now:
-                    return torch.from_numpy(saved["images"]), labels
-        except Exception:  # damaged or foreign: made again
-            print(f"{cache} cannot be used; making it again")
-    images = torch.empty(len(files), 3, 32, 32, dtype=torch.uint8)
-    for i in progress(range(len(files)), "reading CINIC-10"):
-        try:
-            image = torch.from_numpy(np.array(pil_loader(folder / files[i]))).permute(2, 0, 1)
-        except (OSError, SyntaxError, ValueError):  # as Pillow has it
-            image = None
-        if image is None or image.shape != images[i].shape:
-            raise UsageError(f"--cinic: {folder / files[i]} is no 32×32 PNG image; unpack CINIC-10 again")
-        images[i] = image
-    with common.replacing(cache) as partial:
-        np.savez(partial, images=images.numpy(), files=np.array(files_now))
-    return images, labels
+    path = data_dir / f"cinic10-imagenet-{per_class}-seed{seed}.npz"
+    if not path.exists():
+        from PIL import Image
+
+        random, files = np.random.default_rng(seed), []
+        for name in CIFAR10:
+            found = sorted(f for f in folder.glob(f"**/{name}/*.png") if not f.name.startswith("cifar10-"))
+            if len(found) < per_class:
+                raise UsageError(f"--cinic: {folder} has {len(found)} images of ImageNet for {name}, not {per_class}")
+            files += [found[i] for i in random.permutation(len(found))[:per_class]]
+        images = [np.asarray(Image.open(file).convert("RGB")) for file in common.progress(files, "reading CINIC-10")]
+        with common.atomic_write(path) as partial:
+            np.savez(partial, images=np.stack(images).transpose(0, 3, 1, 2))
+    with np.load(path) as saved:
+        return torch.from_numpy(saved["images"]), torch.arange(len(CIFAR10)).repeat_interleave(per_class)
 
 
 # ---------------------------------------------------------------------------------------------------- what is evaluated
@@ -648,216 +568,178 @@ def load_cinic(folder, data_dir, seed, per_class=2100):
 
 @dataclasses.dataclass(eq=False)
 class Subject:
-    """A trained model, the test set it is evaluated on, and its results."""
+    """A trained model, the test set it is evaluated on, and what has been measured."""
 
-    path: str
-    sha256: str  # of the file, and which part of it
-    model: nn.Module
+    path: str  # of the file of weights; the name of published ones
+    file: Path  # the JSON that keeps the results …
+    key: str  # … under this: the sha256 of the weights, and what else decides the model's answers
+    config: dict  # the flags of training
+    model: nn.Module  # in evaluation mode, without gradients
     dataset: str
-    data_dir: Path
-    method: str
-    config: dict  # the training flags that make the experiment
-    seed: int | None
-    test: common.Dataset | None = None
-    data: str = ""  # name, size and fingerprint of the test set
-    clean: dict = dataclasses.field(default_factory=dict)  # what evaluate_clean returns
-    pgd: dict = dataclasses.field(default_factory=dict)  # {eps: what evaluate_pgd returns}
-    corruptions: dict = dataclasses.field(default_factory=dict)  # {name: what evaluate_corruption returns}
-    cinic: dict = dataclasses.field(default_factory=dict)  # {"accuracy": percent}
-    transfer: dict = dataclasses.field(default_factory=dict)  # what evaluate_transfer returns
-    by_batch: bool = False  # BatchNorm on the statistics of each batch
-    batch_size: int = common.PASS["cpu"]
+    data: common.Dataset
+    batch_size: int
+    by_batch: bool = False  # BatchNorm normalises by the batch at hand
+    numbers: dict = dataclasses.field(default_factory=dict)  # {column of the tables: number}
+    results: dict = dataclasses.field(default_factory=dict)  # {"clean", a corruption or "transfer": what is measured}
+
+    @functools.cached_property
+    def test_set(self):
+        """shapes, 1,000 test images; of a file of one's own, which may change, with its sha256."""
+        text = f"{self.dataset}, {len(self.data.test_labels):,} test images"
+        return f"{text} (sha256 {digest(self.dataset)[:8]})" if self.dataset.endswith(".npz") else text
 
     @functools.cached_property
     def right(self):
         """bool [N]: the test images that are classified correctly."""
-        logits = predict(self.model, self.test.test_images, batch_size=self.batch_size)
-        return logits.argmax(1) == self.test.test_labels
+        logits = predict(self.model, self.data.test_images, batch_size=self.batch_size)
+        return logits.argmax(1) == self.data.test_labels
 
 
-def load_subject(path, args, device, flag="CKPT", part="model"):
-    """The Subject in a run's checkpoint; UsageError where it is none or lacks the part asked for."""
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_run(path, part, args, device, load_dataset, flag="CKPT"):
+    """The Subject in `part` ("model", "ema", …) of a run's checkpoint.
+
+    Raises UsageError where it is no checkpoint, has not this part, or has other classes than the data set.
+    """
+    checkpoint = common.load_checkpoint(path, flag)
+    if part not in checkpoint["built_as"]:
+        raise UsageError(f"--part: {path} has no {part!r}; it has {', '.join(checkpoint['built_as'])}")
+    config, dataset = checkpoint["config"], args.dataset or checkpoint["dataset"]
+    data_dir = args.data_dir or config["data_dir"]
+    sizes = config.get("resize", 256), config.get("image_size", 224)
+    data = load_dataset(dataset, data_dir, 1, args.limit_test, device, *sizes)
+    for theirs, ours in itertools.zip_longest(checkpoint["classes"], data.classes, fillvalue="none"):
+        if theirs != ours:
+            raise UsageError(f"--dataset: {dataset} has class {ours!r} where {path} has {theirs!r}")
+    model = common.load_model(checkpoint, part, device).requires_grad_(False)
+    key, by_batch = f"{digest(path)} {part}", checkpoint.get("batch_norm") == "current"
+    batch_size = args.batch_size or common.EVAL_BATCH[device.type]
+    if by_batch:
+        batch_size = args.batch_size or 500  # on every device: the answers depend on it
+        key += f", batches of {batch_size}"
+        print(f"{path}: BatchNorm normalises by the batch at hand, --batch-size {batch_size}")
+        for layer in model.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.track_running_stats = False
+                layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+    results = path.with_name("evaluation.json")
+    return Subject(str(path), results, key, config, model, dataset, data, batch_size, by_batch)
+
+
+def load_weights(path, args, device, load_dataset):
+    """The Subject in other people's weights, the state_dict at `path`; None: in those that torchvision publishes.
+
+    Raises UsageError for an unknown architecture, weights that do not fit it, and another number of classes.
+    """
+    data = load_dataset(args.dataset, args.data_dir or "data", 1, args.limit_test, device)
+    num_classes, mean, std = args.num_classes or len(data.classes), args.mean, args.std
+    name, state = args.arch or args.torchvision, read_weights(path) if path else None
     try:
-        checkpoint = common.load_checkpoint(path, flag)
-    except UsageError as error:
-        raise UsageError(f"{error}; other people's weights take --arch or --torchvision") from None
-    config, apart = checkpoint["config"], ("seed", *common.Run.SAME_RUN)
-    try:
-        parts = [k for k, v in checkpoint.items() if isinstance(v, dict) and v.keys() == checkpoint["model"].keys()]
-        parts += [k for k in checkpoint.get("archs", {}) if k not in parts]
-        model = common.load_model(checkpoint, part if part in parts else "model", device).requires_grad_(False)
-        digest, by_batch = f"{file_digest(path)} {part}", checkpoint.get("batch_norm") == "current"
-        size = args.batch_size or common.PASS[device.type]
-        if by_batch:  # its accuracy holds on the statistics of the batch
-            common.current_statistics(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
-            size = args.batch_size or 500  # on every device
-            digest += f", batches of {size}"
-            print(f"{path}: BatchNorm on the statistics of each batch (--batch-size {size})")
-        subject = Subject(
-            str(path), digest, model, args.dataset or checkpoint["dataset"],
-            args.data_dir or Path(config["data_dir"]), checkpoint["method"],
-            {k: v for k, v in config.items() if k not in apart}, config["seed"],
-            by_batch=by_batch, batch_size=size,
-        )  # fmt: skip
-    except (UsageError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        fault = f"does not fit together ({type(error).__name__}): {str(error)[:80]}"
-        raise UsageError(f"{flag}: {path} {fault}; name a checkpoint that these scripts wrote") from None
-    if part not in parts:
-        raise UsageError(f"--part: {path}: {common.unknown(part, parts)}")
-    return subject
+        if args.arch:
+            model = common.build_model(name, num_classes, 0.0, mean, std, data.image_size)
+            state = {"mean": model.mean, "std": model.std} | state  # a file from elsewhere has none
+        else:
+            from torchvision import models, transforms
 
-
-def load_foreign(path, args, device):
-    """The Subject in other people's weights at `path`, or (None) torchvision's published ones; UsageError likewise."""
-    mean, std, library = args.mean, args.std, torchvision.models
-    name = args.arch or args.torchvision
-    if args.arch:
-        model = common.build_model(name, args.num_classes, 0.0, mean, std)
-    elif name not in library.list_models(library):
-        raise UsageError(f"--torchvision: {common.unknown(name, library.list_models(library))}")
-    elif path:
-        model = library.get_model(name, num_classes=args.num_classes)
-    else:
-        weights = library.get_model_weights(name).DEFAULT
-        mean, std = weights.transforms().mean, weights.transforms().std
-        try:
-            model = library.get_model(name, weights=weights)
-        except Exception as error:  # whatever the network makes torch.hub raise
-            raise UsageError(f"--torchvision: no weights of {name} from the network ({error}); name a file") from None
-    if path:
-        state, wanted = read_weights(path), model.state_dict()
-        if args.arch:  # a file from elsewhere has no mean and std: the flags have
-            state = {key: wanted[key] for key in ("mean", "std")} | state
-        shapes, fitting = ({key: tuple(value.shape) for key, value in s.items()} for s in (state, wanted))
-        wrong = [key for key in {**fitting, **shapes} if shapes.get(key) != fitting.get(key)]
-        if wrong:
-            first = [f"{k} ({shapes.get(k, 'none')} there, {fitting.get(k, 'none')} here)" for k in wrong[:3]]
-            raise UsageError(f"CKPT: {path} does not fit {name}: {', '.join(first)}, {len(wrong)} in all")
-        model.load_state_dict(state)
+            if path:
+                model = models.get_model(name, num_classes=num_classes)
+            else:
+                weights = models.get_model_weights(name).DEFAULT
+                mean, std = weights.transforms().mean, weights.transforms().std
+                model = models.get_model(name, weights=weights)
+        if path:
+            model.load_state_dict(state)
+    except (ValueError, RuntimeError) as error:  # the name is unknown; shapes or keys differ
+        raise UsageError(f"CKPT: {path or 'no file'} as {name}: {textwrap.shorten(str(error), 400)}") from None
     if args.torchvision:
-        model = nn.Sequential(torchvision.transforms.Normalize(mean, std), model)
-    return Subject(
-        str(path or name), f"{file_digest(path) if path else 'published'} {name} {mean} {std}",
-        model.to(device).eval().requires_grad_(False),
-        args.dataset, args.data_dir or Path("data"), path.stem if path else name, {}, None,
-        batch_size=args.batch_size or common.PASS[device.type],
-    )  # fmt: skip
+        model = nn.Sequential(transforms.Normalize(mean, std), model)
+    model = model.to(device).eval().requires_grad_(False)
+    outputs = predict(model, data.test_images[:1]).shape[1]
+    if outputs != len(data.classes):
+        raise UsageError(f"--dataset: {args.dataset} has {len(data.classes)} classes, {path or name} has {outputs}")
+    results = path.with_suffix(".evaluation.json") if path else args.out / f"{name}.evaluation.json"
+    key = f"{digest(path) if path else 'published'} {name}, mean {mean}, std {std}"
+    config = {"script": path.stem if path else name, "weights": str(path), "seed": None}
+    batch_size = args.batch_size or common.EVAL_BATCH[device.type]
+    return Subject(str(path or name), results, key, config, model, args.dataset, data, batch_size)
 
 
 def read_weights(path):
     """The state_dict in a file, wherever a training script, DataParallel or torch.compile have put it."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"CKPT: no file {path}") from None
-    except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
+    except Exception as error:  # no file, or whatever a foreign one makes the unpickler raise
         raise UsageError(f"CKPT: {path} is no file of weights that loads safely ({type(error).__name__})") from None
     for key in ("state_dict", "model_state_dict", "model", "net"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    tensors = (
-        {k: v for k, v in state.items() if isinstance(k, str) and torch.is_tensor(v)} if isinstance(state, dict) else {}
-    )
-    if not tensors:
-        raise UsageError(f"CKPT: {path} holds no state_dict; torch.save(model.state_dict(), …) writes one")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in tensors.items()}
-
-
-def file_digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        state = state.get(key, state)
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
 
 
 def grouped(subjects):
-    """{label: subjects that differ in their seed alone}.
+    """[(name, subjects that differ in their seed alone)]: the rows of the tables.
 
-    A label is the method and, where methods repeat, the first training flags that tell them apart: "sr sigma=0.05".
+    A name is the script and every flag that has another value in another row: "nrd loss=ce rate=0.8".
     """
+    apart = ("seed", "out", "resume", "device", "data_dir", "name", "commit", "torch")
     groups = {}
     for subject in subjects:
-        same = json.dumps([subject.method, subject.config, None if subject.config else subject.path], sort_keys=True)
-        groups.setdefault(same, []).append(subject)
-    labelled = {}
-    for members in groups.values():
-        label, config = members[0].method, members[0].config
-        rivals = [other[0].config for other in groups.values() if other[0].method == label and other is not members]
-        for flag in sorted(
-            config, key=("epochs", "batch_size", "lr", "weight_decay").__contains__
-        ):  # consequences last
-            alike = [rival for rival in rivals if rival.get(flag) == config[flag]]
-            label += f" {flag}={config[flag]}" * (len(alike) < len(rivals))
-            rivals = alike
-        labelled[f"{label} ({members[0].path})" if label in labelled else label] = members
-    return labelled
-
-
-def check_fit(subject):
-    """Give the test set its fingerprint; UsageError where the model cannot take its images or has other classes."""
-    images, labels = subject.test.test_images, subject.test.test_labels
-    content = hashlib.sha256(images.cpu().numpy().tobytes() + labels.cpu().numpy().tobytes()).hexdigest()
-    subject.data = f"{common.data_name(str(subject.dataset))}, {len(labels)} images, sha256 {content[:16]}"
-    try:
-        logits = predict(subject.model, images[:2])
-    except Exception as error:  # whatever a network says to images of a size it was not made for
-        raise UsageError(f"CKPT: {subject.path} does not take {subject.dataset}'s images: {error}") from None
-    theirs, ours = logits.shape[1], len(subject.test.classes)
-    if theirs != ours:
-        raise UsageError(f"CKPT: {subject.path} has {theirs} classes, {subject.dataset} {ours}")
-    if not logits.isfinite().all():
-        raise UsageError(f"CKPT: {subject.path} answers NaN: its training went wrong; train it again with a lower --lr")
-
-
-class Evaluation:
-    """evaluation.json: what has been measured of which model, so that nothing is measured twice."""
-
-    def __init__(self, folder):
-        self.path, self.summary, self.parts = folder / "evaluation.json", {}, []
-        self.save()  # finds out now whether that can be read and written
-
-    def part(self, name, subject, settings, function, *arguments, needed=()):
-        """function(*arguments), a dict; taken from the file where that part of that model is done in these settings and
-        has the keys `needed`."""
-        head = {"part": name, "sha256": subject.sha256, "settings": {"data": subject.data, **settings}}
-        for old in self.parts:
-            if all(old[key] == head[key] for key in head) and set(needed) <= old["result"].keys():
-                return old["result"]
-        self.parts.append({**head, "checkpoint": subject.path, "result": function(*arguments)})
-        self.save()
-        return self.parts[-1]["result"]
-
-    def save(self):
-        """Write the summary and the parts, with those that another process may have added."""
-        try:
-            saved = json.loads(self.path.read_text(encoding="utf-8"))
-            usable = isinstance(saved["parts"], list)
-            usable &= all({"part", "sha256", "settings", "result"} <= part.keys() for part in saved["parts"])
-        except FileNotFoundError:
-            saved, usable = {"parts": []}, True
-        except (ValueError, KeyError, TypeError, AttributeError):
-            usable = False
-        if not usable:
-            raise UsageError(f"--out: {self.path} is no evaluation of this script; name another folder")
-        known = saved.pop("parts")
-        self.parts = known + [part for part in self.parts if part not in known]
-        self.summary = self.summary or saved
-        with common.replacing(self.path) as partial:
-            partial.write_text(json.dumps({**self.summary, "parts": self.parts}, indent=1) + "\n", encoding="utf-8")
+        flags = {flag: value for flag, value in subject.config.items() if flag not in apart}
+        groups.setdefault(json.dumps(flags), (flags, []))[1].append(subject)
+    rows = []
+    for flags, members in groups.values():
+        name = flags["script"]
+        for flag, value in flags.items():
+            if flag != "script" and any(other.get(flag, value) != value for other, _ in groups.values()):
+                name += f" {flag}={value}"
+        rows.append((name, members))
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------- what is measured
 
 
-def evaluate_clean(subject):
-    """Accuracy in percent, ECE with its bins (Guo et al. 2017), NLL in nats, Brier score (summed over classes)."""
-    logits = predict(subject.model, subject.test.test_images, batch_size=subject.batch_size).double()
-    p, labels = logits.softmax(1), subject.test.test_labels
-    ece, *bins = common.calibration(p, labels)
+def measured(subject, settings, needed, function, *arguments):
+    """The result of a measurement, a dict with the keys `needed`: from subject.file, or function(subject, *arguments).
+
+    The file is JSON, {subject.key: {settings: result}}.
+    """
+    name = json.dumps({"data": subject.test_set, **settings}, ensure_ascii=False)
+    result = read_json(subject.file).get(subject.key, {}).get(name, {})
+    if any(key not in result for key in needed):
+        result |= function(subject, *arguments)
+        saved = read_json(subject.file)  # again: another process may have written meanwhile
+        saved.setdefault(subject.key, {})[name] = result
+        write_json(subject.file, saved)
+    return result
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_json(path, content):
+    with common.atomic_write(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def evaluate_images(subject, images, labels):
+    """Accuracy in percent, ECE with its bins (Guo et al. 2017), NLL in nats, Brier score (summed over classes).
+
+    images: uint8 [N, 3, H, W]; labels: int64 [N].
+    """
+    logits = predict(subject.model, images, batch_size=subject.batch_size).double()
+    p = logits.softmax(1)
+    ece, accuracy, confidence, share = common.calibration(p, labels)
     return {
         "accuracy": common.accuracy(p, labels),
         "ece": ece,
         "nll": F.cross_entropy(logits, labels).item(),
         "brier": (p - F.one_hot(labels, p.shape[1])).square().sum(1).mean().item(),
-        "bins": dict(zip(("accuracy", "confidence", "share"), bins)),
+        "bins": {"accuracy": accuracy, "confidence": confidence, "share": share},
     }
 
 
@@ -869,74 +751,100 @@ def evaluate_pgd(subject, eps, args):
 
     A sample is lost to PGD-k if any point visited in the first k steps, the start included, is misclassified; so one
     trajectory serves all step counts. It leaves the work as soon as no step to come could change its result, except
-    where it is part of its batch's statistics.
+    where it is part of its batch's statistics. Returns {column of the tables: accuracy}.
     """
-    images, labels = subject.test.test_images, subject.test.test_labels
-    longest = max(args.pgd)
+    images, labels, model = subject.data.test_images, subject.data.test_labels, subject.model
+    longest, size = max(args.pgd), max(1, BLOCK // images[0].numel())
+    withstood = longest * subject.right.long()  # int64 [N]: the largest of the step counts that a sample withstands
     below = [max((k for k in args.pgd if k < step), default=0) for step in range(longest + 1)]
-    survived = longest * subject.right.long()  # the largest of the step counts that each sample withstands
-    blocks = torch.arange(len(labels), device=images.device).split(max(1, BLOCK // images[0].numel()))
-    turns = list(itertools.product(range(len(blocks)), range(args.restarts), range(longest + 1)))
-    for i, restart, step in progress(turns, f"PGD, ε {eps_name(eps)}, on {subject.path}"):
-        block = blocks[i]
+    turns = list(itertools.product(range(0, len(labels), size), range(args.restarts), range(longest + 1)))
+    for start, restart, step in common.progress(turns, f"PGD, ε {eps_name(eps)}, on {subject.path}"):
+        block = slice(start, start + size)
         if step == 0:
-            clean = to_float(images[block])
-            seed = args.seed + restart + args.restarts * i
+            clean = to_float(images[block].to(labels.device))
+            seed = args.seed + restart + args.restarts * (start // size)
             x = random_start(clean, eps, torch.Generator(clean.device).manual_seed(seed))
-        at_stake = (survived[block] >= max(step, 1)) | subject.by_batch
-        for rows in common.even_batches(at_stake.nonzero().squeeze(1), subject.batch_size):
-            here = block[rows]
-            truth = labels[here]
+        true, left = labels[block], withstood[block]  # views
+        at_stake = (left >= max(step, 1)) | subject.by_batch
+        for rows in evenly_split(at_stake.nonzero().squeeze(1), subject.batch_size):
             if step < longest:
-                logits, gradient = input_gradient(subject.model, x[rows], truth)
-                x[rows] = ascend(x[rows], clean[rows], gradient, eps, args.step_size)
+                logits, x[rows] = ascend(model, x[rows], clean[rows], true[rows], eps, args.step_size)
             else:
                 with torch.no_grad():
-                    logits = subject.model(x[rows])
-            lost = logits.argmax(1) != truth
-            survived[here] = torch.where(lost, survived[here].clamp(max=below[step]), survived[here])
-    return {str(k): 100 * (survived >= k).double().mean().item() for k in args.pgd}
+                    logits = model(x[rows])
+            lost = logits.argmax(1) != true[rows]
+            left[rows] = torch.where(lost, left[rows].clamp(max=below[step]), left[rows])
+    return {pgd_column(k, eps): 100 * (withstood >= k).double().mean().item() for k in args.pgd}
 
 
-def evaluate_corruption(subject, corrupted):
-    """Accuracy in percent on corrupted(severity), uint8 [N, 3, H, W], for severities 1 … 5, and natural robustness.
+def evaluate_corruption(subject, name, seed, official):
+    """Accuracy in percent on images corrupted with severity 1 … 5, and natural robustness: two lists of 5.
 
-    That is the same among the samples classified correctly when clean (Gu et al. 2019), null if there are none.
+    Natural robustness is the accuracy among the samples classified correctly when clean (Gu et al. 2019), NaN if there
+    are none. official: the arrays of read_cifar_c; None: the corruptions are generated.
     """
-    hits = [
-        predict(subject.model, corrupted(severity), batch_size=subject.batch_size).argmax(1) == subject.test.test_labels
-        for severity in range(1, 6)
-    ]
-    given = [hit[subject.right].double() for hit in hits]
-    return {
-        "accuracy": [100 * hit.double().mean().item() for hit in hits],
-        "natural_robustness": [100 * hit.mean().item() if len(hit) else None for hit in given],
-    }
-
-
-def evaluate_cinic(subject, images, labels):
-    return {"accuracy": common.accuracy(predict(subject.model, images, batch_size=subject.batch_size), labels)}
+    images, labels = subject.data.test_images, subject.data.test_labels
+    result = {"accuracy": [], "natural_robustness": []}
+    for severity in range(1, 6):
+        if official:
+            rows = 10000 * (severity - 1) + evenly_spaced(10000, len(images)).numpy()
+            corrupted = torch.from_numpy(official[name][rows]).permute(0, 3, 1, 2).to(images.device)
+        else:
+            corrupted = corrupt(images, name, severity, seed)
+        hit = predict(subject.model, corrupted, batch_size=subject.batch_size).argmax(1) == labels
+        result["accuracy"].append(100 * hit.double().mean().item())
+        result["natural_robustness"].append(100 * hit[subject.right].double().mean().item())
+    return result
 
 
 def evaluate_transfer(source, targets, args):
-    """Success rate in percent on each target of PGD-20 on `source`: {target's sha256: rate}, null where nothing counts.
+    """Success rate in percent on each target of PGD-20 on `source`: {target.key: rate}, NaN where nothing counts.
 
-    What counts are the samples that source and target both classify correctly; the attack succeeds where the target
+    What counts are the samples that source and target both classify correctly. The attack succeeds where the target
     misclassifies the adversarial image. On the source itself that is the white-box success rate.
     """
-    images, labels = source.test.test_images, source.test.test_labels
-    generator = torch.Generator(images.device).manual_seed(args.seed)
-    fooled, both = dict.fromkeys(targets, 0), dict.fromkeys(targets, 0)
-    rows = common.even_batches(source.right.nonzero().squeeze(1), source.batch_size)
-    for part in progress(rows, f"transfer, ε {eps_name(args.eps[0])}, from {source.path}"):
-        attack = args.eps[0], args.step_size, 20, generator
-        adversarial = pgd(source.model, to_float(images[part]), labels[part], *attack)
-        for target in targets:
+    images, labels = source.data.test_images, source.data.test_labels
+    generator = torch.Generator(labels.device).manual_seed(args.seed)
+    missed = torch.zeros(len(targets), len(labels), dtype=torch.bool, device=labels.device)
+    batches = evenly_split(source.right.nonzero().squeeze(1), source.batch_size)
+    for rows in common.progress(batches, f"transfer, ε {eps_name(args.eps[0])}, from {source.path}"):
+        clean = to_float(images[rows.to(images.device)].to(labels.device))
+        adversarial = pgd(source.model, clean, labels[rows], args.eps[0], args.step_size, 20, generator)
+        for i, target in enumerate(targets):
             with torch.no_grad():
-                wrong = target.model(adversarial).argmax(1) != labels[part]
-            fooled[target] += (wrong & target.right[part]).sum()  # stays on the device
-            both[target] += target.right[part].sum()
-    return {t.sha256: 100 * int(fooled[t]) / int(both[t]) if both[t] else None for t in targets}
+                missed[i, rows] = target.model(adversarial).argmax(1) != labels[rows]
+    rates = {}
+    for i, target in enumerate(targets):
+        both = source.right & target.right
+        rates[target.key] = 100 * missed[i, both].double().mean().item()
+    return rates
+
+
+def measure(subject, args, official, cinic):
+    """Put what the flags ask for into subject.numbers and subject.results."""
+    data = subject.data
+    clean = measured(subject, {"measure": "clean"}, ["accuracy"], evaluate_images, data.test_images, data.test_labels)
+    subject.results["clean"], subject.numbers["accuracy (%)"] = clean, clean["accuracy"]
+    if args.ece:
+        subject.numbers |= {"ECE": clean["ece"], "NLL": clean["nll"], "Brier": clean["brier"]}
+    if cinic:
+        settings = {"measure": "CINIC", "images": len(cinic[1]), "seed": args.seed}
+        subject.numbers["CINIC (%)"] = measured(subject, settings, ["accuracy"], evaluate_images, *cinic)["accuracy"]
+    if args.cifar_c is not None:
+        source = "official" if official else "generated"
+        for name in common.progress(list(CORRUPTIONS), f"CIFAR-C, {source}, on {subject.path}"):
+            settings = {"measure": name, "source": source, "seed": None if official else args.seed}
+            result = measured(subject, settings, ["accuracy"], evaluate_corruption, name, args.seed, official)
+            subject.results[name] = result
+        subject.numbers[f"mCA, {source} (%)"] = averages(subject, "accuracy")["mean"]
+        subject.numbers["natural robustness (%)"] = averages(subject, "natural_robustness")["mean"]
+    if args.pgd:
+        for eps in args.eps:
+            settings = {"measure": "PGD", "eps": eps, "step_size": args.step_size}
+            settings |= {"restarts": args.restarts, "seed": args.seed}
+            columns = [pgd_column(steps, eps) for steps in args.pgd]
+            result = measured(subject, settings, columns, evaluate_pgd, eps, args)
+            subject.numbers |= {column: result[column] for column in columns}
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
@@ -947,115 +855,111 @@ def eps_name(eps):
     return f"{eps * 255:.0f}/255" if math.isclose(eps * 255, round(eps * 255), abs_tol=1e-6) else f"{eps:.4g}"
 
 
-def mean(values):
-    """Of those that are not None; None of none."""
-    values = [v for v in values if v is not None]
-    return statistics.fmean(values) if values else None
-
-
-def mean_std(values):
-    """Mean, sample standard deviation (None of one value) and number of the values that are not None."""
-    values = [v for v in values if v is not None]
-    return mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
-
-
-def cell(values, digits=2):
-    """94.28, or 94.28 ± 0.09 (5) for five seeds, or – for none."""
-    centre, std, n = mean_std(values)
-    return f"{centre:.{digits}f} ± {std:.{digits}f} ({n})" if n > 1 else f"{centre:.{digits}f}" if n else "–"
-
-
-def print_table(heading, columns, rows):
-    """columns: names; rows: {name: a text for each column}."""
-    widths = [max(map(len, texts)) for texts in zip(columns, *rows.values())]
-    first = max(map(len, [heading, *rows]))
-    print()
-    for name, texts in ((heading, columns), *rows.items()):
-        print(name.ljust(first), *(text.rjust(width) for text, width in zip(texts, widths)), sep="  ")
+def pgd_column(steps, eps):
+    return f"PGD-{steps}, ε {eps_name(eps)} (%)"
 
 
 def averages(subject, kind, severities=(1, 2, 3, 4, 5)):
     """{corruption: mean over severities}, and last their mean, which for kind "accuracy" is mCA."""
-    means = {name: mean(subject.corruptions[name][kind][k - 1] for k in severities) for name in SEVERITIES}
-    return means | {"mean": mean(means.values())}
+    means = {name: statistics.fmean(subject.results[name][kind][k - 1] for k in severities) for name in CORRUPTIONS}
+    return means | {"mean": statistics.fmean(means.values())}
+
+
+def statistic(members, column):
+    """Mean, sample standard deviation (None of one) and number of a column over subjects, as a dict."""
+    values = [subject.numbers[column] for subject in members]
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": deviation, "n": len(values)}
+
+
+def cell(members, column):
+    """94.28, or 94.28 ± 0.09 (5) for five seeds."""
+    mean, std, n = statistic(members, column).values()
+    digits = 4 if column in ("ECE", "NLL", "Brier") else 2
+    return f"{mean:.{digits}f}" if n == 1 else f"{mean:.{digits}f} ± {std:.{digits}f} ({n})"
+
+
+def print_table(heading, columns, rows):
+    """heading: of the first column. columns: names. rows: [(name, a text for each column)]. Nine columns at a time."""
+    lines = [(heading, columns), *rows]
+    first = max(len(name) for name, _ in lines)
+    for start in range(0, len(columns), 9):
+        texts = [line[start : start + 9] for _, line in lines]
+        widths = [max(len(text) for text in column) for column in zip(*texts)]
+        print()
+        for (name, _), line in zip(lines, texts):
+            print(name.ljust(first), *(text.rjust(width) for text, width in zip(line, widths)), sep="  ")
 
 
 def report(args, groups, teacher):
-    """Print the tables, draw the pictures, and return the summary for evaluation.json."""
-    subjects = [subject for members in groups.values() for subject in members]
-    metrics = {"accuracy (%)": lambda s: s.clean["accuracy"]}
-    if args.ece:
-        metrics |= {name: lambda s, name=name: s.clean[name.lower()] for name in ("ECE", "NLL", "Brier")}
-    if args.cinic:
-        metrics["CINIC (%)"] = lambda s: s.cinic["accuracy"]
-    if args.cifar_c is not None:
-        metrics[f"mCA, {'official' if args.cifar_c else 'generated'} (%)"] = lambda s: averages(s, "accuracy")["mean"]
-        metrics["natural robustness (%)"] = lambda s: averages(s, "natural_robustness")["mean"]
-    for eps, steps in itertools.product(args.eps, args.pgd):
-        metrics[f"PGD-{steps}, ε {eps_name(eps)} (%)"] = lambda s, eps=eps, steps=steps: s.pgd[eps][str(steps)]
-
-    values = {
-        label: {name: [f(s) for s in members] for name, f in metrics.items()} for label, members in groups.items()
-    }
-    sweep = len(args.pgd) * len(args.eps) > 1
-    names = [name for name in metrics if not (sweep and name.startswith("PGD"))]
-    digits = {"ECE": 4, "NLL": 4, "Brier": 4}
-    print_table("model", names, {label: [cell(of[n], digits.get(n, 2)) for n in names] for label, of in values.items()})
-    if sweep:  # Table 4 has a column for each number of steps, Table 5 for each ε
-        columns, lines = (args.eps, [args.pgd[0]]) if len(args.pgd) == 1 else (args.pgd, args.eps)
-        rows = {}
-        for (label, members), line in itertools.product(groups.items(), lines):
-            keys = [(column, line) if columns is args.eps else (line, column) for column in columns]
-            name = label if columns is args.eps else f"{label}, ε {eps_name(line)}"
-            rows[name] = [cell([s.pgd[eps][str(steps)] for s in members]) for eps, steps in keys]
-        heading = f"accuracy (%) under PGD-{lines[0]}, ε" if columns is args.eps else "accuracy (%) under PGD, steps"
-        print_table(heading, [eps_name(c) if columns is args.eps else str(c) for c in columns], rows)
+    """Print the tables, draw the pictures and return the summary. groups: of `grouped`. teacher: a list."""
+    subjects = [subject for _, members in groups for subject in members]
+    test_sets = "; ".join(sorted({subject.test_set for subject in subjects}))
+    columns = list(subjects[0].numbers)
+    print_table(test_sets, columns, [(name, [cell(members, c) for c in columns]) for name, members in groups])
+    summary = {"test_set": test_sets, "models": {}}
+    for name, members in groups:
+        numbers = {column: statistic(members, column) for column in columns}
+        summary["models"][name] = {"checkpoints": [subject.path for subject in members], **numbers}
 
     if args.ece:
         draw_reliability(args.out / "reliability.png", groups)
-    if sweep:
+    if len(args.pgd) * len(args.eps) > 1:
         draw_pgd(args.out / "pgd.png", groups, args.pgd, args.eps)
     if args.cifar_c is not None:
         draw_corruptions(args.out / "cifar-c.png", groups, args.cifar_c or "generated here")
-    summary = {"models": {}}
-    for label, members in groups.items():
-        stats = {name: dict(zip(("mean", "std", "n"), mean_std(v))) for name, v in values[label].items()}
-        summary["models"][label] = {"checkpoints": [s.path for s in members], **stats}
     if args.transfer:
-        summary["transfer"] = report_transfer(args, groups, subjects, teacher)
+        summary["transfer"] = report_transfer(args, groups, teacher)
     return summary
 
 
-def report_transfer(args, groups, subjects, teacher):
+def report_transfer(args, groups, teacher):
     """The matrix of KD Beyond's Figure 1: targets in rows, sources in columns, the teacher after the mean."""
-    labels = {}
-    for label, members in groups.items():
+    names, subjects = [], []
+    for name, members in groups:
         for subject in members:
-            name = label if len(members) == 1 else f"{label} seed {subject.seed}"
-            labels[subject] = f"{name} ({subject.path})" if name in labels.values() else name
-    rows = {labels[t]: [s.transfer[t.sha256] for s in subjects] for t in subjects}
-    rows = {name: [*row, mean(row)] for name, row in rows.items()}
-    if teacher:
-        rows = {name: [*row, teacher[0].transfer[t.sha256]] for (name, row), t in zip(rows.items(), subjects)}
-    rows["mean"] = [mean(column) for column in zip(*rows.values())]
-    columns = [*(labels[s] for s in subjects), "mean", *["teacher"] * len(teacher)]
-    heading = "success rate (%), source → / target ↓"
-    print_table(heading, columns, {name: [cell([v]) for v in row] for name, row in rows.items()})
-    figure = Figure(figsize=(3.5 + 0.8 * len(columns), 2.5 + 0.45 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    heat_map(axes, list(rows.values()), list(rows), columns, f"success rate (%), PGD-20, ε = {eps_name(args.eps[0])}")
-    axes.set(xlabel="source", ylabel="target")
-    save_figure(figure, args.out / "transfer.png")
-    return {"columns are sources": columns, "rows are targets": list(rows), "success_rate": list(rows.values())}
+            names.append(name if len(members) == 1 else f"{name} seed {subject.config['seed']}")
+            subjects.append(subject)
+    values = []
+    for target in subjects:
+        rates = [source.results["transfer"][target.key] for source in subjects]
+        own = [source.results["transfer"][target.key] for source in teacher]
+        values.append([*rates, statistics.fmean(rates), *own])
+    values.append([statistics.fmean(column) for column in zip(*values)])
+    numbers = [str(i) for i in range(1, len(names) + 1)]
+    rows = [*(f"{number}: {name}" for number, name in zip(numbers, names)), "mean"]
+    columns = [*numbers, "mean", *("teacher" for _ in teacher)]
+    heading = f"{subjects[0].test_set}: success rate (%), source → / target ↓"
+    print_table(heading, columns, [(name, [f"{v:.2f}" for v in row]) for name, row in zip(rows, values)])
+    with picture(args.out / "transfer.png", 6 + 0.8 * len(columns), 2.5 + 0.45 * len(rows)) as figure:
+        axes = figure.subplots()
+        heat_map(axes, values, rows, columns, f"success rate (%), PGD-20, ε = {eps_name(args.eps[0])}")
+        axes.set(xlabel="source", ylabel="target")
+    return {"rows are targets": rows, "columns are sources": columns, "success_rate": values}
 
 
-def wrapped(text, width=25):
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+@contextlib.contextmanager
+def picture(path, width, height):
+    """Yield an empty figure of that size in inches, which is written to `path` at the end of the block."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
+    with common.atomic_write(path) as partial:
+        figure.savefig(partial, dpi=110)
+    print(f"wrote {path}")
+
+
+def wrapped(text, width):
     return "\n".join(textwrap.wrap(text, width))
 
 
 def heat_map(axes, values, rows, columns, title):
-    """Numbers in coloured cells; None leaves a cell empty."""
-    values = np.array([[math.nan if v is None else v for v in row] for row in values])
+    """Numbers in coloured cells; NaN leaves a cell empty."""
+    values = np.array(values)
     axes.imshow(values, cmap="viridis", aspect="auto")
     known = values[~np.isnan(values)]
     for (i, j), v in np.ndenumerate(values):
@@ -1063,187 +967,152 @@ def heat_map(axes, values, rows, columns, title):
             dark = v < (known.min() + known.max()) / 2
             axes.text(j, i, f"{v:.1f}", ha="center", va="center", color="w" if dark else "k")
     axes.set_title(title, parse_math=False)
-    axes.set_yticks(range(len(rows)), map(wrapped, rows), parse_math=False)
-    axes.set_xticks(range(len(columns)), map(wrapped, columns), parse_math=False, rotation=90)
-
-
-def save_figure(figure, path):
-    with common.replacing(path) as partial:
-        figure.savefig(partial, dpi=110)
-    print(f"wrote {path}")
+    axes.set_yticks(range(len(rows)), [wrapped(name, 50) for name in rows], parse_math=False)
+    axes.set_xticks(range(len(columns)), [wrapped(name, 25) for name in columns], parse_math=False, rotation=90)
 
 
 def draw_reliability(path, groups):
     """Reliability diagrams, one a group, the bins of its seeds pooled."""
     columns = min(4, len(groups))
     rows = math.ceil(len(groups) / columns)
-    figure = Figure(figsize=(4 * columns, 4.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, (label, members) in itertools.zip_longest(panels, groups.items(), fillvalue=(None, None)):
-        if members is None:
+    with picture(path, 4 * columns, 4.2 * rows) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, (name, members) in zip(panels, groups):
+            bins = [subject.results["clean"]["bins"] for subject in members]
+            share, acc, conf = (np.array([b[key] for b in bins]) for key in ("share", "accuracy", "confidence"))
+            total = share.sum(0).clip(1e-12)
+            acc, conf, share = (share * acc).sum(0) / total, (share * conf).sum(0) / total, share.mean(0)
+            edges, width = np.linspace(0, 1, len(share) + 1), 1 / len(share)
+            axes.bar(edges[:-1], acc, width, align="edge", color="tab:blue", edgecolor="w", label="accuracy")
+            gap = {"color": "none", "edgecolor": "tab:red", "hatch": "////", "label": "gap to confidence"}
+            axes.bar(edges[:-1], conf - acc, width, bottom=acc, align="edge", **gap)
+            axes.stairs(share, edges, color="k", label="share of samples")
+            axes.plot([0, 1], [0, 1], "k--", lw=1)
+            axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+            axes.set_title(wrapped(f"{name}, ECE {cell(members, 'ECE')}", 45), fontsize="medium", parse_math=False)
+        panels[0].legend(loc="upper left", fontsize="small")
+        for axes in panels[len(groups) :]:
             axes.axis("off")
-            continue
-        share, acc, conf = (
-            np.array([s.clean["bins"][k] for s in members]) for k in ("share", "accuracy", "confidence")
-        )
-        total = share.sum(0).clip(1e-12)
-        acc, conf, share = (share * acc).sum(0) / total, (share * conf).sum(0) / total, share.mean(0)
-        edges = np.linspace(0, 1, len(share) + 1)
-        axes.bar(edges[:-1], acc, 1 / len(share), align="edge", color="tab:blue", edgecolor="w", label="accuracy")
-        gap = dict(align="edge", color="none", edgecolor="tab:red", hatch="////", label="gap to confidence")
-        axes.bar(edges[:-1], conf - acc, 1 / len(share), bottom=acc, **gap)
-        axes.stairs(share, edges, color="k", label="share of samples")
-        axes.plot([0, 1], [0, 1], "k--", lw=1)
-        axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-        ece = cell([s.clean["ece"] for s in members], 3)
-        axes.set_title(wrapped(f"{label}, ECE {ece}", 45), fontsize="medium", parse_math=False)
-    panels[0].legend(loc="upper left", fontsize="small")
-    save_figure(figure, path)
 
 
 def draw_pgd(path, groups, steps, eps):
     """Accuracy under attack against the number of steps, for each ε, and against ε, for the largest number of steps."""
-    sweeps = []
+    import matplotlib
+
+    sweeps = []  # x axis, its ticks, their names, {end of a line's name: the line's columns in the tables}
     if len(steps) > 1:
-        sweeps += [("PGD steps", steps, [[(e, k) for k in steps] for e in eps])]
+        lines = {f", ε {eps_name(e)}": [pgd_column(k, e) for k in steps] for e in eps}
+        sweeps.append(("PGD steps", steps, steps, lines))
     if len(eps) > 1:
-        sweeps += [(f"ε of PGD-{steps[-1]}", eps, [[(e, steps[-1]) for e in eps]])]
-    colours = matplotlib.colormaps["tab20"]
-    entries = len(groups) * max(len(lines) for _, _, lines in sweeps)
-    figure = Figure(figsize=(8.5 * len(sweeps), max(4.5, 0.3 * entries)), layout="constrained")
-    for axes, (name, ticks, lines) in zip(figure.subplots(1, len(sweeps), squeeze=False).flat, sweeps):
-        for i, (label, members) in enumerate(groups.items()):
-            for line, style in zip(lines, itertools.cycle(("-", "--", "-.", ":"))):
-                stats = [mean_std([s.pgd[e][str(k)] for s in members]) for e, k in line]
-                legend = wrapped(label if len(lines) == 1 else f"{label}, ε {eps_name(line[0][0])}", 30)
-                options = {"linestyle": style, "color": f"C{i}" if len(groups) <= 10 else colours(i), "marker": "."}
-                means, deviations = [m for m, _, _ in stats], [d or 0 for _, d, _ in stats]
-                axes.errorbar(ticks, means, deviations, capsize=3 * (len(members) > 1), label=legend, **options)
-        axes.set(ylim=(0, None), ylabel="accuracy under attack (%)", xlabel=name)
-        axes.set_xscale("symlog", linthresh=min(filter(None, ticks)))
-        axes.set_xticks(ticks, [eps_name(t) if ticks is eps else t for t in ticks], rotation=45)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        for text in axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)).get_texts():
-            text.set_parse_math(False)
-    save_figure(figure, path)
+        lines = {"": [pgd_column(steps[-1], e) for e in eps]}
+        sweeps.append((f"ε of PGD-{steps[-1]}", eps, [eps_name(e) for e in eps], lines))
+    colours = matplotlib.colormaps["tab10" if len(groups) <= 10 else "tab20"].colors
+    entries = len(groups) * max(len(lines) for *_, lines in sweeps)
+    with picture(path, 8.5 * len(sweeps), max(4.5, 0.3 * entries)) as figure:
+        for axes, (label, ticks, names, lines) in zip(figure.subplots(1, len(sweeps), squeeze=False).flat, sweeps):
+            for (name, members), colour in zip(groups, itertools.cycle(colours)):
+                for (end, columns), style in zip(lines.items(), itertools.cycle(("-", "--", "-.", ":"))):
+                    stats = [statistic(members, column) for column in columns]
+                    means, deviations = [s["mean"] for s in stats], [s["std"] or 0 for s in stats]
+                    options = {"color": colour, "linestyle": style, "marker": ".", "label": wrapped(name + end, 30)}
+                    axes.errorbar(ticks, means, deviations, capsize=3 if len(members) > 1 else 0, **options)
+            axes.set(ylim=(0, None), ylabel="accuracy under attack (%)", xlabel=label)
+            axes.set_xscale("symlog", linthresh=min(tick for tick in ticks if tick > 0))
+            axes.set_xticks(ticks, names, rotation=45)
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+            for text in axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)).get_texts():
+                text.set_parse_math(False)
 
 
 def draw_corruptions(path, groups, source):
     """Figure 3 of Noise as a Resource: corruption by model; for a single model, corruption by severity."""
-    figure = Figure(figsize=(5 + 1.6 * max(5, len(groups)), 9), layout="constrained")
-    figure.suptitle(f"CIFAR-C, {source}", parse_math=False)
-    titles = {
-        "accuracy": "accuracy (%)",
-        "natural_robustness": "natural robustness: accuracy (%) where\nthe clean image is classified right",
-    }
-    for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
-        columns = {label: [averages(s, kind) for s in members] for label, members in groups.items()}
-        if len(groups) == 1:
-            (members,) = groups.values()
-            single = {f"severity {k}": [averages(s, kind, [k]) for s in members] for k in range(1, 6)}
-            columns = single | {"mean": list(*columns.values())}
-        rows = [*SEVERITIES, "mean"]
-        values = [[mean(a[row] for a in column) for column in columns.values()] for row in rows]
-        heat_map(axes, values, rows, list(columns), title)
-    save_figure(figure, path)
+    with picture(path, 5 + 1.6 * max(5, len(groups)), 9) as figure:
+        figure.suptitle(f"CIFAR-C, {source}", parse_math=False)
+        robust = "natural robustness: accuracy (%) where\nthe clean image is classified right"
+        titles = {"accuracy": "accuracy (%)", "natural_robustness": robust}
+        for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
+            columns = {}
+            if len(groups) == 1:
+                for k in range(1, 6):
+                    columns[f"severity {k}"] = [averages(subject, kind, [k]) for subject in groups[0][1]]
+            for name, members in groups:
+                columns["mean" if len(groups) == 1 else name] = [averages(subject, kind) for subject in members]
+            rows = [*CORRUPTIONS, "mean"]
+            values = [[statistics.fmean(of[row] for of in column) for column in columns.values()] for row in rows]
+            heat_map(axes, values, rows, list(columns), title)
 
 
 def show_corruptions(path, images, seed):
-    """A contact sheet: a corruption a row, clean and severity 1 … 5 of two images uint8 [2 or 1, 3, H, W]."""
+    """A contact sheet: a corruption a row, clean and severity 1 … 5 of the images uint8 [N, 3, H, W], one or two."""
     side = images.shape[3] + 2
     rows = []
-    for name in SEVERITIES:
+    for name in CORRUPTIONS:
         row = torch.stack([images, *(corrupt(images, name, severity, seed) for severity in range(1, 6))], 1)
-        rows.append(torch.cat(list(F.pad(row.flatten(0, 1), (1,) * 4, value=255)), 2))
-    sheet = torch.cat(rows, 1).permute(1, 2, 0).cpu().numpy()
-    figure = Figure(figsize=(13, 19.5), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(sheet, interpolation="nearest")
-    axes.set_yticks([(i + 0.5) * side for i in range(len(SEVERITIES))], SEVERITIES)
-    axes.set_xticks([(i + 0.5) * side for i in range(6 * len(images))], ["clean", *"12345"] * len(images))
-    axes.xaxis.tick_top()
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    save_figure(figure, path)
+        rows.append(torch.cat(list(F.pad(row.flatten(0, 1), (1, 1, 1, 1), value=255)), 2))
+    with picture(path, 13, 19.5) as figure:
+        axes = figure.subplots()
+        axes.imshow(torch.cat(rows, 1).permute(1, 2, 0).cpu(), interpolation="nearest")
+        axes.set_yticks([(i + 0.5) * side for i in range(len(CORRUPTIONS))], list(CORRUPTIONS))
+        axes.set_xticks([(i + 0.5) * side for i in range(6 * len(images))], ["clean", *"12345"] * len(images))
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
 
-def main():
-    args = parse_args()
+def main(args):
+    """Evaluate what the flags name; returns what is written to summary.json."""
     device = common.setup(args)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     torch.backends.cudnn.allow_tf32 = False
-
-    if args.show_corruptions and not (args.checkpoints or args.torchvision):
-        images = common.load_dataset(args.dataset, args.data_dir or "data", 1, args.limit_test, device).test_images
-        return show_corruptions(args.out / "corruptions.png", images[common.spread(len(images), 2)], args.seed)
+    load_dataset = functools.cache(common.load_dataset)
 
     if args.arch or args.torchvision:
-        subjects = [load_foreign(path, args, device) for path in args.checkpoints or [None]]
+        subjects = [load_weights(path, args, device, load_dataset) for path in args.checkpoints or [None]]
     else:
-        subjects = [load_subject(path, args, device, part=args.part) for path in args.checkpoints]
-    once = {subject.sha256: subject for subject in reversed(subjects)}
-    for subject in subjects:
-        if subject is not once[subject.sha256]:
-            print(f"{subject.path} is the same as {once[subject.sha256].path}, and left out")
-    subjects = [subject for subject in subjects if subject is once[subject.sha256]]
-    teacher = [load_subject(args.teacher, args, device, "--teacher")] if args.teacher else []
-    if args.transfer and len(subjects + teacher) < 2:
-        raise UsageError("--transfer: takes two or more different checkpoints")
-    load_data = functools.cache(
-        lambda name, at, *size: common.load_dataset(name, at, 1, args.limit_test, device, *size)
-    )
-    for subject in subjects + teacher:
-        sizes = (subject.config.get(key, size) for key, size in (("resize", 256), ("image_size", 224)))  # photographs
-        subject.test = load_data(subject.dataset, subject.data_dir, *sizes)
-        check_fit(subject)
-    if args.transfer and len({subject.data for subject in subjects + teacher}) > 1:
-        kinds = ", ".join({subject.dataset: 0 for subject in subjects + teacher})
-        raise UsageError(f"--transfer: the checkpoints' data sets differ ({kinds}); --dataset NAME takes one for all")
-    official = official_corruptions(args.cifar_c, subjects) if args.cifar_c else None
+        subjects = [load_run(path, args.part, args, device, load_dataset) for path in args.checkpoints]
+    teacher = []
+    if args.teacher:
+        teacher.append(load_run(args.teacher, "model", args, device, load_dataset, "--teacher"))
+    if args.transfer and len({subject.test_set for subject in subjects + teacher}) > 1:
+        raise UsageError("--transfer: the checkpoints have different test sets; --dataset NAME takes one for all")
+    official = read_cifar_c(Path(args.cifar_c), subjects) if args.cifar_c else None
+    cinic = None
     if args.cinic:
         for subject in subjects:
-            if tuple(subject.test.classes) != CIFAR10:
-                raise UsageError(f"--cinic: has the classes of cifar10; {subject.path} has those of {subject.dataset}")
-        cinic = [part.to(device) for part in load_cinic(args.cinic, subjects[0].data_dir, args.seed)]
-    evaluation = Evaluation(args.out)
-    print(f"{len(subjects)} model{'s' * (len(subjects) > 1)} on {device}, results in {args.out}", flush=True)
+            if list(subject.data.classes) != CIFAR10:
+                raise UsageError(f"--cinic: has the classes of cifar10, not those of {subject.test_set}")
+        cinic = [part.to(device) for part in load_cinic(args.cinic, args.data_dir or Path("data"), args.seed)]
 
     if args.show_corruptions:
-        images = subjects[0].test.test_images
-        show_corruptions(args.out / "corruptions.png", images[common.spread(len(images), 2)], args.seed)
+        own = subjects[0].data if subjects else load_dataset(args.dataset or "shapes", args.data_dir or "data")
+        images = own.test_images
+        show_corruptions(args.out / "corruptions.png", images[evenly_spaced(len(images), 2)], args.seed)
+    if not subjects:
+        return {}
     for subject in subjects:
-        subject.clean = evaluation.part("clean", subject, {}, evaluate_clean, subject)
-    for subject, eps in itertools.product(subjects, args.eps if args.pgd else []):
-        settings = {"eps": eps, "step_size": args.step_size, "restarts": args.restarts, "seed": args.seed}
-        steps = map(str, args.pgd)
-        subject.pgd[eps] = evaluation.part("PGD", subject, settings, evaluate_pgd, subject, eps, args, needed=steps)
-    for data in {subject.data: 0 for subject in subjects} if args.cifar_c is not None else []:
-        members = [subject for subject in subjects if subject.data == data]
-        images = members[0].test.test_images
-        for name in progress(list(SEVERITIES), f"CIFAR-C, {args.cifar_c or 'generated'}, of {members[0].dataset}"):
-            corrupted = functools.cache(functools.partial(corrupted_images, official, images, name, seed=args.seed))
-            source = file_digest(Path(args.cifar_c) / f"{name}.npy") if official else f"generated, seed {args.seed}"
-            settings = {"corruption": name, "source": source}
-            for subject in members:
-                result = evaluation.part("CIFAR-C", subject, settings, evaluate_corruption, subject, corrupted)
-                subject.corruptions[name] = result
-    for subject in subjects if args.cinic else []:
-        settings = {"images": hashlib.sha256(cinic[0].cpu().numpy().tobytes()).hexdigest()}
-        subject.cinic = evaluation.part("CINIC", subject, settings, evaluate_cinic, subject, *cinic)
-    for source in subjects + teacher if args.transfer else []:
-        settings = {"eps": args.eps[0], "step_size": args.step_size, "steps": 20, "seed": args.seed}
-        work, targets = (source, subjects, args), [target.sha256 for target in subjects]
-        source.transfer = evaluation.part("transfer", source, settings, evaluate_transfer, *work, needed=targets)
-    evaluation.summary = report(args, grouped(subjects), teacher)
-    evaluation.save()
-    common.count_unreadable()
-    print(f"wrote {evaluation.path}")
+        measure(subject, args, official, cinic)
+    if args.transfer:
+        keys = [target.key for target in subjects]
+        settings = {"measure": "transfer", "eps": args.eps[0], "step_size": args.step_size, "seed": args.seed}
+        for source in subjects + teacher:
+            source.results["transfer"] = measured(source, settings, keys, evaluate_transfer, subjects, args)
+    summary = report(args, grouped(subjects), teacher)
+    write_json(args.out / "summary.json", summary)
+    print(f"wrote {args.out / 'summary.json'}")
+    return summary
 
 
 if __name__ == "__main__":
-    common.run_main(main, "the same command goes on from evaluation.json, which holds the parts that are done", False)
+    try:
+        main(parse_args())
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on with what is not measured yet", file=sys.stderr)
+        sys.exit(130)

@@ -9,21 +9,25 @@ of its training images: the activations leave the range that they had in trainin
 The student, whose running statistics are those of noise, is tested with current statistics too.
 
 Raikwar, Mishra: Discovering and Overcoming Limitations of Noise-engineered Data-free Knowledge Distillation, NeurIPS
-2022, and its appendix: Tables 1-3, Figures 1-8.
+2022, and its appendix.
 
-    python noise_data_free_kd.py                                               # built-in data
-    python noise_data_free_kd.py --bn running                                  # the same, with running statistics
-    python noise_data_free_kd.py --dataset cifar10 --source dead-leaves        # a cell of Table 2
-    python noise_data_free_kd.py --dataset food101 --teacher-arch resnet101    # Figure 7's teacher
-    python noise_data_free_kd.py --source gaussian --running-fraction 0.25     # … of Table 1, with --dataset cifar10
-    python noise_data_free_kd.py --source dead-leaves --show-source            # Figure 4
-    python noise_data_free_kd.py --plot-activations runs/…/checkpoint.pt       # Figures 2, 3a, 5-8
-    python noise_data_free_kd.py --plot-batch-size runs/…/checkpoint.pt …      # Figure 3b
-    python noise_data_free_kd.py --toy                                         # Figure 1
+    python noise_data_free_kd.py                                           # built-in data
+    python noise_data_free_kd.py --bn running                              # the same, with running statistics
+    python noise_data_free_kd.py --dataset cifar10 --source dead-leaves    # a cell of Table 2
+
+    Table 1             --dataset cifar10 --source gaussian --running-fraction {0,0.25,0.5,0.75,0.9,1}
+    Table 2             --dataset cifar10 --source {data,gaussian,dead-leaves} --bn {running,current}
+                        --student-arch {resnet34,resnet18,mobilenet_v2,wrn-28-10,wrn-16-8}
+    Table 3             the same with --teacher-arch {densenet169,densenet121} in place of the five
+    Figure 1            --toy
+    Figures 2, 3a, 5-8  --plot-activations CKPT, of a run with --source gaussian
+    Figure 3b           --dataset cifar10 --batch-size {32,64,128,256,512}, then --plot-batch-size CKPT CKPT …
+    Figure 4            --show-source
+    Figure 7's teacher  --dataset food101 --teacher-arch resnet101
 
 Attained by the first two commands: 65.1 and 19.0 % test accuracy (last epoch, n = 1) on two CPU cores, the first in
-2:04 minutes, teacher included. README.md has Tables 1 and 2 in miniature. Not yet run at the paper's size (dead leaves:
-89.4 with current, 37.04 with running statistics).
+2:04 minutes, teacher included. tests/RESULTS.md has Tables 1 and 2 in miniature. Not yet run at the paper's size (dead
+leaves: 89.4 with current, 37.04 with running statistics).
 
 Learning rates, the teacher's too, fall where the loss on the test set stops falling, as the paper has it: that is to
 look at test data. --schedule cosine, for the student, does not. Our choices where the paper is silent: dead leaves are
@@ -40,50 +44,44 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import UsageError, accuracy, number, one_of, predict, to_float
+from common import UsageError, accuracy, predict, share, to_float
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
 
 def preset(args):
-    """What the flags left unset, from appendix A.7; on shapes, small nets for a CPU."""
-    name = "photographs" if str(args.dataset).startswith("imagefolder:") else Path(args.dataset or "shapes").stem
-    run = {
-        "epochs": 200, "teacher_epochs": 100, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0, "noise": "none",
-        "teacher_arch": {"cifar100": "wrn-28-10", "svhn": "resnet18", "food101": "resnet101"}.get(name, "resnet34"),
-        "student_arch": "resnet18",
-    }  # fmt: skip
+    """The flags that are left out, from appendix A.7; on shapes, small nets for a CPU."""
+    name = Path(args.dataset).stem
+    teachers = {"cifar100": "wrn-28-10", "svhn": "resnet18", "food101": "resnet101"}
+    values = {"noise": "none", "weight_decay": 0.0, "running_fraction": float(args.bn == "running")}
+    if args.bn is None:
+        values["running_fraction"] = float(args.source == "data")
     if name == "shapes":
-        run |= {"epochs": 20, "teacher_epochs": 12, "batch_size": 64, "lr": 2e-3}
-        run |= {"teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1"}
-    run["eval_batch_size"] = 16 if args.plot_activations else max(2, args.batch_size or run["batch_size"])
-    bn = args.bn or ("running" if args.source == "data" else "current")
-    return run | {"bn": bn, "running_fraction": float(bn == "running")}
+        values |= {"epochs": 20, "teacher_epochs": 12, "batch_size": 64, "lr": 2e-3}
+        values |= {"teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1"}
+    else:
+        values |= {"epochs": 200, "teacher_epochs": 100, "batch_size": 256, "lr": 1e-3}
+        values |= {"teacher_arch": teachers.get(name, "resnet34"), "student_arch": "resnet18"}
+    return values | {"eval_batch_size": 16 if args.plot_activations else args.batch_size or values["batch_size"]}
 
 
 def parse_args():
-    parser = common.Parser(__doc__)
-    common.add_common_arguments(parser)
+    parser = common.argument_parser(__file__, __doc__)
     common.add_teacher_arguments(parser)
     add = parser.add_argument_group("method (appendix A.2-A.7)").add_argument
-    add("--source", default="dead-leaves", type=one_of("gaussian", "dead-leaves", "data"), help="what the student sees")
-    add("--bn", type=one_of("current", "running"), help="the teacher's statistics (default: current; of data running)")
-    add("--running-fraction", type=number(float, 0, 1), metavar="P", help="of the layers, drawn at random, on running")
-    add("--schedule", default="plateau", type=one_of("plateau", "cosine"), help="of lr; plateau looks at test data")
-    add("--teacher-epochs", type=number(int, 1), help="of the teacher that is trained (default: 100; on shapes 12)")
-    add("--eval-batch-size", type=number(int, 2), help="of current and re-estimated statistics (default: batch size)")
-    add("--adjust-batches", type=number(int, 1), default=16, metavar="K", help="re-estimate on K batches (default: 16)")
+    add("--source", default="dead-leaves", choices=("gaussian", "dead-leaves", "data"), help="what the student sees")
+    add("--bn", choices=("current", "running"), help="the teacher's statistics; None: running where it sees data")
+    add("--running-fraction", type=share, metavar="P", help="of its layers, drawn at random, on running statistics")
+    add("--schedule", default="plateau", choices=("plateau", "cosine"), help="of lr; plateau looks at test data")
+    add("--teacher-epochs", type=int, help="of the teacher that is trained")
+    add("--eval-batch-size", type=int, help="of current and re-estimated statistics")
+    add("--adjust-batches", type=int, default=16, metavar="K", help="re-estimate statistics on K batches")
     add = parser.add_argument_group("pictures, without training").add_argument
     add("--show-source", action="store_true", help="write a sheet of samples, SOURCE.png")
     add("--plot-activations", type=Path, metavar="CKPT", help="of a student and its teacher, and Figure 3a")
     add("--plot-batch-size", type=Path, nargs="+", metavar="CKPT", help="accuracy of these runs by batch size")
     add("--toy", action="store_true", help="concentric circles and a perceptron with two BatchNorm layers")
-    args = parser.parse_args()
-    if args.bn and args.running_fraction is not None:
-        raise UsageError("--running-fraction: --bn is short for 0 (current) or 1 (running); leave one of them out")
-    common.fill(args, preset(args))
-    args.bn = {0: "current", 1: "running"}.get(args.running_fraction, f"running{args.running_fraction:g}")
-    return args
+    return common.parse(parser, preset)
 
 
 # ------------------------------------------------------------------------------------------------------------ the noise
@@ -184,30 +182,31 @@ def dead_leaves(n, size, generator, device):
     return image.view(n, size, size, 3).permute(0, 3, 1, 2).contiguous()
 
 
-def samples(source, count, data, images=None):
-    """`count` inputs float32 [count, 3, H, W]: noise, dead leaves (cut from squares), or these images, uint8."""
-    shape, device = data.train_images.shape[1:], data.train_images.device
+def samples(source, index, data):
+    """What the student sees for the training images `index` [B]: float32 [B, 3, H, W] of noise, or these images."""
+    height, width = data.test_images.shape[2:]
     if source == "data":
-        return common.crop_flip(to_float(images))
+        return common.crop_flip(data.batch(index), size=data.image_size)
     if source == "gaussian":
-        return torch.randn(count, *shape, device=device)
-    return dead_leaves(count, max(shape[1:]), None, device)[:, :, : shape[1], : shape[2]]
+        return torch.randn(len(index), 3, height, width, device=index.device)
+    return dead_leaves(len(index), max(height, width), None, index.device)[:, :, :height, :width]
 
 
 # ------------------------------------------------------------------------------------------------------------ BatchNorm
 
 
 def batch_norms(model):
-    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
-def on_running_statistics(teacher, fraction, seed):
-    """Put all BatchNorm layers but a random `fraction` on current statistics; the list of those on running ones."""
-    layers = batch_norms(teacher)
-    order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(seed)).tolist()
-    running = round(fraction * len(layers))
-    common.current_statistics([layers[i] for i in order[running:]])
-    return [layers[i] for i in sorted(order[:running])]
+def use_current_statistics(layers):
+    """Make these BatchNorm layers normalise by the batch at hand from now on, in evaluation mode too.
+
+    Their running statistics are taken from them, so that nothing can change those.
+    """
+    for layer in layers:
+        layer.track_running_stats = False
+        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
 
 
 @torch.no_grad()
@@ -221,15 +220,15 @@ def logits_by_statistics(student, images, batch_size, adjust_batches, amp=False)
     for layer in batch_norms(probe):
         layer.reset_running_stats()
         layer.momentum = None  # a cumulative mean
+    device, current = next(student.parameters()).device, []
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
-    current = []
     for i, part in enumerate(order.tensor_split(max(1, round(len(images) / batch_size)))):
         for layer in batch_norms(probe):
             layer.track_running_stats = i < adjust_batches
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            current.append(probe(to_float(images[part])).float())
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            current.append(probe(to_float(images[part].to(device))).float())
     return {
-        "current": torch.cat(current)[order.argsort()],
+        "current": torch.cat(current)[order.argsort().to(device)],
         "running": predict(student, images, amp),
         "adjusted": predict(probe, images, amp),
     }
@@ -238,8 +237,7 @@ def logits_by_statistics(student, images, batch_size, adjust_batches, amp=False)
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def main():
-    args = parse_args()
+def main(args):
     device = common.setup(args)
     if args.toy:
         return toy(args)
@@ -252,38 +250,35 @@ def main():
         return show_source(args, data)
     num_classes = len(data.classes)
     labels = common.corrupt_labels(
-        data.train_labels, args.noise, args.rate, num_classes, args.seed, data.classes, args.data_dir
-    )
+        data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir,
+        per_sample=True,
+    )  # fmt: skip
     student = common.build_model(args.student_arch, num_classes, image_size=data.image_size).to(device)
     optimizer = torch.optim.Adam(student.parameters(), args.lr, weight_decay=args.weight_decay)
     if args.schedule == "plateau":
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=10)
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    run = common.Run(
-        args, device, method=f"{args.source}-{args.bn}", arch=args.student_arch, classes=data.classes,
-        model=student, optimizer=optimizer, scheduler=scheduler,
-    )  # fmt: skip
+    run = common.Run(args, device, data.classes)
+    recipe = {"epochs": args.teacher_epochs, "optimizer": "adam", "lr": args.lr}
+    if Path(args.dataset).stem == "cifar100":  # appendix A.7
+        recipe |= {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4}
+    teacher, run.header["teacher"] = common.load_teacher(args, device, data, labels, None, **recipe)
+    layers = batch_norms(teacher)
+    order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    running = round(args.running_fraction * len(layers))
+    use_current_statistics([layers[i] for i in order[running:]])
+    print(f"of the teacher's {len(layers)} BatchNorm layers {running} use running statistics")
     mode = run.header["batch_norm"] = "running" if args.source == "data" else "current"
-    sgd = Path(args.dataset).stem == "cifar100"  # appendix A.7
-    recipe = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4} if sgd else {"optimizer": "adam", "lr": args.lr}
-    teacher = common.load_teacher(args, run, data, labels, milestones=None, epochs=args.teacher_epochs, **recipe)
-    running = on_running_statistics(teacher, args.running_fraction, args.seed)
-    print(f"of the teacher's {len(batch_norms(teacher))} BatchNorm layers {len(running)} use running statistics")
-
-    def predicted(net, images, amp):
-        return logits_by_statistics(net, images, args.eval_batch_size, args.adjust_batches, amp)[mode]
-
-    untouched = [value.clone() for value in teacher.state_dict().values()]
+    run.checkpoint(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         student.compile()
 
-    for _ in range(run.epoch, args.epochs):
+    for _ in range(run.epoch, run.epochs):
         student.train()
         lr, losses = optimizer.param_groups[0]["lr"], []
-        seen = data.train_images if args.source == "data" else None
-        for index, images in run.progress(seen, common.batches(len(labels), args.batch_size, device)):
-            x = samples(args.source, len(index), data, images)
+        for index in run.batches(len(labels), args.batch_size):
+            x = samples(args.source, index, data)
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 with torch.no_grad():
                     T = teacher(x).float()
@@ -293,24 +288,23 @@ def main():
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        if not all(map(torch.equal, untouched, teacher.state_dict().values())):
-            raise RuntimeError("the teacher has changed")
         logits = logits_by_statistics(student, data.test_images, args.eval_batch_size, args.adjust_batches, args.amp)
         scores = {f"test_acc_{name}": accuracy(S, data.test_labels) for name, S in logits.items()}
         test_loss = F.cross_entropy(logits[mode], data.test_labels)
-        common.average([test_loss])  # so that the schedule decides the same everywhere
-        test_loss = test_loss.item()
-        scheduler.step(*[test_loss] if args.schedule == "plateau" else [])
-        more = common.more_accuracies(student, data, args.amp, logits[mode], predicted)
-        run.end_epoch(losses, lr=lr, test_acc=scores[f"test_acc_{mode}"], **scores, **more, test_loss=test_loss)
-    run.finish()
+        common.average([test_loss])  # so that the schedule decides the same in every process
+        if args.schedule == "plateau":
+            scheduler.step(test_loss.item())
+        else:
+            scheduler.step()
+        run.end_epoch(losses, lr=lr, test_acc=scores[f"test_acc_{mode}"], **scores, test_loss=test_loss.item())
+    return run.finish()
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
 def save(figure, path):
-    with common.replacing(path) as partial:
+    with common.atomic_write(path) as partial:
         figure.savefig(partial, dpi=110)
     print(f"wrote {path}")
 
@@ -319,12 +313,9 @@ def show_source(args, data):
     """SOURCE.png: 64 of the inputs that the student would see; Gaussian noise squeezed into [0, 1] to be drawn."""
     from matplotlib.figure import Figure
 
-    images = None
-    if args.source == "data":
-        images, _ = common.decoded(data.train_images[: min(64, len(data.train_images))])
-        images = images[torch.arange(64, device=images.device) % len(images)]
-    x = samples(args.source, 64, data, images).cpu()
-    x = (x / 6 + 0.5).clamp(0, 1) if args.source == "gaussian" else x
+    x = samples(args.source, torch.arange(64, device=data.train_labels.device) % len(data.train_labels), data).cpu()
+    if args.source == "gaussian":
+        x = (x / 6 + 0.5).clamp(0, 1)
     sheet = x.unflatten(0, (8, 8)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     figure = Figure(figsize=(6, 6))
     axes = figure.add_axes((0, 0, 1, 0.95))
@@ -337,9 +328,8 @@ def show_source(args, data):
 @torch.no_grad()
 def activations(model, images):
     """Outputs of stem and blocks, averaged over positions: a list of [N, K] tensors. images: float [N, 3, H, W]."""
-    rows = common.even_batches(torch.arange(len(images), device=images.device), 250)
-    parts = [model(images[part], features=True)[1] for part in rows]
-    return [torch.cat([part[i].mean((2, 3)) for part in parts]).cpu() for i in range(len(parts[0]))]
+    parts = [model(part, features=True)[1] for part in images.split(250)]
+    return [torch.cat([f.mean((2, 3)) for f in layer]).cpu() for layer in zip(*parts)]
 
 
 def plot_activations(args, device):
@@ -349,82 +339,73 @@ def plot_activations(args, device):
 
     checkpoint = common.load_checkpoint(args.plot_activations, "--plot-activations")
     config, folder = checkpoint["config"], args.out or args.plot_activations.parent
-    if "source" not in config or "teacher" not in checkpoint:
+    if config["script"] != "noise_data_free_kd":
         raise UsageError(f"--plot-activations: {args.plot_activations} is no student of this script; name one")
-    data_dir = args.data_dir or Path(config["data_dir"])
-    limits, sizes = (
-        (args.limit_train or 1000, args.limit_test),
-        (config.get("resize", 256), config.get("image_size", 224)),
-    )
-    data = common.load_dataset(config["dataset"], data_dir, *limits, device, *sizes, workers=args.workers)
-    train_images, _ = common.decoded(data.train_images)
+    limits, sizes = (args.limit_train or 1000, args.limit_test), (config["resize"], config["image_size"])
+    data = common.load_dataset(config["dataset"], args.data_dir, *limits, device, *sizes)
     of_teacher = common.load_checkpoint(args.teacher or Path(checkpoint["teacher"]), "--teacher")
+    teacher, student = (common.load_model(c, "model", device) for c in (of_teacher, checkpoint))
+    teacher_current, student_current = copy.deepcopy(teacher), copy.deepcopy(student)
+    use_current_statistics(batch_norms(teacher_current) + batch_norms(student_current))
 
-    def pair(checkpoint):
-        """The network on running and on current statistics."""
-        nets = [common.load_model(checkpoint, "model", device) for _ in range(2)]
-        common.current_statistics(batch_norms(nets[1]))
-        return nets
-
-    (teacher, teacher_current), (student, student_current) = pair(of_teacher), pair(checkpoint)
     source = config["source"] if config["source"] != "data" else "gaussian"
-    torch.manual_seed(args.seed)
-    real, noise = to_float(train_images), samples(source, len(train_images), data)
+    index = torch.randperm(len(data.train_labels), device=device)  # current statistics are those of mixed classes
+    real = common.crop_flip(data.batch(index), padding=0, size=data.image_size)
+    noise = samples(source, index, data)
     seen = real if config["source"] == "data" else noise
-    cases = {
-        "original data, running statistics": (activations(teacher, real), activations(student, real)[-1]),
-        f"{source}, running statistics": (activations(teacher, noise), activations(student, seen)[-1]),
-        "current statistics": (activations(teacher_current, noise), activations(student_current, real)[-1]),
+    by_layer = {
+        "original data, running statistics": activations(teacher, real),
+        f"{source}, running statistics": activations(teacher, noise),
+        f"{source}, current statistics": activations(teacher_current, noise),
     }
-    labels = [*list(cases)[:2], f"{source}, current statistics"]
-    of_student = [labels[0], "as in training, running statistics", "original data, current statistics"]
-    trained = cases[labels[1]][1].mean(0).numpy()
-
-    layers = len(cases[labels[0]][0])
-    figure = Figure(figsize=(4 * layers, 8), layout="constrained")
+    last_block = {
+        "original data, running statistics": activations(student, real)[-1],
+        "as in training, running statistics": activations(student, seen)[-1],
+        "original data, current statistics": activations(student_current, real)[-1],
+    }
+    figure = Figure(figsize=(4 * len(teacher.blocks) + 4, 8), layout="constrained")
     upper, lower = figure.subfigures(2, 1)
-    upper.suptitle(f"teacher {of_teacher['arch']}: mean activation of an image, by layer", parse_math=False)
-    lower.suptitle(f"student {checkpoint['arch']}, last block, trained on {config['source']}", parse_math=False)
-    panels, (scatter, density) = upper.subplots(1, layers), lower.subplots(1, 2)
+    upper.suptitle(f"teacher {of_teacher['config']['arch']}: mean activation of an image, by layer", parse_math=False)
+    lower.suptitle(f"student {config['student_arch']}, last block, trained on {config['source']}", parse_math=False)
     style = {"bins": 80, "density": True, "histtype": "step"}
-    for colour, label, own, (by_layer, last) in zip(("red", "blue", "black"), labels, of_student, cases.values()):
-        for axes, values in zip(panels, by_layer):
-            axes.hist(values.mean(1).numpy(), color=colour, label=label, **style)
-        scatter.plot(trained, last.mean(0).numpy(), ".", color=colour, label=own)
-        density.hist(last.flatten().numpy(), color=colour, **style)
-    for i, axes in enumerate(panels):
+    for i, axes in enumerate(upper.subplots(1, len(teacher.blocks) + 1)):
+        for (label, layers), colour in zip(by_layer.items(), ("red", "blue", "black")):
+            axes.hist(layers[i].mean(1).numpy(), color=colour, label=label, **style)
         axes.set(title=f"block {i}" if i else "stem", xlabel="mean activation", yscale="log")
     upper.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    scatter, density = lower.subplots(1, 2)
+    trained = last_block["as in training, running statistics"].mean(0).numpy()
+    for (label, values), colour in zip(last_block.items(), ("red", "blue", "black")):
+        scatter.plot(trained, values.mean(0).numpy(), ".", color=colour, label=label)
+        density.hist(values.flatten().numpy(), color=colour, **style)
     scatter.set(xlabel="mean activation of a neuron as in training", ylabel="mean activation of the neuron")
     scatter.legend(fontsize="small")
     density.set(xlabel="activation of a neuron for an image", ylabel="density", yscale="log")
     save(figure, folder / "activations.png")
 
-    size, table = args.eval_batch_size, {}
+    size, counts, scores = args.eval_batch_size, [], {"adjusted": [], "current": [], "running": []}
     most = max(1, round(len(data.test_labels) / size))
     for count in [2**i for i in range(20) if 2**i < most] + [most]:
-        logits = logits_by_statistics(student, data.test_images, size, count)
-        table[count] = [accuracy(logits[name], data.test_labels) for name in ("adjusted", "current", "running")]
+        counts.append(count)
+        for name, logits in logits_by_statistics(student, data.test_images, size, count).items():
+            scores[name].append(accuracy(logits, data.test_labels))
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for values, label, line in zip(zip(*table.values()), ("re-estimated", "current", "running"), ("o-", "--", "--")):
-        axes.plot(table.keys(), values, line, label=f"{label} statistics")
+    for name, values in scores.items():
+        axes.plot(counts, values, "o-" if name == "adjusted" else "--", label=f"{name} statistics")
     axes.set(xlabel=f"batches of {size}", ylabel="test accuracy (%)")
-    axes.set_title(folder.name, parse_math=False)
     axes.set_xscale("log", base=2)
     axes.legend()
     save(figure, folder / "adjust.png")
-    print(f"batches of {size}: " + ", ".join(f"{k}: {row[0]:.2f} %" for k, row in table.items()))
+    print(f"batches of {size}: " + ", ".join(f"{k}: {score:.2f} %" for k, score in zip(counts, scores["adjusted"])))
 
 
 def plot_batch_size(args):
     """batch-size.png: final test accuracy of several runs by their batch size (Figure 3b)."""
     from matplotlib.figure import Figure
 
-    runs_ = [common.load_checkpoint(path, "--plot-batch-size") for path in args.plot_batch_size]
-    points = sorted((run["config"]["batch_size"], run["metrics"][-1]["test_acc"]) for run in runs_ if run["metrics"])
-    if not points:
-        raise UsageError("--plot-batch-size: none of these runs has finished an epoch")
+    runs = [common.load_checkpoint(path, "--plot-batch-size") for path in args.plot_batch_size]
+    points = sorted((run["config"]["batch_size"], run["metrics"][-1]["test_acc"]) for run in runs)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*points), "o-")
@@ -439,7 +420,6 @@ def toy(args):
     """toy.png (Figure 1): two circles, Gaussian noise, and a perceptron's two-dimensional embeddings of both."""
     from matplotlib.figure import Figure
 
-    torch.manual_seed(args.seed)
     y = torch.arange(1000) % 2
     angle = 2 * math.pi * torch.rand(1000)
     circles = (0.5 + 0.5 * y).unsqueeze(1) * torch.stack([angle.cos(), angle.sin()], 1) + 0.05 * torch.randn(1000, 2)
@@ -452,11 +432,10 @@ def toy(args):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    cases = {}
     with torch.no_grad():
         embed.eval()
-        cases["circles, running statistics"], cases["noise, running statistics"] = embed(circles), embed(noise)
-        common.current_statistics([embed[1], embed[4]])
+        cases = {"circles, running statistics": embed(circles), "noise, running statistics": embed(noise)}
+        use_current_statistics(batch_norms(embed))
         cases["noise, current statistics"] = embed(noise)
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
@@ -464,16 +443,18 @@ def toy(args):
     left.set(title="circles, on which the perceptron is trained", aspect="equal")
     middle.scatter(*noise.T.numpy(), s=4, color="grey")
     middle.set(title="Gaussian noise", aspect="equal")
-    (mean, cov), *_ = moments = [(e.mean(0), e.T.cov()) for e in map(torch.Tensor.double, cases.values())]
     styles = (("tab:red", 3, 3), ("tab:blue", 12, 1), ("black", 40, 2))  # colour, size, order: they lie on one another
-    for (label, e), (m, c), (colour, dot, order) in zip(cases.items(), moments, styles):
+    true = cases["circles, running statistics"].double()
+    for (label, e), (colour, dot, order) in zip(cases.items(), styles):
         right.scatter(*e.T.numpy(), s=dot, color=colour, zorder=order, label=label)
-        between = (m - mean).square().sum() + (c + cov).trace() - 2 * torch.linalg.eigvals(c @ cov).sqrt().real.sum()
-        print(f"{label}: Fréchet distance to the embeddings of the circles {between.clamp(min=0):.3f}")
+        e = e.double()
+        root = torch.linalg.eigvals(e.T.cov() @ true.T.cov()).sqrt().real.sum()
+        frechet = (e.mean(0) - true.mean(0)).square().sum() + (e.T.cov() + true.T.cov()).trace() - 2 * root
+        print(f"{label}: Fréchet distance to the embeddings of the circles {frechet.clamp(min=0):.3f}")
     right.set(title="embeddings")
     right.legend(fontsize="small")
     save(figure, (args.out or Path("runs")) / "toy.png")
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    common.run(parse_args, main)

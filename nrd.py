@@ -7,17 +7,31 @@ prediction y_t of its moving average (EMA) on another augmentation, through whic
     L = JSD_pi(y, y_s, y_t)   y_s = f(RandAugment + crop + flip + Cutout(x); theta)   y_t = E[f(AugMix(x); EMA(theta))]
 
 Shon, Koh, Jeon, Kim: Neural Vicinal Risk Minimization: Noise-robust Distillation for Noisy Labels, IJCAI-2024 AISafety
-Workshop. Equations 19 and 24-27, Algorithm 1, Tables 1, 2, 4 and 5, Figures 1 and 2.
+Workshop. Equations 19 and 24-27, Algorithm 1.
 
-    python nrd.py                                                        # built-in data, a minute on two CPU cores
-    python nrd.py --loss ce                                              # the same with cross-entropy
-    python nrd.py --dataset cifar10 --noise sym --rate 0.8               # a cell of Table 2
-    python nrd.py --dataset cifar10 --noise human-worse                  # the annotators of CIFAR-10N
-    python nrd.py --dataset webvision                                    # Table 3
-    python nrd.py --analyze runs/ce-cifar10-sym0.5-seed0/checkpoint.pt   # Table 1, Figures 1 and 2
+    python nrd.py                                             # built-in data, a minute on two CPU cores
+    python nrd.py --loss ce                                   # the same with cross-entropy
+    python nrd.py --dataset cifar10 --noise sym --rate 0.8    # a cell of Table 2
+    python nrd.py --dataset cifar10 --noise human-worse       # the annotators of CIFAR-10N
+
+    Table 1, Figures 1, 2   --dataset cifar10 --loss ce --rate {0.2,0.5,0.8} --student-augment crop, then
+                            --analyze runs/nrd-cifar10-sym0.5-loss=ce-student_augment=crop-seed0/checkpoint.pt
+    Table 2                 --dataset {cifar10,cifar100} --loss {ce,bs,ls,sce,gce,nce+rce,js,gjs,nrd} --seed 0 1 2 3 4
+                            --noise sym --rate {0.2,0.4,0.6,0.8}; --noise asym --rate {0.2,0.4}
+    Table 3                 --dataset webvision --loss {ce,js,gjs,nrd}
+    Table 4                 --dataset {cifar10,cifar100} --loss {ce,gce,gjs,nrd} --noise none
+    Table 5                 TABLE_5 below
+    Figure 4                --dataset cifar100 --loss {gjs,nrd} --rate {0.2,0.4,0.6,0.8} --epochs 1000
 
 Attained on two CPU cores by the first two commands: 67.0 % and 48.2 % test accuracy (last epoch, mean of 3 seeds), in
-0:59 and 1:10 minutes; README.md has the rest. Not yet run at the paper's size (sym 80 %: 85.32, cross-entropy 66.51).
+0:59 and 1:10 minutes. Not yet run at the paper's size (sym 80 %: 85.32, cross-entropy 66.51).
+
+Our choices where the paper is silent. A rate between two columns of Table 5 takes the nearer one (50 % that of 40 %).
+No noise takes the lr and weight decay of symmetric noise. sym-other counts as symmetric; pair and human-* count as
+asymmetric, of 40 % for human-worse and human-noisy, else of 20 %. Other data sets than CIFAR-100 take CIFAR-10's rows.
+Any photographs are treated as WebVision. On shapes a run has 1,240 steps, the paper's has 156,000: hence a small net, a
+faster EMA, a larger lr for NRD's smaller gradients, and no augmentation for the student, against which such a net would
+need far longer to memorise anything. The EMA averages BatchNorm's running statistics as it averages the weights.
 """
 
 import copy
@@ -29,7 +43,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import UsageError, accuracy, number, one_of, predict, to_float
+from common import UsageError, accuracy, predict, share, to_float
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
@@ -38,137 +52,99 @@ HYPERPARAMETERS = {  # of each loss, in the order of --loss-params
     "gce": ("q",), "nce+rce": ("alpha", "beta"), "js": ("pi1",), "gjs": ("pi1",),
 }  # fmt: skip
 
-# Table 5: (lr, weight decay) under symmetric and under asymmetric noise, then the loss's own hyperparameters under
-#         no noise, symmetric 20 %, 40 %, 60 %, 80 %, asymmetric 20 %, 40 %
-TABLE_5 = {
-    "cifar10": {
-        "ce": [(0.05, 1e-3), (0.1, 1e-3), *[()] * 7],
-        "bs": [(0.1, 1e-3), (0.1, 1e-3), 0.5, 0.5, 0.7, 0.7, 0.9, 0.7, 0.5],
-        "ls": [(0.1, 5e-4), (0.1, 1e-3), 0.1, 0.5, 0.9, 0.7, 0.1, 0.1, 0.1],
-        "sce": [(0.01, 5e-4), (0.05, 1e-3), (0.2, 0.1),
-                (0.05, 0.1), (0.1, 0.1), (0.2, 1), (0.1, 1), (0.1, 0.1), (0.2, 1)],
-        "gce": [(0.01, 5e-4), (0.1, 1e-3), 0.5, 0.7, 0.7, 0.7, 0.9, 0.1, 0.1],
-        "nce+rce": [(0.005, 1e-3), (0.05, 1e-4), *[(10, 0.1)] * 3, (1, 0.1), (10, 1), (10, 0.1), (1, 0.1)],
-        "js": [(0.01, 5e-4), (0.1, 1e-3), 0.1, 0.7, 0.7, 0.9, 0.9, 0.3, 0.3],
-        "gjs": [(0.1, 5e-4), (0.1, 1e-3), 0.5, 0.3, 0.9, 0.1, 0.1, 0.3, 0.3],
-        "nrd": [(0.1, 5e-4), (0.1, 1e-3), (0.2, 0.6, 0.2),
-                *[(0.2, 0.6, 0.2)] * 2, *[(0.25, 0.5, 0.25)] * 2, (0.1, 0.8, 0.1), (0.15, 0.7, 0.15)],
-    },
-    "cifar100": {
-        "ce": [(0.4, 1e-4), (0.2, 1e-4), *[()] * 7],
-        "bs": [(0.4, 1e-4), (0.4, 1e-4), 0.7, 0.5, 0.5, 0.5, 0.9, 0.3, 0.3],
-        "ls": [(0.2, 5e-5), (0.4, 1e-4), 0.1, 0.7, 0.7, 0.7, 0.9, 0.5, 0.7],
-        "sce": [(0.2, 1e-4), (0.4, 5e-5), *[(0.1, 0.1)] * 3, (0.1, 1), (0.1, 0.1), (0.1, 1), (0.1, 1)],
-        "gce": [(0.4, 1e-5), (0.2, 1e-4), 0.5, 0.5, 0.5, 0.7, 0.7, 0.7, 0.7],
-        "nce+rce": [(0.2, 5e-5), (0.2, 5e-5), *[(20, 0.1)] * 6, (10, 0.1)],
-        "js": [(0.2, 1e-4), (0.1, 1e-4), 0.1, 0.1, 0.3, 0.5, 0.3, 0.5, 0.5],
-        "gjs": [(0.2, 5e-5), (0.4, 1e-4), 0.3, 0.3, 0.5, 0.9, 0.1, 0.5, 0.1],
-        "nrd": [(0.2, 5e-5), (0.4, 1e-4), (0.2, 0.6, 0.2),
-                *[(0.2, 0.6, 0.2)] * 3, (0.15, 0.7, 0.15), (0.25, 0.5, 0.25), (0.4, 0.2, 0.4)],
-    },
-}  # fmt: skip
-
-
-def preset(args):
-    """What the flags left unset, from the paper: Table 5 for the loss, data set and noise; appendix A.1 for the rest.
-
-    Our choices where the paper is silent: a rate between two columns takes the nearer one (50 % that of 40 %); no noise
-    takes symmetric noise's (lr, weight decay); sym-other counts as symmetric, pair and human-* as asymmetric (40 % for
-    human-worse and -noisy, else 20 %); other data sets than CIFAR-100 take CIFAR-10's rows. On shapes a run has 1,240
-    steps, the paper's 156,000: hence a small net, a faster EMA, a larger lr for nrd's smaller gradients, and no
-    augmentation for the student, against which a net of this size would need far longer to memorise anything.
-    All photographs are treated as WebVision is (appendix A.2, and the text's general weight decay), with the labels
-    that they have. The teacher's AugMix comes after its crop, where there are fewer pixels; the paper's order is
-    --teacher-augment augmix+resizedcrop+flip. The other losses' own hyperparameters are CIFAR-10's without noise.
-    """
-    photographs = common.of_photographs(args.dataset)
-    noise, rate = args.noise or ("none" if photographs else "sym"), args.rate
-    if rate is None:
-        forty = ("pair", "asym", "human-worse", "human-noisy")
-        rate = {"none": 0.0, "sym": 0.5, "sym-other": 0.5, **dict.fromkeys(forty, 0.4)}.get(noise, 0.2)
-    symmetric = noise in ("none", "sym", "sym-other")
-    row = TABLE_5["cifar100" if Path(args.dataset or "shapes").stem == "cifar100" else "cifar10"][args.loss]
-    columns = {2: 0.0, 3: 0.2, 4: 0.4, 5: 0.6, 6: 0.8} if symmetric else {7: 0.2, 8: 0.4}
-    nearest = min(columns, key=lambda column: round(abs(columns[column] - rate), 6))
-    lr, weight_decay = row[0] if symmetric else row[1]
-    params = row[nearest] if isinstance(row[nearest], tuple) else (row[nearest],)
-    run = {"arch": "preact_resnet34", "epochs": 400, "batch_size": 128, "beta": 0.99,
-           "student_augment": "randaugment+crop+cutout", "teacher_augment": "augmix"}  # fmt: skip
-    if photographs:
-        run |= {"arch": "resnet50", "epochs": 300, "batch_size": 64}
-        run |= {"student_augment": "resizedcrop+flip+jitter", "teacher_augment": "resizedcrop+flip+augmix"}
-        lr, weight_decay, params = 0.1, 1e-4, (0.1, 0.8, 0.1) if args.loss == "nrd" else params
-    if args.dataset in (None, "shapes"):
-        run |= {"arch": "wrn-10-1", "epochs": 20, "batch_size": 32, "beta": 0.95, "student_augment": "none"}
-        lr = 0.3 if args.loss == "nrd" else lr
-    fixed = noise in ("none", *common.HUMAN)  # these have a rate of their own
-    return {
-        "noise": noise, "rate": None if fixed else rate, "lr": lr, "weight_decay": weight_decay,
-        "loss_params": list(params), "views": 10 if args.analyze else 1,
-        "data_dir": None if args.analyze else Path("data"), **run,
-    }  # fmt: skip
-
-
-STEPS = {  # of --student-augment and --teacher-augment (appendix A); images float [B, 3, H, W] in [0, 1]
-    "none": lambda x, size: x,
-    "crop": lambda x, size: common.crop_flip(x),
-    "flip": lambda x, size: common.crop_flip(x, padding=0),
-    "cutout": lambda x, size: common.cutout(x, size=5),
-    "randaugment": lambda x, size: common.rand_augment(x, num_ops=1, magnitude=3),
-    "augmix": lambda x, size: common.aug_mix(x),
-    "autoaugment": lambda x, size: common.auto_augment(x),
-    "erasing": lambda x, size: common.random_erasing(x),
-    "resizedcrop": common.random_resized_crop,  # to size × size pixels
-    "jitter": lambda x, size: common.color_jitter(x),
+TABLE_5 = {  # left: lr, weight decay under symmetric and asymmetric noise; right: the loss's own hyperparameters
+    "cifar10": """
+loss     sym        asym       none      sym0.2    sym0.4    sym0.6      sym0.8      asym0.2   asym0.4
+ce       .05,1e-3   .1,1e-3    -         -         -         -           -           -         -
+bs       .1,1e-3    .1,1e-3    .5        .5        .7        .7          .9          .7        .5
+ls       .1,5e-4    .1,1e-3    .1        .5        .9        .7          .1          .1        .1
+sce      .01,5e-4   .05,1e-3   .2,.1     .05,.1    .1,.1     .2,1        .1,1        .1,.1     .2,1
+gce      .01,5e-4   .1,1e-3    .5        .7        .7        .7          .9          .1        .1
+nce+rce  .005,1e-3  .05,1e-4   10,.1     10,.1     10,.1     1,.1        10,1        10,.1     1,.1
+js       .01,5e-4   .1,1e-3    .1        .7        .7        .9          .9          .3        .3
+gjs      .1,5e-4    .1,1e-3    .5        .3        .9        .1          .1          .3        .3
+nrd      .1,5e-4    .1,1e-3    .2,.6,.2  .2,.6,.2  .2,.6,.2  .25,.5,.25  .25,.5,.25  .1,.8,.1  .15,.7,.15
+""",
+    "cifar100": """
+loss     sym        asym       none      sym0.2    sym0.4    sym0.6      sym0.8      asym0.2     asym0.4
+ce       .4,1e-4    .2,1e-4    -         -         -         -           -           -           -
+bs       .4,1e-4    .4,1e-4    .7        .5        .5        .5          .9          .3          .3
+ls       .2,5e-5    .4,1e-4    .1        .7        .7        .7          .9          .5          .7
+sce      .2,1e-4    .4,5e-5    .1,.1     .1,.1     .1,.1     .1,1        .1,.1       .1,1        .1,1
+gce      .4,1e-5    .2,1e-4    .5        .5        .5        .7          .7          .7          .7
+nce+rce  .2,5e-5    .2,5e-5    20,.1     20,.1     20,.1     20,.1       20,.1       20,.1       10,.1
+js       .2,1e-4    .1,1e-4    .1        .1        .3        .5          .3          .5          .5
+gjs      .2,5e-5    .4,1e-4    .3        .3        .5        .9          .1          .5          .1
+nrd      .2,5e-5    .4,1e-4    .2,.6,.2  .2,.6,.2  .2,.6,.2  .2,.6,.2    .15,.7,.15  .25,.5,.25  .4,.2,.4
+""",
 }
 
 
-def steps(text):
-    """argparse type: "randaugment+crop+cutout" as it is, once every step is known."""
-    return "+".join(map(one_of(*STEPS), text.split("+")))
+def table_5(dataset, loss, noise, rate):
+    """lr, weight decay, and the list of the loss's own hyperparameters."""
+    header, *rows = [line.split() for line in TABLE_5[dataset].strip().splitlines()]
+    (row,) = [dict(zip(header, row)) for row in rows if row[0] == loss]
+    kind, rates = ("sym", (0.2, 0.4, 0.6, 0.8)) if noise in ("none", "sym", "sym-other") else ("asym", (0.2, 0.4))
+    nearest = min(rates, key=lambda column: round(abs(column - rate), 6))
+    params = row["none" if noise == "none" else f"{kind}{nearest}"]
+    lr, weight_decay = map(float, row[kind].split(","))
+    return lr, weight_decay, [] if params == "-" else [float(p) for p in params.split(",")]
 
 
-def augment(images, text, size=None):
-    """Apply the steps named in `text`, as in "randaugment+crop+cutout", one after the other.
-
-    size: what resizedcrop makes of them, in pixels; None: as they are.
-    """
-    for step in text.split("+"):
-        images = STEPS[step](images, size or images.shape[-1])
-    return images
+def preset(args):
+    """The flags that are left out: Table 5 for the loss, data set and noise, appendix A for the rest."""
+    noise = args.noise or ("sym" if args.dataset in common.BENCHMARKS else "none")
+    rate = {"none": None, "sym": 0.5, "sym-other": 0.5, "asym": 0.4, "pair": 0.4}.get(noise)
+    column = args.rate if args.rate is not None else rate or (0.4 if noise in ("human-worse", "human-noisy") else 0.2)
+    rows = "cifar100" if Path(args.dataset).stem == "cifar100" else "cifar10"
+    lr, weight_decay, params = table_5(rows, args.loss, noise, column)
+    values = {"noise": noise, "rate": rate, "lr": lr, "weight_decay": weight_decay, "loss_params": params}
+    values |= {"arch": "preact_resnet34", "epochs": 400, "batch_size": 128, "beta": 0.99, "student_augment": "paper"}
+    if common.of_photographs(args.dataset):  # appendix A.2, and the text's weight decay
+        values |= {"arch": "resnet50", "epochs": 300, "batch_size": 64, "lr": 0.1, "weight_decay": 1e-4}
+        values |= {"loss_params": [0.1, 0.8, 0.1]} if args.loss == "nrd" else {}
+    if args.dataset == "shapes":
+        values |= {"arch": "wrn-10-1", "epochs": 20, "batch_size": 32, "beta": 0.95, "student_augment": "none"}
+        values |= {"lr": 0.3} if args.loss == "nrd" else {}
+    return values | {"views": 10 if args.analyze else 1}
 
 
 def parse_args():
-    parser = common.Parser(__doc__)
-    common.add_common_arguments(parser)
-    add = parser.add_argument_group("method (equations 19-27, Table 5)").add_argument
+    parser = common.argument_parser(__file__, __doc__)
+    add = parser.add_argument_group("method").add_argument
     params = "; ".join(f"{loss} {' '.join(names)}" for loss, names in HYPERPARAMETERS.items() if names)
-    add("--loss", default="nrd", type=one_of(*HYPERPARAMETERS), help=" | ".join(HYPERPARAMETERS) + " (default: nrd)")
-    add("--loss-params", nargs="+", type=number(float, 0), metavar="P", help=f"default: Table 5; {params}")
-    add("--arch", help="wrn-D-K, resnetD, … (default: preact_resnet34; on shapes wrn-10-1, photographs resnet50)")
-    add("--beta", type=number(float, 0, 1), help="decay of the EMA, equation 24 (default: 0.99; on shapes 0.95)")
-    add("--views", type=number(int, 1), metavar="K", help="views averaged in equation 27 (default: 1; --analyze: 10)")
-    add("--student-augment", type=steps, metavar="A+B", help=f"of {', '.join(STEPS)}; default: appendix A, see preset")
-    add("--teacher-augment", type=steps, metavar="A+B", help="default: augmix; on photographs resizedcrop+flip+augmix")
+    add("--loss", default="nrd", choices=HYPERPARAMETERS, help="equation 25, or a loss of section 5.1")
+    add("--loss-params", nargs="*", type=float, metavar="P", help=f"its hyperparameters: {params}")
+    add("--arch", help="wrn-D-K, resnetD, preact_resnet18, …")
+    add("--beta", type=share, help="decay of the EMA, equation 24")
+    add("--views", type=int, metavar="K", help="views averaged in equation 27, and by --analyze")
+    add("--student-augment", choices=("paper", "crop", "none"), help="crop: crops and flips alone, as in Figure 2")
     add("--jsd-scale", action="store_true", help="divide nrd by -(1-pi1) log(1-pi1), as the code of GJS does")
-    add("--analyze", type=Path, metavar="CHECKPOINT", help="Table 1, Figures 1 and 2 of a trained model; no training")
-    args = parser.parse_args()
-    common.fill(args, preset(args))
-    names = HYPERPARAMETERS[args.loss]
-    if len(args.loss_params) != len(names):
-        raise UsageError(
-            f"--loss-params: {args.loss} takes {len(names)} ({' '.join(names)}), not {len(args.loss_params)}"
-        )
+    add("--analyze", type=Path, metavar="CKPT", help="Table 1, Figures 1 and 2 of a trained model; no training")
+    args = common.parse(parser, preset)
+    names, given = HYPERPARAMETERS[args.loss], len(args.loss_params)
+    if given != len(names):
+        raise UsageError(f"--loss-params: {args.loss} takes {len(names)} ({' '.join(names)}), not {given}")
     if args.loss == "nrd" and not math.isclose(sum(args.loss_params), 1, abs_tol=1e-6):
-        raise UsageError(
-            f"--loss-params: pi1 pi2 pi3 sum to {sum(args.loss_params):g}, not to 1; the paper has 0.2 0.6 0.2"
-        )
-    scaled = args.loss in ("js", "gjs") or args.loss == "nrd" and args.jsd_scale
-    if scaled and not 0 < args.loss_params[0] < 1:
-        raise UsageError(f"--loss-params: pi1 is {args.loss_params[0]:g}, not between 0 and 1")
-    if args.loss == "gce" and args.loss_params[0] == 0:
-        raise UsageError("--loss-params: gce with q = 0 is cross-entropy; --loss ce")
+        raise UsageError(f"--loss-params: pi1 pi2 pi3 sum to {sum(args.loss_params):g}, not to 1")
     return args
+
+
+def student_view(x, augment, size):
+    """The usual augmentation. x: float [B, 3, H, W] in [0, 1]; returns [B, 3, size, size]."""
+    if augment == "none":
+        return x
+    if augment == "crop":
+        return common.crop_flip(x, size=size)
+    if size < 128:  # appendix A.1: RandAugment(1, 3), crop, flip, Cutout(5)
+        return common.cutout(common.crop_flip(common.rand_augment(x, num_ops=1, magnitude=3)), size=5)
+    return common.color_jitter(common.crop_flip(common.random_resized_crop(x, size), padding=0))  # appendix A.2
+
+
+def teacher_view(x, size):
+    """Another augmentation: AugMix, and on photographs (appendix A.2) random resized crop and flip after it."""
+    x = common.aug_mix(x)
+    return x if size < 128 else common.crop_flip(common.random_resized_crop(x, size), padding=0)
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -199,6 +175,8 @@ def robust_loss(name, logits, y, params):
 
     In gjs the logits are [2B, C]: of one augmented view of the batch, then of another.
     """
+    if not y.is_floating_point() or y.ndim != 2:
+        raise ValueError(f"y is {y.dtype} {list(y.shape)}, not one-hot float [B, C]")
     log_p = logits.log_softmax(1)
     p = log_p.exp()
     if name == "gjs":
@@ -232,66 +210,55 @@ def robust_loss(name, logits, y, params):
 
 
 def float_state(model):
-    """What the EMA averages: weights and BatchNorm's running statistics, tensors that share the model's memory.
-
-    The paper does not say what becomes of the statistics. Averaged, they lag behind the student's just as the weights
-    that they belong to; the teacher predicts in evaluation mode, so that its own views never enter them.
-    """
+    """Weights and BatchNorm's running statistics: what the EMA averages, tensors that share the model's memory."""
     return [value for value in model.state_dict().values() if value.is_floating_point()]
 
 
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def main():
-    args = parse_args()
+def main(args):
     device = common.setup(args)
     if args.analyze:
         return analyze(args, device)
 
-    used = [args.student_augment, *([args.teacher_augment] if args.loss == "nrd" else [])]
-    whole = all("resizedcrop" in text for text in used)  # then this crop is made here, from the whole shorter side
-    data = common.load_data(args, device, window=args.resize if whole else None)
-    num_classes = len(data.classes)
+    data = common.load_data(args, device)
+    num_classes, size = len(data.classes), data.image_size
     labels = common.corrupt_labels(
-        data.train_labels, args.noise, args.rate, num_classes, args.seed, data.classes, args.data_dir
+        data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir
     )
-    stats, size = common.channel_stats(data.train_images), data.image_size
+    wrong = (labels != data.train_labels).float().mean().item()
+    print(f"{len(labels):,} training images, {100 * wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
+    stats = common.channel_stats(data.train_images)
     model = common.build_model(args.arch, num_classes, 0.0, *stats, image_size=size).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    # on WebVision those of the appendix; the text of section 5.1 has 150 and 250 of 300
-    shares = (1 / 3, 2 / 3) if common.of_photographs(args.dataset) else (0.5, 0.75)
-    milestones = [math.ceil(share * args.epochs) for share in shares]
+    drops = (1 / 3, 2 / 3) if common.of_photographs(args.dataset) else (0.5, 0.75)  # appendix A
+    milestones = [math.ceil(drop * args.epochs) for drop in drops]
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-    run = common.Run(
-        args, device, method=args.loss, arch=args.arch, classes=data.classes,
-        model=model, ema=ema, optimizer=optimizer, scheduler=scheduler,
-    )  # fmt: skip
-    wrong = (labels != data.train_labels).float().mean().item()
-    print(f"{len(labels):,} training images, {100 * wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
+    run = common.Run(args, device, data.classes)
+    run.checkpoint(model=model, ema=ema, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         model.compile()
         ema.compile()
-    scale = js_scale(args.loss_params[0]) if args.loss == "nrd" and args.jsd_scale else 1
+    scale = js_scale(args.loss_params[0]) if args.jsd_scale else 1
     theta_bar, theta = float_state(ema), float_state(model)
 
-    for _ in range(run.epoch, args.epochs):
+    for _ in range(run.epoch, run.epochs):
         model.train()
         lr, losses, predicted = scheduler.get_last_lr()[0], [], torch.full_like(labels, -1)
-        for index, images in run.progress(data.train_images, common.batches(len(labels), args.batch_size, device)):
-            x = to_float(images)
-            y = F.one_hot(labels[index], num_classes).float()
+        for index in run.batches(len(labels), args.batch_size):
+            x, y = data.batch(index), F.one_hot(labels[index], num_classes).float()
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 if args.loss == "nrd":
-                    logits = model(augment(x, args.student_augment, size)).float()
+                    logits = model(student_view(x, args.student_augment, size)).float()
                     y_s = logits.softmax(1)  # equation 26
                     with torch.no_grad():  # the stop-gradient of Figure 3
-                        views = [augment(x, args.teacher_augment, size) for _ in range(args.views)]
-                        y_t = sum(ema(view).float().softmax(1) for view in views) / args.views  # equation 27
+                        views = [ema(teacher_view(x, size)).float().softmax(1) for _ in range(args.views)]
+                        y_t = sum(views) / args.views  # equation 27
                     loss = js_divergence((y, y_s, y_t), args.loss_params).mean() / scale  # equation 25
                 else:
-                    views = [augment(x, args.student_augment, size) for _ in range(2 if args.loss == "gjs" else 1)]
+                    views = [student_view(x, args.student_augment, size) for _ in range(2 if args.loss == "gjs" else 1)]
                     logits = model(torch.cat(views)).float()
                     loss = robust_loss(args.loss, logits, y, args.loss_params)
             optimizer.zero_grad(set_to_none=True)
@@ -302,16 +269,14 @@ def main():
             losses.append(loss.detach())
             predicted[index] = logits[: len(index)].argmax(1)
         scheduler.step()
-        test_logits = predict(model, data.test_images, args.amp)
         run.end_epoch(
             losses,
             lr=lr,
-            test_acc=accuracy(test_logits, data.test_labels),
-            **common.more_accuracies(model, data, args.amp, test_logits),
+            **common.test_metrics(model, data, args.amp),
             ema_test_acc=accuracy(predict(ema, data.test_images, args.amp), data.test_labels),
             **common.label_accuracies(predicted, labels, data.train_labels),
         )
-    run.finish()
+    return run.finish()
 
 
 # ------------------------------------------------------------------------------------------------------------- analysis
@@ -321,111 +286,105 @@ def analyze(args, device):
     """The paper's look inside a model that has memorised noise (section 3.5), for any checkpoint of this script.
 
     Predictions on the training images as they are, and averaged over --views views by AutoAugment and random erasing,
-    which the model has not trained on. Writes analysis.json and analysis.png into the checkpoint's folder (or --out).
+    which the model has not trained on. Writes analysis.json and analysis.png into the checkpoint's folder.
     """
+    from scipy.stats import mannwhitneyu  # a second to import, and only here
+
     checkpoint = common.load_checkpoint(args.analyze, "--analyze")
-    config = checkpoint["config"]
-    noise, data_dir = checkpoint["noise"], args.data_dir or Path(config["data_dir"])
-    if common.of_photographs(config["dataset"]):
-        raise UsageError(f"--analyze: {args.analyze} was trained on photographs; name a run whose images fit in memory")
-    data = common.load_dataset(config["dataset"], data_dir, config["limit_train"], 1, device)
+    config, noise = checkpoint["config"], checkpoint["noise"]
+    data = common.load_dataset(config["dataset"], args.data_dir, config["limit_train"], 1, device)
     given = common.corrupt_labels(
-        data.train_labels, noise["kind"], noise["rate"], len(data.classes), noise["seed"], data.classes, data_dir
+        data.train_labels, noise["kind"], noise["rate"], len(data.classes), noise["seed"], data.classes, args.data_dir
     )
     true, wrong = data.train_labels, given != data.train_labels
     if min(wrong.sum(), (~wrong).sum()) < 4:
-        few = f"{wrong.sum()} of its {len(wrong)} labels are wrong"
-        raise UsageError(f"--analyze: {args.analyze}: {few}; it takes 4 wrong and 4 right ones: train with --noise")
+        raise UsageError(f"--analyze: {args.analyze}: {wrong.sum()} of its labels are wrong; train it with --noise")
     model = common.load_model(checkpoint, "model", device)
-    unseen, usual = "autoaugment+erasing", config.get("student_augment", "none")
+
+    def unseen(x):
+        return common.random_erasing(common.auto_augment(x))
+
+    def usual(x):
+        return student_view(x, config["student_augment"], data.image_size)
 
     @torch.no_grad()
-    def view(images, steps):
-        """Softmax [N, C] of one view, augmented by `steps`, of each uint8 image."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            parts = images.split(common.PASS[device.type])
-            return torch.cat([model(augment(to_float(part), steps)).float().softmax(1) for part in parts])
+    def predicted(images, view):
+        """Softmax [N, C] of one view of each uint8 image."""
+        parts = images.split(common.EVAL_BATCH[device.type])
+        return torch.cat([model(view(to_float(part))).softmax(1) for part in parts])
 
     predictions = {
-        "not transformed": view(data.train_images, "none"),
-        "transformed": sum(view(data.train_images, unseen) for _ in range(args.views)) / args.views,
+        "not transformed": predict(model, data.train_images).softmax(1),
+        "transformed": sum(predicted(data.train_images, unseen) for _ in range(args.views)) / args.views,
     }
-
-    # Table 1: accuracy for the true label
-    subsets, table = {"clean": ~wrong, "mislabelled": wrong, "overall": torch.ones_like(wrong)}, {}
+    table, nll, reliability = {}, {}, {}
     for name, p in predictions.items():
-        table[name] = {subset: accuracy(p[mask], true[mask]) for subset, mask in subsets.items()}
-        print(f"{name:>16}: " + "  ".join(f"{k} {v:.2f} %" for k, v in table[name].items()))
-
-    # Figure 1: cross-entropy with the true label of the mislabelled samples, and how far the two histograms lie apart
-    from scipy.stats import mannwhitneyu  # a second to import, and only here
-
-    nll = {name: -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu() for name, p in predictions.items()}
-    before, after = nll.values()
-    auroc = float(mannwhitneyu(before.numpy(), after.numpy()).statistic) / (len(before) * len(after))
-    # Figure 2b
-    reliability = {name: common.calibration(p, true) for name, p in predictions.items()}
-    result = {
-        "checkpoint": str(args.analyze), "views": args.views, "accuracy_for_true_label": table, "auroc": auroc,
-        "ece": {name: r[0] for name, r in reliability.items()},
-    }  # fmt: skip
-    print(f"AUROC {auroc:.4f}; " + ", ".join(f"ECE {name} {ece:.3f}" for name, ece in result["ece"].items()))
+        # Table 1: accuracy for the true label
+        masks = {"clean": ~wrong, "mislabelled": wrong, "overall": wrong | ~wrong}
+        table[name] = {subset: accuracy(p[mask], true[mask]) for subset, mask in masks.items()}
+        # Figure 1: cross-entropy with the true label of the mislabelled samples
+        nll[name] = -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu().numpy()
+        # Figure 2b
+        reliability[name] = common.calibration(p, true)
+        accuracies = "  ".join(f"{subset} {value:.2f} %" for subset, value in table[name].items())
+        print(f"{name:>15}: {accuracies}  ECE {reliability[name][0]:.3f}")
+    auroc = float(mannwhitneyu(*nll.values()).statistic) / int(wrong.sum()) ** 2
+    print(f"AUROC {auroc:.4f}")
 
     # Figure 2a: four clean and four mislabelled samples, 40 views of each
-    chosen = torch.cat([mask.nonzero().squeeze(1)[common.spread(int(mask.sum()), 4)] for mask in (~wrong, wrong)])
+    rows = [mask.nonzero().squeeze(1) for mask in (~wrong, wrong)]
+    chosen = torch.cat([some[common.evenly_spaced(len(some), 4)] for some in rows])
     repeated = data.train_images[chosen].repeat_interleave(40, 0)
-    clouds = [view(repeated, steps).view(len(chosen), 40, -1).cpu() for steps in (usual, unseen)]
+    clouds = [predicted(repeated, view).view(len(chosen), 40, -1).cpu() for view in (usual, unseen)]
 
     folder = args.out or args.analyze.parent
-    with common.replacing(folder / "analysis.json") as partial:
+    ece = {name: values[0] for name, values in reliability.items()}
+    result = {"views": args.views, "accuracy_for_true_label": table, "auroc": auroc, "ece": ece}
+    with common.atomic_write(folder / "analysis.json") as partial:
         partial.write_text(json.dumps(result, indent=2) + "\n")
-    picture = folder / "analysis.png"
-    draw_analysis(picture, nll, auroc, reliability, clouds, usual, given[chosen], true[chosen], data.classes)
+    draw_analysis(folder / "analysis.png", nll, auroc, reliability, clouds, given[chosen], true[chosen], data.classes)
     print(f"wrote {folder / 'analysis.json'} and analysis.png")
 
 
-def draw_analysis(path, nll, auroc, reliability, clouds, usual, given, true, classes):
+def draw_analysis(path, nll, auroc, reliability, clouds, given, true, classes):
     """Figure 1 (histogram), 2b (calibration), 2a (softmax vectors in the polygon of classes: equiradial projection)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(18, 8), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
     histogram, calibration = left.subplots(2, 1)
-    for (name, values), colour in zip(nll.items(), ("tab:red", "tab:blue")):
-        histogram.hist(values.numpy(), bins=60, range=(0, 30), density=True, alpha=0.6, color=colour, label=name)
-    histogram.set(
-        title=f"mislabelled training samples, AUROC {auroc:.4f}", xlabel="-log p(true class)", ylabel="density"
-    )
-    histogram.legend()
-    for (name, (ece, acc, _, _)), colour in zip(reliability.items(), ("tab:red", "tab:blue")):
+    for name, colour in (("not transformed", "tab:red"), ("transformed", "tab:blue")):
+        histogram.hist(nll[name], bins=60, range=(0, 30), density=True, alpha=0.6, color=colour, label=name)
+        ece, acc, _, _ = reliability[name]
         edges = [i / len(acc) for i in range(len(acc))]
-        calibration.bar(edges, acc, 1 / len(acc), align="edge", alpha=0.5, color=colour, label=f"{name}, ECE {ece:.2f}")
+        label = f"{name}, ECE {ece:.2f}"
+        calibration.bar(edges, acc, 1 / len(acc), align="edge", alpha=0.5, color=colour, label=label)
+    histogram.set(title=f"mislabelled training samples, AUROC {auroc:.4f}", xlabel="-log p(true class)")
     calibration.plot([0, 1], [0, 1], "k--")
-    calibration.set(title="training samples against their true labels", xlim=(0, 1), ylim=(0, 1))
-    calibration.set(xlabel="confidence", ylabel="accuracy")
+    calibration.set(title="against the true labels", xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
+    histogram.legend()
     calibration.legend(loc="upper left")
 
     angles = torch.arange(len(classes)) * (2 * math.pi / len(classes))
     corners = torch.stack([angles.cos(), angles.sin()], 1)  # [C, 2]; a softmax vector p lies at p @ corners
     outline = torch.cat([corners, corners[:1]])
-    for k, axes in enumerate(right.subplots(2, len(given) // 2).flat):
+    for k, axes in enumerate(right.subplots(2, 4).flat):
         axes.plot(*outline.T, "k-", lw=0.8)
-        axes.plot(*(clouds[0][k] @ corners).T, "r+", ms=9, label=f"as in training: {usual}")
+        axes.plot(*(clouds[0][k] @ corners).T, "r+", ms=9, label="views as in training")
         axes.plot(*(clouds[1][k] @ corners).T, "b.", ms=7, alpha=0.6, label="unseen: AutoAugment + erasing")
-        marks = {int(true[k]): "true", int(given[k]): "label" if given[k] != true[k] else "label, true"}
+        marks = {int(given[k]): "label", int(true[k]): "true" if given[k] != true[k] else "label, true"}
         for c, name in enumerate(classes):
             if c in marks or c % max(1, len(classes) // 20) == 0:
-                text, weight = (f"{name}\n({marks[c]})", "bold") if c in marks else (name, "normal")
-                axes.text(
-                    *(1.2 * corners[c]), text, ha="center", va="center", fontsize=8, weight=weight, parse_math=False
-                )
+                text = f"{name}\n({marks[c]})" if c in marks else name
+                style = {"ha": "center", "va": "center", "fontsize": 8, "weight": "bold" if c in marks else "normal"}
+                axes.text(*(1.2 * corners[c]), text, parse_math=False, **style)
         kind = "clean" if given[k] == true[k] else "mislabelled"
         axes.set(title=kind, xlim=(-1.4, 1.4), ylim=(-1.35, 1.35), aspect="equal")
         axes.axis("off")
     right.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    with common.replacing(path) as partial:
+    with common.atomic_write(path) as partial:
         figure.savefig(partial, dpi=100)
 
 
 if __name__ == "__main__":
-    common.run_main(main)
+    common.run(parse_args, main)

@@ -1,6 +1,6 @@
 """Speed, side by side in one run: ours and what a user would otherwise pick, interleaved, medians after a warm-up.
 
-    python tests/benchmark.py [augment|corrupt|attack|leaves|train|loader|scaling|all] [--device cpu|cuda] [--repeats 5]
+    python tests/benchmark.py [augment|corrupt|attack|leaves|train|photographs|all] [--device …] [--repeats 5]
 
 Peers: torchvision is there; `pip install -r tests/benchmark-requirements.txt` for kornia, imagecorruptions and
 torchattacks. A peer that is missing, or fails under the installed libraries, is named in a line and left out.
@@ -12,7 +12,6 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -272,11 +271,15 @@ def race(args, work, archs, augmentation, loss, plain_transform, plain_loss, bat
             for_student, for_teacher = augmentation(to_float(x))
             with torch.no_grad():
                 T = teacher(for_teacher).float()
-            return kd_zoo.update(optimizer, loss(student(for_student).float(), T, y))
+            value = loss(student(for_student).float(), T, y)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
+        return value.detach()
 
     def ours(nets):
         def run():
-            order = common.batches(len(images), batch_size, device)
+            order = torch.randperm(len(images), device=device).split(batch_size)
             losses = [step(*nets, resident[index], resident_labels[index]) for index in order]
             torch.stack(losses).cpu()
             return len(images)
@@ -344,7 +347,7 @@ def train(args):
         return x, x
 
     def two_views(x):
-        return nrd.augment(x, "randaugment+crop+cutout"), nrd.augment(x, "augmix")
+        return nrd.student_view(x, "paper", 32), nrd.teacher_view(x, 32)
 
     crop, to_tensor = v2.RandomCrop(32, padding=4, padding_mode="reflect"), v2.ToDtype(torch.float32, scale=True)
     flip = v2.RandomHorizontalFlip()
@@ -360,74 +363,40 @@ def train(args):
     race(args, "NRD PreActResNet-34", ("preact_resnet34", "preact_resnet34"), two_views, js, both, plain_js)
 
 
-def loader_of_files(args):
-    """From JPEG files of 500×375: uint8 windows of 256 pixels; random resized crops of 224 pixels and flips."""
+def photographs(args):
+    """An epoch of random resized crops of 224 pixels and flips, of 500×375 JPEG files, decoded before or each time."""
     workers, size = os.cpu_count(), 64
-    images, labels = common.draw_shapes(256, seed=0)
+    images, labels = common.draw_shapes(512, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         large = F.interpolate(to_float(images), (375, 500), mode="bilinear")
         for i, (image, label) in enumerate(zip(large, labels.tolist())):
-            path = Path(folder) / f"class{label}" / f"{i}.jpg"
-            path.parent.mkdir(exist_ok=True)
+            path = Path(folder) / "test" / f"class{label}" / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
             v2.functional.to_pil_image((image + 0.03 * torch.randn_like(image)).clamp(0, 1)).save(path, quality=90)
-        paths = [path for path, _ in torchvision.datasets.ImageFolder(folder).samples] * 4
-        photographs = common.Photographs(paths, 256, 256, args.device, workers)
+        (Path(folder) / "train").symlink_to(Path(folder) / "test")
+        data = common.load_dataset(f"imagefolder:{folder}", Path(folder) / "data", device=args.device)
+        to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        transforms = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *to_tensor]
+        plain = torchvision.datasets.ImageFolder(f"{folder}/train", v2.Compose(transforms))
+        options = {"num_workers": workers, "persistent_workers": True, "pin_memory": args.device.type == "cuda"}
+        batches = torch.utils.data.DataLoader(plain, size, shuffle=True, drop_last=True, **options)
 
-        def ours(function):
-            def run():
-                for _, part in common.fetch(photographs, common.batches(len(paths), size, args.device)):
-                    function(part)
-                return len(paths) // size * size
+        def ours():
+            for index in torch.randperm(len(images), device=args.device).split(size):
+                common.crop_flip(common.random_resized_crop(data.batch(index), 224), padding=0)
+            return len(images)
 
-            return run
+        def theirs():
+            for x, _ in batches:
+                x.to(args.device, non_blocking=True)
+            return len(images)
 
-        def theirs(*transforms):
-            plain = torchvision.datasets.ImageFolder(folder, v2.Compose(transforms))
-            plain.samples = plain.samples * 4
-            options = {"num_workers": workers, "persistent_workers": True, "pin_memory": args.device.type == "cuda"}
-            batches = torch.utils.data.DataLoader(plain, size, shuffle=True, drop_last=True, **options)
-
-            def run():
-                for x, _ in batches:
-                    x.to(args.device, non_blocking=True)
-                return len(paths) // size * size
-
-            return run
-
-        peer = f"ImageFolder and DataLoader, {workers} workers too"
-        same = theirs(v2.Resize(256), v2.RandomCrop(256), v2.PILToTensor())
-        compare("photographs, decoded and resized, images/s", ours(lambda x: x), {peer: same}, args)
-        flip, to_tensor = v2.RandomHorizontalFlip(), [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-        crop = theirs(v2.RandomResizedCrop(224), flip, *to_tensor)
-        whole = ours(lambda x: common.crop_flip(common.random_resized_crop(to_float(x), 224), padding=0))
-        compare("photographs, random resized crop and flip, images/s", whole, {peer: crop}, args)
-
-
-def scaling(args):
-    """A run of nrd.py under torchrun with one process and with two, a thread each: images/s of its last epoch."""
-    script = Path(common.__file__).with_name("nrd.py")
-
-    def run(processes):
-        with tempfile.TemporaryDirectory() as folder:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            flags = ["--epochs", "2", "--limit-test", "32", "--device", args.device.type, "--out", f"{folder}/run"]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"} if args.device.type == "cpu" else os.environ
-            subprocess.run([*launcher, str(script), *flags], check=True, capture_output=True, env=environment)
-            return common.load_checkpoint(Path(folder) / "run/checkpoint.pt")["metrics"][-1]["images_per_second"]
-
-    measured = {processes: [] for processes in (2, 1)}
-    for _ in range(args.repeats):
-        for processes, values in measured.items():
-            values.append(run(processes))
-    two, one = map(statistics.median, measured.values())
-    print(
-        f"| nrd.py on shapes, 2 processes, images/s | {two:,.0f} | 1 process | {one:,.0f} | {two / one:.2f} |",
-        flush=True,
-    )
+        peers = {f"ImageFolder and DataLoader, {workers} workers": theirs}
+        compare("photographs, random resized crop and flip, images/s", ours, peers, args)
 
 
 WORKS = {"augment": augment, "corrupt": corrupt, "attack": attack, "leaves": leaves, "train": train,
-         "loader": loader_of_files, "scaling": scaling}  # fmt: skip
+         "photographs": photographs}  # fmt: skip
 
 
 def main():

@@ -1,85 +1,80 @@
-"""Augmentation: every operation against torchvision.transforms.v2, the random policies by counting."""
-
-import math
+"""Augmentation: each operation against torchvision.transforms.v2, the random policies by counting their draws."""
 
 import numpy as np
 import pytest
 import torch
+from conftest import within
 from scipy.stats import ks_2samp
 from torchvision.transforms import v2
 
 import common
 from common import IDENTITY, OPS, apply_ops, draw_shapes, op_magnitudes, to_float
 
-LIBRARY = {"rand": v2.RandAugment(), "auto": v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), "mix": v2.AugMix()}
-SPACES = {  # our space: (bins, arguments of op_magnitudes, how warps interpolate, the library's space)
-    "rand": (31, {}, "nearest", v2.RandAugment._AUGMENTATION_SPACE),
-    "auto": (10, {}, "nearest", v2.AutoAugment._AUGMENTATION_SPACE),
-    "mix": (10, {"translate": 1 / 3, "posterize": 4}, "bilinear", v2.AugMix._AUGMENTATION_SPACE),
+CPU = torch.device("cpu")
+SPACES = {  # (the library's class, bins, arguments of op_magnitudes, how warps interpolate)
+    "rand": (v2.RandAugment(), 31, {}, "nearest"),
+    "auto": (v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), 10, {}, "nearest"),
+    "mix": (v2.AugMix(), 10, {"translate": 1 / 3, "posterize": 4}, "bilinear"),
 }
-SIGNED = OPS[:9]
+EVERY = {  # each augmentation as a function of images [B, 3, H, W]
+    "rand_augment": lambda x: common.rand_augment(x, num_ops=2, magnitude=20),
+    "aug_mix": common.aug_mix,
+    "auto_augment": common.auto_augment,
+    "crop_flip": common.crop_flip,
+    "random_resized_crop": lambda x: common.random_resized_crop(x, x.shape[2]),
+    "color_jitter": common.color_jitter,
+    "cutout": lambda x: common.cutout(x, size=5),
+    "random_erasing": common.random_erasing,
+}
 
 
 @pytest.fixture(scope="module")
 def pictures():
-    """Images with structure, plus the degenerate ones: random, constant, two-valued, one dark and nearly constant."""
+    """Images with structure, and degenerate ones: random, constant, of two values, dark and nearly constant."""
     random = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     flat = torch.full((1, 3, 32, 32), 77, dtype=torch.uint8)
     return torch.cat([draw_shapes(5, seed=7)[0], random, flat, (random[:1] > 128).byte() * 200, random[:1] // 64])
 
 
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("name", OPS)
-def test_operation_equals_the_library_at_every_magnitude(space, name, pictures):
-    bins, arguments, mode, spaces = SPACES[space]
-    if name not in spaces:
-        assert (space, name) in {("rand", "Invert"), ("mix", "Invert"), ("mix", "Identity"), ("auto", "Identity")}
-        return
-    theirs, signed = spaces[name]
-    theirs = theirs(bins, 32, 32)
-    assert signed == (name in SIGNED)
-    ours = op_magnitudes(bins, 32, 32, torch.device("cpu"), **arguments)[OPS.index(name)]
-    tolerance = 2 if name in OPS[:5] and mode == "bilinear" else 1
+# ----------------------------------------------------------------------------------------------------------- operations
+
+
+@pytest.mark.parametrize("space, name", [(s, name) for s in SPACES for name in SPACES[s][0]._AUGMENTATION_SPACE])
+def test_operations_are_the_library_s_at_every_magnitude(space, name, pictures):
+    library, bins, arguments, mode = SPACES[space]
+    make, signed = library._AUGMENTATION_SPACE[name]
+    theirs = make(bins, 32, 32)
+    assert signed == (name in OPS[:9])
+    ours = op_magnitudes(bins, 32, 32, CPU, **arguments)[OPS.index(name)]
+    truncated = name in ("Brightness", "Contrast", "Color", "Sharpness", "AutoContrast")
     for strength in range(bins if theirs is not None else 1):
         for sign in (1, -1) if signed else (1,):
             magnitude = 0.0 if theirs is None else sign * float(theirs[strength])
-            expected = LIBRARY[space]._apply_image_or_video_transform(
+            expected = library._apply_image_or_video_transform(
                 pictures, name, magnitude, interpolation=v2.InterpolationMode(mode), fill={torch.Tensor: None}
             )
             op = torch.full((len(pictures),), OPS.index(name))
             result = apply_ops(to_float(pictures), op, (sign * ours[strength]).expand(len(pictures)), mode)
             assert result.min() >= 0 and result.max() <= 1
             error = (result * 255 - expected.float()).abs().max().item()
-            assert error <= tolerance + 1e-3, f"{name} at strength {strength}, sign {sign}: {error:.3f}/255"
+            assert error < (1.001 if truncated else 0.501), f"strength {strength}, sign {sign}: {error:.3f}/255"
 
 
 def test_each_sample_gets_its_own_operation(pictures):
     images = to_float(pictures[:5].repeat(3, 1, 1, 1))
-    op, magnitude = torch.arange(15), op_magnitudes(10, 32, 32, torch.device("cpu"))[torch.arange(15), 7]
+    op, magnitude = torch.arange(15), op_magnitudes(10, 32, 32, CPU)[torch.arange(15), 7]
     together = apply_ops(images, op, magnitude)
-    alone = [apply_ops(images[i : i + 1], op[i : i + 1], magnitude[i : i + 1]) for i in range(15)]
-    assert torch.equal(together, torch.cat(alone))
-    assert torch.equal(together[IDENTITY], images[IDENTITY])
-    assert all(not torch.equal(together[i], images[i]) for i in range(15) if i != IDENTITY)
+    assert torch.equal(together, torch.cat([apply_ops(*(v[i : i + 1] for v in (images, op, magnitude)))
+                                            for i in range(15)]))  # fmt: skip
+    assert [i for i in range(15) if torch.equal(together[i], images[i])] == [IDENTITY]
 
 
-def test_dense_and_sparse_paths_agree(pictures, monkeypatch):
-    """On CUDA every row is computed and selected; the CPU picks rows. The same draws must give the same images."""
-    images, op = to_float(pictures), torch.arange(len(pictures)) + 2
-    magnitude = op_magnitudes(31, 32, 32, torch.device("cpu"))[op, 20]
-    sparse = apply_ops(images, op, magnitude)
-    dense = images.clone()
-    warps = dict.fromkeys(range(common.ROTATE + 1), lambda *a: common._warp(*a, mode="nearest"))
-    others = {common.COLOR: common._color, common.SHARPNESS: common._sharpness, common.EQUALIZE: common._equalize}
-    for kind in set(range(len(common.OPS))) - {IDENTITY}:
-        transform = {**warps, **others}.get(kind, common._look_up)
-        dense = torch.where((op == kind).view(-1, 1, 1, 1), transform(images, op, magnitude), dense)
-    assert torch.equal(sparse, dense)
+# ------------------------------------------------------------------------------------------------------------- policies
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Records every (op, magnitude) handed to apply_ops."""
+    """Records every (op, magnitude, mode) that apply_ops is called with; it returns the images as they are."""
     record = []
 
     def spy(images, op, magnitude, mode="nearest"):
@@ -90,16 +85,11 @@ def drawn(monkeypatch):
     return record
 
 
-def within(count, total, p, sigmas=5):
-    return abs(count - total * p) <= sigmas * math.sqrt(total * p * (1 - p)) + 1e-9
-
-
 def test_rand_augment_draws_uniformly(drawn):
     common.rand_augment(torch.zeros(28000, 3, 8, 8), num_ops=2, magnitude=20)
-    assert len(drawn) == 2
-    table = op_magnitudes(31, 8, 8, torch.device("cpu"))
-    for op, magnitude, mode in drawn:
-        assert mode == "nearest"
+    table = op_magnitudes(31, 8, 8, CPU)
+    assert [mode for _, _, mode in drawn] == ["nearest"] * 2
+    for op, magnitude, _ in drawn:
         counts = torch.bincount(op, minlength=15)
         assert counts[14] == 0 and all(within(c, 28000, 1 / 14) for c in counts[:14].tolist())
         assert torch.equal(magnitude.abs(), table[op, 20])
@@ -107,93 +97,78 @@ def test_rand_augment_draws_uniformly(drawn):
             signs = magnitude[op == kind]
             assert within(int((signs < 0).sum()), len(signs), 0.5)
         assert (magnitude[op >= 9] >= 0).all()
+    assert within(int((drawn[0][0] == drawn[1][0]).sum()), 28000, 1 / 14)  # the two are drawn independently
 
 
-def test_aug_mix_draws(drawn):
+def test_aug_mix_draws_operations_and_strengths(drawn):
     common.aug_mix(torch.zeros(9000, 3, 8, 8), severity=3, width=3)
     assert len(drawn) == 3
-    total = 27000
     for position, (op, magnitude, mode) in enumerate(drawn):
-        active = op != IDENTITY
-        assert mode == "bilinear" and within(int(active.sum()), total, 1 - position / 3)
-        assert all(within(int((op == k).sum()), total, (1 - position / 3) / 13) for k in range(13))
+        active = (op != IDENTITY).sum()
+        assert mode == "bilinear" and within(int(active), 27000, 1 - position / 3)  # 1 to 3 operations a chain
+        assert all(within(int((op == k).sum()), 27000, (1 - position / 3) / 13) for k in range(13))
         assert not (op == OPS.index("Invert")).any()
         rotations = magnitude[op == OPS.index("Rotate")].abs()
         assert rotations.unique().tolist() == pytest.approx([0, 30 / 9, 60 / 9])
+        assert all(within(int((rotations == r).sum()), len(rotations), 1 / 3) for r in rotations.unique())
 
 
-def test_autocast_does_not_coarsen_augmentation(pictures):
-    """Matrix products would run in bfloat16 under autocast: coordinates and mixtures must not be made of any."""
-    images = to_float(pictures)
-    for function in (lambda x: common.rand_augment(x, 2, 20), common.aug_mix, common.auto_augment):
-        torch.manual_seed(4)
-        plain = function(images)
-        torch.manual_seed(4)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(function(images), plain)
-
-
-def test_aug_mix_weights_are_convex(drawn):
-    """With operations that change nothing the mixture must be the image itself, whatever the weights drawn."""
-    images = torch.rand(64, 3, 8, 8)
-    assert torch.allclose(common.aug_mix(images), images, atol=1e-6)
-    assert torch.allclose(common.aug_mix(images, width=2, depth=4, alpha=0.3), images, atol=1e-6)
-
-
-def test_aug_mix_mixes_original_and_chains(monkeypatch):
-    """With constants for chains: the mean weight of the original is 1/2, of each of three chains 1/6."""
+def test_aug_mix_mixes_by_weights_that_sum_to_one(drawn, monkeypatch):
+    images = torch.cat([torch.rand(64, 3, 8, 8), torch.ones(64, 3, 8, 8)])
+    for options in ({}, {"width": 2, "depth": 4, "alpha": 0.3}):  # chains that change nothing: the mixture is the image
+        mixed = common.aug_mix(images, **options)
+        assert torch.allclose(mixed, images, atol=1e-6) and mixed.max() <= 1
+    assert len(drawn) == 3 + 4
     monkeypatch.setattr(common, "apply_ops", lambda images, op, *_, **__: torch.zeros_like(images))
     kept = common.aug_mix(torch.ones(20000, 3, 2, 2))[:, 0, 0, 0]
     assert abs(kept.mean() - 0.5) < 0.01 and abs(kept.var() - 1 / 12) < 0.005  # Beta(1, 1) is uniform
     levels = torch.tensor([1.0, 0.0, 0.0]).repeat_interleave(20000).view(-1, 1, 1, 1)
     monkeypatch.setattr(common, "apply_ops", lambda images, op, *_, **__: levels.expand_as(images))
     first = common.aug_mix(torch.zeros(20000, 3, 2, 2))[:, 0, 0, 0]
-    assert abs(first.mean() - 1 / 6) < 0.01
+    assert abs(first.mean() - 1 / 6) < 0.01  # of the changed half, a third
 
 
-def test_auto_augment_policy_is_the_library_s():
-    ops, probabilities, strengths = common.auto_augment_policy(torch.device("cpu"))
-    library = LIBRARY["auto"]._policies
-    assert len(library) == len(ops) == 25
-    for i, policy in enumerate(library):
-        for j, (name, probability, strength) in enumerate(policy):
-            assert OPS[ops[i, j]] == name and probabilities[i, j] == pytest.approx(probability)
-            assert strengths[i, j] == (strength or 0)
-
-
-def test_auto_augment_frequencies(drawn):
+def test_auto_augment_is_the_library_s_policy_at_its_frequencies(drawn):
+    ops, probabilities, strengths = common.auto_augment_policy(CPU)
+    expected = [[(name, pytest.approx(p), strength or 0) for name, p, strength in policy]
+                for policy in SPACES["auto"][0]._policies]  # fmt: skip
+    rows = zip(ops.tolist(), probabilities.tolist(), strengths.tolist())
+    assert [[(OPS[o], p, s) for o, p, s in zip(*row)] for row in rows] == expected
     common.auto_augment(torch.zeros(50000, 3, 8, 8))
-    ops, probabilities, _ = common.auto_augment_policy(torch.device("cpu"))
-    for turn, (op, _, _) in enumerate(drawn):
-        expected = torch.zeros(15).scatter_add_(0, ops[:, turn], probabilities[:, turn]) / 25
-        for k in range(15):
-            if k != IDENTITY:
-                assert within(int((op == k).sum()), 50000, expected[k].item())
+    table = op_magnitudes(10, 8, 8, CPU)
+    for turn, (op, magnitude, mode) in enumerate(drawn):
+        share = torch.zeros(15).scatter_add_(0, ops[:, turn], probabilities[:, turn]) / 25
+        assert all(within(int((op == k).sum()), 50000, share[k].item()) for k in range(15) if k != IDENTITY)
+        rotations = magnitude[op == OPS.index("Rotate")].abs()
+        assert mode == "nearest" and (rotations == table[OPS.index("Rotate"), 2]).all()
+    assert len(drawn) == 2
 
 
-@pytest.mark.parametrize("mode, library_mode", [("zero", "constant"), ("reflect", "reflect")])
-def test_crop_flip_is_a_crop_of_the_library_s_padding(mode, library_mode):
-    images = torch.rand(500, 3, 12, 10)
-    padded = v2.functional.pad(images, [4, 4], padding_mode=library_mode)
-    out = common.crop_flip(images, 4, mode)
-    assert out.shape == images.shape
-    seen, flips = torch.zeros(9, 9), 0
-    for k in range(500):
-        found = [
-            (t, s, flip)
-            for t in range(9) for s in range(9) for flip in (False, True)
-            if torch.equal(out[k], (lambda w: w.flip(2) if flip else w)(padded[k, :, t : t + 12, s : s + 10]))
-        ]  # fmt: skip
-        assert len(found) == 1
-        seen[found[0][:2]] += 1
-        flips += found[0][2]
-    assert within(flips, 500, 0.5)
-    assert all(within(n, 500, 1 / 9) for n in [*seen.sum(0).tolist(), *seen.sum(1).tolist()])
+# ------------------------------------------------------------------------------------------------------ crops and boxes
+
+
+@pytest.mark.parametrize("mode, padding, size", [
+    ("zero", 4, None), ("reflect", 4, None), ("zero", 4, 8), ("reflect", 2, 10), ("zero", 0, 7), ("zero", 0, None),
+])  # fmt: skip
+def test_crop_flip_is_the_library_s_random_crop(mode, padding, size):
+    """Every result is one window of the library's padding, or its mirror image; all windows come alike."""
+    images = torch.rand(1000, 3, 12, 10)
+    padded = v2.functional.pad(images, [padding], padding_mode={"zero": "constant"}.get(mode, mode))
+    out = common.crop_flip(images, padding, mode, size)
+    height, width = (size, size) if size else (12, 10)
+    assert out.shape == (1000, 3, height, width)
+    tops, lefts = padded.shape[2] - height + 1, padded.shape[3] - width + 1
+    windows = [padded[:, :, t : t + height, s : s + width] for t in range(tops) for s in range(lefts)]
+    found = torch.stack([(window == o).flatten(1).all(1) for o in (out, out.flip(3)) for window in windows])
+    assert (found.sum(0) == 1).all()
+    counts = found.sum(1).view(2, tops, lefts)
+    assert within(int(counts[0].sum()), 1000, 0.5)
+    assert all(within(n, 1000, 1 / tops) for n in counts.sum((0, 2)).tolist())
+    assert all(within(n, 1000, 1 / lefts) for n in counts.sum((0, 1)).tolist())
 
 
 def test_cutout_blackens_one_clipped_square():
-    out = common.cutout(torch.ones(4000, 3, 16, 16), size=5)
-    black = out == 0
+    black = common.cutout(torch.ones(4000, 3, 16, 16), size=5) == 0
     assert torch.equal(black[:, 0], black[:, 1]) and torch.equal(black[:, 0], black[:, 2])
     rows, columns = black[:, 0].any(2).sum(1), black[:, 0].any(1).sum(1)
     assert torch.equal(black[:, 0].sum((1, 2)), rows * columns)  # a full rectangle
@@ -202,104 +177,48 @@ def test_cutout_blackens_one_clipped_square():
 
 
 def test_random_erasing_boxes_follow_the_library():
-    """Share of erased images, and the distribution of the erased area, as torchvision's own class draws them."""
+    """The share of erased images; area, sides and place of the boxes against the library's own draws."""
     ours = (common.random_erasing(torch.ones(3000, 3, 32, 32), probability=0.7) == 0)[:, 0]
     erase = v2.RandomErasing(p=0.7)
     theirs = torch.stack([erase(torch.ones(3, 32, 32))[0] == 0 for _ in range(3000)])
     assert within(int(ours.any(2).any(1).sum()), 3000, 0.7)
-    for box in (ours, theirs):
-        assert torch.equal(box.sum((1, 2)), box.any(2).sum(1) * box.any(1).sum(1))
-    from scipy.stats import ks_2samp
+    assert torch.equal(ours.sum((1, 2)), ours.any(2).sum(1) * ours.any(1).sum(1))  # full rectangles
 
-    for measure in (
-        lambda b: b.sum((1, 2)),
-        lambda b: b.any(2).sum(1),
-        lambda b: b.any(1).sum(1),
-        lambda b: b.int().argmax(1).amax(1),
-    ):
-        assert ks_2samp(measure(ours).numpy(), measure(theirs).numpy()).pvalue > 1e-4
+    def measures(box):
+        rows, columns = box.any(2).int(), box.any(1).int()
+        return box.sum((1, 2)), rows.sum(1), columns.sum(1), rows.argmax(1), columns.argmax(1)
 
-
-def test_no_python_loop_over_samples():
-    """The number of kernels launched must not grow with the batch."""
-    from torch.profiler import ProfilerActivity, profile
-
-    def launches(size):
-        torch.manual_seed(1)
-        images = torch.rand(size, 3, 16, 16)
-        with profile(activities=[ProfilerActivity.CPU]) as profiler:
-            out = common.crop_flip(common.aug_mix(common.auto_augment(common.rand_augment(images, 2, 9))))
-            common.random_erasing(common.cutout(out, 5))
-        return sum(event.count for event in profiler.key_averages())
-
-    few, many = launches(64), launches(512)
-    assert many <= 1.1 * few  # eight times the images
-
-
-def test_on_cuda_nothing_waits_for_the_device(monkeypatch):
-    """On fake CUDA tensors, which know shapes and devices but no values: reading a value or mixing devices raises."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    class Dirichlet:  # the only operation without a fake kernel
-        def __init__(self, concentration, validate_args):
-            self.concentration = concentration
-
-        def sample(self, shape):
-            return torch.rand(*shape, len(self.concentration), device=self.concentration.device).softmax(1)
-
-    monkeypatch.setattr(torch.distributions, "Dirichlet", Dirichlet)
-    caches = (common.op_magnitudes, common.auto_augment_policy)
-    for cache in caches:
-        cache.cache_clear()
-    try:
-        with FakeTensorMode():
-            images = torch.rand(8, 3, 32, 32, device="cuda")
-            with pytest.raises(Exception, match="local_scalar_dense"):
-                images.sum().item()
-            out = common.crop_flip(common.aug_mix(common.auto_augment(common.rand_augment(images, 2, 9))), 4, "reflect")
-            out = common.random_erasing(common.cutout(common.aug_mix(out, depth=2), 5))
-            assert out.device.type == "cuda" and out.shape == images.shape
-    finally:
-        for cache in caches:
-            cache.cache_clear()
-
-
-# ---------------------------------------------------------------------------------------------------------- photographs
+    for mine, other in zip(measures(ours), measures(theirs)):
+        assert ks_2samp(mine.numpy(), other.numpy()).pvalue > 1e-4
 
 
 def test_resized_crops_are_the_library_s(pictures):
     """Boxes of many shapes, larger and smaller than what they become."""
     images = to_float(pictures)
-    boxes = [(0, 0, 32, 32), (3, 5, 20, 11), (10, 0, 7, 30), (31, 31, 1, 1), (8, 9, 16, 16), (0, 12, 32, 20)]
-    boxes = (boxes * 2)[: len(images)]
-    top, left, height, width = (torch.tensor(column).float().view(-1, 1) for column in zip(*boxes))
+    boxes = [(0, 0, 32, 32), (3, 5, 20, 11), (10, 0, 7, 30), (31, 31, 1, 1), (8, 9, 16, 16)] * 2
+    box = [torch.tensor(column).float().view(-1, 1) for column in zip(*boxes)]
     for size in (16, 24, 40):
-        found = common._resized_crop(images, top, left, height, width, size)
-        for image, mine, box in zip(images, found, boxes):
-            expected = v2.functional.resized_crop(image, *box, [size, size], antialias=False)
+        found = common._resized_crop(images, *box, size)
+        for image, mine, place in zip(images, found, boxes):
+            expected = v2.functional.resized_crop(image, *place, [size, size], antialias=False)
             assert torch.allclose(mine, expected, atol=1e-5)
 
 
 def test_random_resized_crop_draws_what_the_library_draws(monkeypatch):
-    """Area, shape and place of the boxes, against the library's own draws: Kolmogorov and Smirnov's test."""
+    """Area, shape and place of the boxes, against the library's own draws."""
     drawn = []
-    monkeypatch.setattr(common, "_resized_crop", lambda images, *box: drawn.append(box[:4]) or images)
-    common.random_resized_crop(torch.zeros(3000, 3, 64, 64), 48)
-    top, left, height, width = (column.flatten().numpy() for column in drawn[0])
+    resize = common._resized_crop
+    monkeypatch.setattr(common, "_resized_crop", lambda images, *box: drawn.append(box) or resize(images, *box))
+    assert common.random_resized_crop(torch.zeros(3000, 3, 64, 64), 6).shape == (3000, 3, 6, 6)
+    top, left, height, width = (column.flatten().numpy() for column in drawn[0][:4])
     assert (top >= 0).all() and (top + height <= 64).all() and (left >= 0).all() and (left + width <= 64).all()
-    image = torch.zeros(3, 64, 64)
-    library = [v2.RandomResizedCrop(48).make_params([image]) for _ in range(3000)]
+    library = [v2.RandomResizedCrop(6).make_params([torch.zeros(3, 64, 64)]) for _ in range(3000)]
     theirs = {key: np.array([params[key] for params in library]) for key in ("top", "left", "height", "width")}
     pairs = [(height * width, theirs["height"] * theirs["width"]), (height / width, theirs["height"] / theirs["width"])]
-    pairs += [(top, theirs["top"]), (left, theirs["left"])]
-    for mine, other in pairs:
+    for mine, other in [*pairs, (top, theirs["top"]), (left, theirs["left"])]:
         assert ks_2samp(mine, other).pvalue > 1e-3
-
-
-def test_random_resized_crop_takes_the_whole_image_where_no_box_fits():
-    images = torch.rand(5, 3, 20, 20)
-    found = common.random_resized_crop(images, 20, scale=(0.99, 1.0), ratio=(3.0, 4.0))
-    assert torch.allclose(found, images, atol=1e-5)
+    images = torch.rand(5, 3, 20, 20)  # no box fits: the whole image
+    assert torch.allclose(common.random_resized_crop(images, 20, (0.99, 1.0), (3.0, 4.0)), images, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
@@ -313,21 +232,80 @@ def test_colour_jitter_is_the_library_s(pictures, monkeypatch, name):
         return tensor
 
     monkeypatch.setattr(torch.Tensor, "uniform_", noted)
-    amounts = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0) | {name: 0.3}
-    out = common.color_jitter(images, **amounts)
-    ((low, high, factor),) = [drawn for drawn in factors if drawn[0] != drawn[1]]
-    assert (low, high) == ((-0.3, 0.3) if name == "hue" else (0.7, 1.3)) and len(set(factor.tolist())) == len(images)
+    out = common.color_jitter(images, **{"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, name: 0.3})
+    ((low, high, factor),) = [draw for draw in factors if draw[0] != draw[1]]
+    assert (low, high) == ((-0.3, 0.3) if name == "hue" else (0.7, 1.3)) and len(factor.unique()) == len(images)
     adjust = getattr(v2.functional, f"adjust_{name}")
     for mine, image, f in zip(out, images, factor.tolist()):
         assert torch.allclose(mine, adjust(image, f), atol=2e-5)
 
 
 def test_colour_jitter_draws_the_order(pictures, monkeypatch):
-    """Darker and then more contrast is not more contrast and then darker: all orders come."""
-    seen, images = set(), to_float(pictures[:1])
-    order = torch.randperm
-    monkeypatch.setattr(torch, "randperm", lambda n: seen.add(tuple((drawn := order(n)).tolist())) or drawn)
-    for _ in range(200):
-        out = common.color_jitter(images)
-        assert out.min() >= 0 and out.max() <= 1
-    assert len(seen) == 24
+    """With the same strong factors each time, the 24 orders give 24 results."""
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda tensor, low, high: tensor.fill_(low + 0.9 * (high - low)))
+    images = to_float(pictures[:1])
+    assert len({common.color_jitter(images).numpy().tobytes() for _ in range(200)}) == 24
+
+
+# ----------------------------------------------------------------------------------------------- every augmentation
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_augmentation_returns_new_float_images(name, pictures):
+    """The same for any memory layout and under autocast, whose matrix products would be too coarse."""
+    images, function = to_float(pictures), EVERY[name]
+    before = images.clone()
+
+    def seeded(x):
+        torch.manual_seed(4)
+        return function(x)
+
+    out = seeded(images)
+    assert torch.equal(images, before) and not torch.equal(out, before)
+    assert out.dtype == torch.float32 and out.shape == images.shape and out.min() >= 0 and out.max() <= 1
+    assert torch.equal(seeded(images.contiguous(memory_format=torch.channels_last)), out)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(seeded(images), out)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_augmentation_refuses_other_images(name, pictures):
+    for images in (pictures, to_float(pictures[:, :, 0]), to_float(pictures[:, :1])):
+        with pytest.raises(ValueError, match=r"images are torch\..* \[.*\], not float \[B, 3, H, W\] in \[0, 1\]"):
+            EVERY[name](images)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_on_cuda_nothing_waits_for_the_device_or_loops_over_samples(name, monkeypatch):
+    """On fake CUDA tensors, which know shapes and devices but no values: reading a value or mixing devices raises."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        launched = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            self.launched += 1
+            return operation(*args, **(kwargs or {}))
+
+    class Dirichlet:  # the only operation without a fake kernel
+        def __init__(self, concentration, validate_args):
+            self.concentration = concentration
+
+        def sample(self, shape):
+            return torch.rand(*shape, len(self.concentration), device=self.concentration.device).softmax(1)
+
+    monkeypatch.setattr(torch.distributions, "Dirichlet", Dirichlet)
+    monkeypatch.setattr(torch, "randperm", lambda n: np.arange(n))  # the order of colour jitter, drawn on the CPU
+    for cached in ("op_magnitudes", "auto_augment_policy"):  # fake tensors must not stay in the caches
+        monkeypatch.setattr(common, cached, getattr(common, cached).__wrapped__)
+    launched = []
+    for size in (8, 64):
+        with FakeTensorMode(), Count() as count:
+            images = torch.rand(size, 3, 32, 32, device="cuda")
+            with pytest.raises(Exception, match="local_scalar_dense"):
+                images.sum().item()
+            out = EVERY[name](images)
+            assert out.device.type == "cuda" and out.shape == images.shape
+        launched.append(count.launched)
+    assert launched[0] == launched[1] > 5

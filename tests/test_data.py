@@ -1,187 +1,344 @@
-"""Data sets: shapes, .npz files good and bad, downloads; batches and channel statistics."""
+"""Data sets: shapes, .npz files good and bad, downloads; photographs, decoded once into arrays."""
 
 import hashlib
+import json
+import os
 import types
-import zipfile
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import write_npz
+from PIL import Image
+from torchvision.transforms import v2
 
 import common
 from common import UsageError, load_dataset
+
+SHAPES_SHA256 = "e24521d7ae8a32a35dc06af352cecccaa578a1bb7fd2832bf494647fa72a7425"
 
 
 def test_shapes_are_the_same_pixels_everywhere():
     data = load_dataset("shapes")
     assert data.train_images.shape == (2000, 3, 32, 32) and data.test_images.shape == (1000, 3, 32, 32)
-    assert data.train_images.dtype == torch.uint8 and data.train_labels.dtype == torch.int64
-    assert torch.bincount(data.train_labels).tolist() == [200] * 10 and len(data.classes) == 10
-    assert torch.bincount(data.test_labels).tolist() == [100] * 10
-    content = (
-        data.train_images.numpy().tobytes() + data.train_labels.numpy().tobytes() + data.test_images.numpy().tobytes()
-    )
-    assert hashlib.sha256(content).hexdigest() == SHAPES_SHA256
-    assert len({image.numpy().tobytes() for image in torch.cat([data.train_images, data.test_images])}) == 3000
+    content = b"".join(part.numpy().tobytes() for part in (data.train_images, data.train_labels, data.test_images))
+    assert hashlib.sha256(content).hexdigest() == SHAPES_SHA256 and len(data.classes) == 10
 
 
-SHAPES_SHA256 = "e24521d7ae8a32a35dc06af352cecccaa578a1bb7fd2832bf494647fa72a7425"
+# ----------------------------------------------------------------------------------------------------------- .npz files
 
 
-def test_a_linear_model_stays_below_60_percent_on_shapes():
-    """Ridge regression at its best penalty, chosen on the test set itself: an upper bound for linear models."""
-    data = load_dataset("shapes")
-    train, test = (common.to_float(x).flatten(1).double() for x in (data.train_images, data.test_images))
-    train, test = train - train.mean(0), test - train.mean(0)
-    target = torch.nn.functional.one_hot(data.train_labels).double() - 0.1
-    gram = train @ train.T
-    best = 0
-    for penalty in (1, 10, 100, 1e3, 1e4):
-        dual = torch.linalg.solve(gram + penalty * torch.eye(len(train)), target)
-        best = max(best, common.accuracy(test @ (train.T @ dual), data.test_labels))
-    assert 10 < best < 60
+def test_npz_arrays_are_read_whatever_their_layout(tmp_path):
+    images = np.random.default_rng(1).integers(0, 256, (40, 3, 20, 24), dtype=np.uint8)
+    labels = np.uint8(np.arange(40) % 3)
+    path = write_npz(tmp_path / "a.npz", train_images=np.asfortranarray(images), train_labels=labels)
+    data, raw = load_dataset(str(path)), np.load(path)
+    assert data.train_images.is_contiguous() and np.array_equal(data.train_images.numpy(), images)
+    assert np.array_equal(data.test_images.numpy(), raw["test_images"]) and data.image_size == 32
+    assert data.train_labels.tolist() == labels.tolist() and data.train_labels.dtype == torch.int64
+    assert data.test_labels.tolist() == raw["test_labels"].tolist() and data.classes == ["ant", "bee", "cat"]
+    index = torch.tensor([7, 3, 3])
+    assert data.batch(index).dtype == torch.float32
+    assert np.array_equal(data.batch(index).numpy(), np.float32(images[[7, 3, 3]]) / np.float32(255))
 
 
-def test_colour_does_not_tell_the_class_of_a_shape():
-    data = load_dataset("shapes")
-    means = common.to_float(data.train_images).mean((2, 3))
-    per_class = torch.stack([means[data.train_labels == c].mean(0) for c in range(10)])
-    assert (per_class - means.mean(0)).abs().max() < 0.05
-
-
-def test_npz_round_trip(tiny_npz):
-    data = load_dataset(str(tiny_npz))
-    assert data.train_images.shape == (40, 3, 32, 32) and data.train_images.dtype == torch.uint8
-    assert data.train_labels.dtype == torch.int64 and data.classes == ["ant", "bee", "cat"]
-    raw = np.load(tiny_npz)
-    assert np.array_equal(data.test_images.numpy(), raw["test_images"])
-
-
-def test_limits_keep_a_file_sorted_by_class_balanced(tmp_path):
+def test_limits_take_evenly_spaced_samples(tmp_path):
     labels = np.repeat(np.arange(4), 10)
     path = write_npz(tmp_path / "sorted.npz", train_labels=labels, classes=np.array(list("abcd")))
-    data = load_dataset(str(path), limit_train=8, limit_test=1000)
+    data, whole = load_dataset(str(path), limit_train=8, limit_test=1000), load_dataset(str(path))
     assert data.train_labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and len(data.test_labels) == 20
+    assert torch.equal(data.train_images, whole.train_images[::5])
+    assert load_dataset(str(path), limit_test=3).test_labels.tolist() == whole.test_labels[[0, 6, 13]].tolist()
 
 
-BAD = {
-    "train_images": [
-        (np.zeros((40, 3, 32, 32), np.float32), "float32"),
-        (np.zeros((40, 32, 32, 3), np.uint8), "[40, 32, 32, 3]"),
-        (np.zeros((0, 3, 32, 32), np.uint8), "N > 0"),
-        (np.zeros((40, 3, 16, 16), np.uint8), "differ in size"),
-        (np.zeros((40, 3, 8, 32), np.uint8), "at least [16, 16]"),
-        (None, "lacks train_images"),
-    ],
-    "train_labels": [
-        (np.arange(40) % 3 + 0.5, "float64"),
-        (np.arange(39) % 3, "[39]"),
-        (np.arange(40) % 4, "0 to 3, but 3 classes are named"),
-        (np.arange(40) % 3 - 1, "-1 to 1"),
-        (np.array([object()] * 40), "cannot be read"),
-    ],
-}
-
-
-@pytest.mark.parametrize("key, value, says", [(key, *case) for key, cases in BAD.items() for case in cases])
-def test_malformed_npz_is_refused_by_name(tmp_path, key, value, says):
+@pytest.mark.parametrize("key, value, says", [
+    ("train_images", np.zeros((40, 3, 32, 32), np.float32), "train_images is float32 [40, 3, 32, 32], not uint8"),
+    ("test_images", np.zeros((20, 32, 32, 3), np.uint8), "is uint8 [20, 32, 32, 3], not uint8 [N, 3, H, W]"),
+    ("train_images", np.zeros((0, 3, 32, 32), np.uint8), "[0, 3, 32, 32]"),
+    ("train_images", None, "is no .npz file with train_images"),
+    ("train_labels", np.arange(40) % 3 + 0.5, "train_labels is float64 [40], not integer [40]"),
+    ("train_labels", np.arange(39) % 3, "train_labels is int64 [39]"),
+    ("train_labels", np.arange(40) % 4, "train_labels are 0 to 3, but 3 classes are named"),
+    ("test_labels", np.arange(20) % 3 - 1, "test_labels are -1 to 1"),
+    ("classes", np.array([object()] * 3), "is no .npz file with"),  # it would have to be unpickled
+])  # fmt: skip
+def test_wrong_arrays_are_refused_by_name(tmp_path, key, value, says):
     path = write_npz(tmp_path / "bad.npz", **{key: value})
     with pytest.raises(UsageError) as error:
         load_dataset(str(path))
-    assert says in str(error.value) and str(path) in str(error.value) and "--dataset" in str(error.value)
+    assert says in str(error.value) and str(error.value).startswith(f"--dataset: {path}")
 
 
-def test_one_class_and_arrays_of_other_layout(tmp_path):
-    with pytest.raises(UsageError, match="two to tell apart"):
-        load_dataset(str(write_npz(tmp_path / "one.npz", train_labels=np.zeros(40, int), test_labels=np.zeros(20, int),
-                                   classes=np.array(["ant"]))))  # fmt: skip
-    images = np.random.default_rng(0).integers(0, 256, (40, 3, 32, 32), dtype=np.uint8)
-    data = load_dataset(str(write_npz(tmp_path / "fortran.npz", train_images=np.asfortranarray(images))))
-    assert data.train_images.is_contiguous() and np.array_equal(data.train_images.numpy(), images)
-    strided = common.to_float(data.train_images).transpose(2, 3)
-    for function in (common.auto_augment, common.aug_mix):
-        torch.manual_seed(1)
-        expected = function(strided.contiguous())
-        torch.manual_seed(1)
-        assert torch.equal(function(strided), expected)
-
-
-def test_truncated_empty_and_foreign_files_are_refused(tiny_npz, tmp_path):
+def test_damaged_and_missing_files_are_refused(tiny_npz, tmp_path):
     whole = tiny_npz.read_bytes()
-    for cut in (0, 10, len(whole) // 2, len(whole) - 30):
-        tiny_npz.write_bytes(whole[:cut])
-        with pytest.raises(UsageError, match="cannot be read as .npz"):
+    damaged = whole[:5000] + bytes(4000) + whole[9000:]
+    for content in (b"", whole[:10], whole[: len(whole) // 2], whole[:-30], damaged, b"not an archive"):
+        tiny_npz.write_bytes(content)
+        with pytest.raises(UsageError, match="tiny.npz is no .npz file with train_images, train_labels"):
             load_dataset(str(tiny_npz))
-    damaged = bytearray(whole)
-    damaged[5000:9000] = bytes(4000)
-    tiny_npz.write_bytes(damaged)
-    with pytest.raises(UsageError, match="cannot be read as .npz"):
-        load_dataset(str(tiny_npz))
-    with open(tiny_npz, "wb") as file:  # an .npy under the wrong name
-        np.save(file, np.zeros(3))
-    with pytest.raises(UsageError, match="cannot be read as .npz"):
-        load_dataset(str(tiny_npz))
-    with pytest.raises(UsageError, match="no file"):
+    with pytest.raises(UsageError, match="no file .*missing.npz; --dataset shapes needs none"):
         load_dataset(str(tmp_path / "missing.npz"))
-    with pytest.raises(UsageError, match="did you mean cifar10"):
+    with pytest.raises(UsageError, match="unknown 'cifra10'; known are shapes, cifar10, .*imagefolder:DIR"):
         load_dataset("cifra10")
-    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
-        archive.writestr("hello.txt", "hello")
-    with pytest.raises(UsageError, match="lacks train_images"):
-        load_dataset(str(tmp_path / "other.npz"))
 
 
-def test_download_is_cached_in_our_form(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "SVHN"])
+def test_downloads_are_kept_in_our_form(name, tmp_path, monkeypatch):
     """CIFAR comes as [N, 32, 32, 3] and a list of labels, SVHN as [N, 3, 32, 32] and an array."""
-    calls = []
+    images, labels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), [1, 0, 1, 0, 0, 0]
 
-    def fake_cifar(root, train, download):
-        calls.append((root, train))
-        images = np.arange(4 * 3072, dtype=np.int64).reshape(4, 32, 32, 3).astype(np.uint8)
-        return types.SimpleNamespace(data=images if train else images[:2], targets=[1, 0, 1, 0][: 4 if train else 2],
-                                     classes=["a", "b"])  # fmt: skip
+    def source(root, part, download):
+        rows = slice(0, 4) if part in (True, "train") else slice(4, 6)
+        if name == "SVHN":
+            return types.SimpleNamespace(data=images.transpose(0, 3, 1, 2)[rows], labels=np.array(labels)[rows])
+        return types.SimpleNamespace(data=images[rows], targets=labels[rows], classes=["a", "b"])
 
-    monkeypatch.setattr(common.torchvision.datasets, "CIFAR10", fake_cifar)
-    data = load_dataset("cifar10", tmp_path)
-    assert (
-        data.train_images.shape == (4, 3, 32, 32)
-        and data.train_images[0, 1, 0, 0] == 1
-        and data.train_images[0, 0, 0, 1] == 3
-    )
-    assert data.train_labels.tolist() == [1, 0, 1, 0] and data.classes == ["a", "b"]
-    again = load_dataset("cifar10", tmp_path)
-    assert len(calls) == 2 and torch.equal(again.train_images, data.train_images)
-    assert [p.name for p in tmp_path.iterdir()] == ["cifar10.npz"]
-
-    def fake_svhn(root, split, download):
-        count = 12 if split == "train" else 10
-        return types.SimpleNamespace(data=np.zeros((count, 3, 32, 32), np.uint8), labels=np.arange(count) % 10)
-
-    monkeypatch.setattr(common.torchvision.datasets, "SVHN", fake_svhn)
-    data = load_dataset("svhn", tmp_path)
-    assert len(data.train_labels) == 12 and data.classes == list("0123456789")
-
-
-def test_failed_download_says_what_to_put_where(tmp_path, monkeypatch):
-    def fail(*_, **__):
+    def offline(*_, **__):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(common.torchvision.datasets, "CIFAR100", fail)
-    with pytest.raises(UsageError) as error:
-        load_dataset("cifar100", tmp_path / "data")
-    message = str(error.value)
-    assert str(tmp_path / "data" / "cifar100.npz") in message and "shapes needs none" in message and "\n" not in message
+    monkeypatch.setattr(torchvision.datasets, name, offline)
+    with pytest.raises(UsageError, match=rf"no route to host.*{tmp_path}/{name.lower()}.npz .*shapes needs none"):
+        load_dataset(name.lower(), tmp_path)
+    monkeypatch.setattr(torchvision.datasets, name, source)
+    first = load_dataset(name.lower(), tmp_path)
+    monkeypatch.setattr(torchvision.datasets, name, offline)  # the second time the file is there
+    for data in (first, load_dataset(name.lower(), tmp_path)):
+        assert np.array_equal(data.train_images.numpy(), images[:4].transpose(0, 3, 1, 2))
+        assert np.array_equal(data.test_images.numpy(), images[4:].transpose(0, 3, 1, 2))
+        assert data.train_labels.tolist() == labels[:4] and data.test_labels.tolist() == [0, 0]
+        assert data.classes == (list("0123456789") if name == "SVHN" else ["a", "b"])
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name.lower()}.npz"]
 
 
 def test_channel_stats_against_numpy():
     images = torch.randint(0, 256, (50, 3, 8, 9), dtype=torch.uint8)
+    images[:, 2] = 77
     mean, std = common.channel_stats(images)
     pixels = images.numpy().astype(np.float64) / 255
-    assert np.allclose(mean, pixels.mean((0, 2, 3))) and np.allclose(std, pixels.std((0, 2, 3)))
+    assert np.allclose(mean, pixels.mean((0, 2, 3))) and np.allclose(std[:2], pixels.std((0, 2, 3))[:2])
+    assert std[2] == 1  # a constant channel, by which one can divide
+    photographs = torch.zeros(1, 3, 128, 200, dtype=torch.uint8)
+    assert common.channel_stats(photographs) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
-def test_batches_are_full_disjoint_and_reshuffled():
-    first, second = (torch.cat(common.batches(103, 10, "cpu")) for _ in range(2))
-    assert len(first) == 100 and len(first.unique()) == 100 and not torch.equal(first, second)
-    assert [len(b) for b in common.batches(7, 10, "cpu")] == [7]
+# ---------------------------------------------------------------------------------------------------------- photographs
+
+
+def write_picture(path, size, seed=0, mode="RGB"):
+    """A picture of noise, size being (width, height); blurred, so that JPEG keeps it."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).resize(size).convert(mode).save(path)
+
+
+def write_colour(path, label, size=(40, 44)):
+    """A picture in a colour that tells the label; see `labels_of`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (5 * label, 128, 255 - 5 * label)).save(path)
+
+
+def labels_of(images):
+    return (images[:, 0].double().mean((1, 2)) / 5).round().long()
+
+
+def assert_pictures(images, files, resize, side):
+    """That images are the files through torchvision's transforms of PIL images, which round a little differently."""
+    square = v2.Compose([v2.Resize(resize), v2.CenterCrop(side), v2.PILToTensor()])
+    expected = torch.stack([square(Image.open(file).convert("RGB")) for file in files])
+    assert images.dtype == torch.uint8 and images.shape == expected.shape
+    assert (images.short() - expected.short()).abs().max() <= 1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An ImageFolder of two classes, pictures of odd sizes and modes: four for training and two for tests."""
+    sizes = {"train/ape/1.png": (60, 80), "train/ape/2.jpg": (91, 45), "train/bat/1.png": (36, 36), "train/bat/9.JPG":
+             (200, 101), "test/ape/1.jpg": (50, 70), "test/bat/1.png": (30, 20)}  # fmt: skip
+    for seed, (name, size) in enumerate(sizes.items()):
+        write_picture(tmp_path / "pictures" / name, size, seed, "L" if seed == 2 else "RGB")
+    return tmp_path / "pictures"
+
+
+def load(folder, **options):
+    return load_dataset(f"imagefolder:{folder}", folder.parent / "data", resize=36, image_size=32, **options)
+
+
+def files_of(folder):
+    return sorted(folder.rglob("*.*"))
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_pictures_become_arrays(folder, test):
+    (folder / "test").rename(folder / test)
+    state = torch.get_rng_state()
+    data = load(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert_pictures(data.train_images, files_of(folder / "train"), 36, 36)
+    assert_pictures(data.test_images, files_of(folder / test), 36, 32)
+    assert data.train_labels.tolist() == [0, 0, 1, 1] and data.test_labels.tolist() == [0, 1]
+    assert data.classes == ["ape", "bat"] and data.image_size == 32 and data.imagenet is None
+
+
+def test_they_are_decoded_once(folder, monkeypatch):
+    first = load(folder)
+    kept = first.train_images.clone()
+    first.train_images.zero_()  # which must not reach the file
+    for resize, side in ((36, 20), (40, 32)):  # other sizes are decoded beside
+        other = load_dataset(f"imagefolder:{folder}", folder.parent / "data", resize=resize, image_size=side)
+        assert_pictures(other.train_images, files_of(folder / "train"), resize, resize)
+        assert_pictures(other.test_images, files_of(folder / "test"), resize, side)
+
+    def fail(*_):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(common.Pictures, "__getitem__", fail)
+    again, half = load(folder), load(folder, limit_train=2, limit_test=1)
+    assert torch.equal(again.train_images, kept) and torch.equal(again.test_images, first.test_images)
+    assert torch.equal(half.train_images, kept[::2]) and half.train_labels.tolist() == [0, 1]
+    assert torch.equal(half.test_images, first.test_images[:1])
+
+
+@pytest.mark.parametrize("change", ["edited", "added", "removed", "moved", ".json lost", ".npy lost"])
+def test_a_changed_folder_is_decoded_again(folder, change):
+    before = load(folder)
+    kept = before.train_images.clone()
+    picture, labels = folder / "train/ape/2.jpg", [0, 0, 1, 1]
+    if change == "edited":
+        size = picture.stat().st_size
+        write_picture(picture, (40, 40), seed=9)
+        picture.write_bytes(picture.read_bytes().ljust(size, b"\0"))  # as long as before
+        assert picture.stat().st_size == size
+    elif change == "added":
+        write_picture(folder / "train/bat/0.png", (50, 60), seed=9)
+        labels = [0, 0, 1, 1, 1]
+    elif change == "removed":
+        picture.unlink()
+        labels = [0, 1, 1]
+    elif change == "moved":
+        picture.rename(folder / "train/bat/2.jpg")
+        labels = [0, 1, 1, 1]
+    else:
+        for file in (folder.parent / "data").rglob(f"*{change.split()[0]}"):
+            file.unlink()
+    after = load(folder)
+    assert_pictures(after.train_images, files_of(folder / "train"), 36, 36)
+    assert after.train_labels.tolist() == labels
+    assert torch.equal(before.train_images, kept)  # what is in use stays as it was
+
+
+def test_what_cannot_be_read_is_named_counted_and_left_out(folder, capsys):
+    bad = [folder / "train/ape/1.png", folder / "train/bat/1.png", folder / "test/ape/1.jpg"]
+    bad[0].write_bytes(b"not a picture")
+    bad[1].write_bytes(bad[1].read_bytes()[:-40])
+    bad[2].unlink()
+    bad[2].symlink_to(folder / "nowhere.jpg")
+    for _ in range(2):  # decoded, and read again
+        data = load(folder)
+        assert_pictures(data.train_images, [folder / "train/ape/2.jpg", folder / "train/bat/9.JPG"], 36, 36)
+        assert data.train_labels.tolist() == [0, 1] and data.test_labels.tolist() == [1] and len(data.test_images) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [f"cannot be read and is left out: {path}" for path in bad]
+    assert [line for line in out.splitlines() if line.startswith("decoded")] == [
+        "decoded 2 pictures, left out 2", "decoded 1 pictures, left out 1"]  # fmt: skip
+    for path in files_of(folder / "train"):
+        path.write_bytes(b"")
+    with pytest.raises(UsageError, match="none of 4 pictures can be read"):
+        load(folder)
+
+
+def test_a_stopped_decode_leaves_nothing_that_looks_finished(folder, monkeypatch):
+    progress = common.progress
+
+    def stop(items, label):
+        for i, item in enumerate(progress(items, label)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield item
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "progress", stop)
+        with pytest.raises(KeyboardInterrupt):
+            load(folder)
+    assert [path for path in (folder.parent / "data").rglob("*") if path.is_file()] == []
+    assert_pictures(load(folder).train_images, files_of(folder / "train"), 36, 36)
+
+
+def test_a_script_trains_on_photographs(folder, nrd_cli):
+    size = ["--resize", 36, "--image-size", 32, "--batch-size", 2, "--epochs", 1]
+    status, _, err = nrd_cli("--dataset", "imagefolder:pictures", *size, "--arch", "wrn-10-1", "--out", "run")
+    assert (status, err) == (0, "")
+    checkpoint = common.load_checkpoint("run/checkpoint.pt")
+    logits = common.predict(common.load_model(checkpoint), load(folder).test_images)
+    assert checkpoint["metrics"][0]["test_acc"] == common.accuracy(logits, torch.tensor([0, 1]))
+    assert checkpoint["built_as"]["model"]["image_size"] == 32
+
+
+@pytest.mark.parametrize("name, says", [
+    ("imagefolder:pictures", "train and test have other classes: bat, cow"),
+    ("imagefolder:nowhere", "nowhere"),
+    ("imagefolder:", "README says where"),
+    ("food101", "no route to host"),
+    ("webvision", "synsets.txt"),
+])  # fmt: skip
+def test_layouts_that_do_not_fit_are_refused(folder, monkeypatch, name, says):
+    def offline(*_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.Food101, "_download", offline)
+    monkeypatch.chdir(folder.parent)
+    (folder / "test/bat").rename(folder / "test/cow")
+    with pytest.raises(UsageError, match=f"--dataset {name}: .*{says}"):
+        load_dataset(name, "data")
+
+
+def test_food101(tmp_path, monkeypatch):
+    """Two of the classes in torchvision's layout, which its download makes."""
+    downloads = []
+
+    def download(dataset):
+        downloads.append(dataset)
+        for part, numbers in (("train", "123"), ("test", "4")):
+            listed = {kind: [f"{kind}/{i}" for i in numbers] for kind in ("ramen", "paella")}
+            (tmp_path / "food-101/meta").mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"food-101/meta/{part}.json").write_text(json.dumps(listed))
+            for label, kind in enumerate(("paella", "ramen")):
+                for i in numbers:
+                    write_colour(tmp_path / f"food-101/images/{kind}/{i}.jpg", label)
+
+    monkeypatch.setattr(torchvision.datasets.Food101, "_download", download)
+    for _ in range(2):
+        data = load_dataset("food101", tmp_path, resize=36, image_size=32)
+        assert data.classes == ["paella", "ramen"] and len(downloads) == 2  # train and test, the first time
+        assert data.train_labels.bincount().tolist() == [3, 3] and data.test_labels.bincount().tolist() == [1, 1]
+        assert torch.equal(labels_of(data.train_images), data.train_labels)
+        assert torch.equal(labels_of(data.test_images), data.test_labels)
+
+
+@pytest.mark.parametrize("imagenet", [True, False])
+def test_mini_webvision(tmp_path, imagenet):
+    """The first 50 of 52 classes; ILSVRC12's validation images of the same, where they are; a training image lacks."""
+    info, order = tmp_path / "webvision/info", np.random.default_rng(0).permutation(104)
+    info.mkdir(parents=True)
+    (info / "synsets.txt").write_text("".join(f"n{10 + c:08} thing {c}, stuff\n" for c in range(52)))
+    train = [f"google/q{i // 2:04}/{i}.jpg {i // 2}" for i in order]
+    val = [f"val{i:06}.jpg {i % 52}" for i in order[:52]]
+    (info / "train_filelist_google.txt").write_text("\n".join(train))
+    (info / "val_filelist.txt").write_text("\n".join(val))
+    for root, lines in ((tmp_path / "webvision", train), (tmp_path / "webvision/val_images_256", val)):
+        for file, label in map(str.split, lines):
+            write_colour(root / file, int(label))
+    for c in range(52 if imagenet else 0):
+        write_colour(tmp_path / f"imagenet/val/n{10 + c:08}/ILSVRC2012_val_{52 - c}.JPEG", c)
+    os.remove(tmp_path / "webvision/google/q0003/7.jpg")
+
+    data = load_dataset("webvision", tmp_path, limit_test=10, resize=36, image_size=32)
+    assert len(data.classes) == 50 and data.classes[7] == "thing 7, stuff"
+    assert data.train_labels.bincount().tolist() == [2 - (c == 3) for c in range(50)]
+    assert torch.equal(labels_of(data.train_images), data.train_labels)
+    assert torch.equal(labels_of(data.test_images), data.test_labels) and len(data.test_labels) == 10
+    assert (data.imagenet is not None) == imagenet
+    if imagenet:
+        images, labels = data.imagenet
+        assert images.shape == (50, 3, 32, 32) and labels.tolist() == list(range(50))
+        assert torch.equal(labels_of(images), labels)

@@ -1,37 +1,37 @@
 """kd_zoo.py: every loss against a float64 numpy version and by hand, invariances, gradients, and whole runs."""
 
 import itertools
-import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
-from test_augment import within
-from test_run import assert_same_run
+import torch.nn.functional as F
+from conftest import within, write_npz
+from test_noise_as_a_resource import TINY, assert_resumes_to_the_same_bit, log_softmax, quick, saved  # noqa: F401
+from torch.utils._pytree import tree_leaves
 
 import common
 import kd_zoo
 
 B, C = 6, 5
+SMALL = [*TINY, "--student-arch", "wrn-10-1"]
 
 
-def features(widths=(4, 4, 6, 8), sizes=(8, 8, 4, 2), seed=0):
+def features(seed, widths=(4, 4, 6, 8), sizes=(8, 8, 4, 2)):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(B, k, n, n, generator=generator) for k, n in zip(widths, sizes)]
 
 
-def softmax(logits):
-    e = np.exp(np.float64(logits))
-    return e / e.sum(1, keepdims=True)
+# ------------------------------------------------------------------------------------------------------------- in numpy
 
 
-def kl(p, q):
-    return (p * (np.log(p) - np.log(q))).sum(1).mean()
+def kl(log_p, log_q):
+    return (np.exp(log_p) * (log_p - log_q)).sum(1).mean()
 
 
 def cross_entropy(logits, y):
-    return -np.log(softmax(logits)[np.arange(len(y)), y]).mean()
+    return -log_softmax(logits)[np.arange(len(y)), y].mean()
 
 
 def unit(rows):
@@ -43,170 +43,139 @@ def huber(a, b):
     return np.where(d < 1, d**2 / 2, d - 0.5).mean()
 
 
-# ------------------------------------------------------------------------------------------------------------- in numpy
+def gram(f):
+    rows = f[-1].reshape(B, -1)
+    return unit(np.array([[np.dot(a, b) for b in rows] for a in rows]))
 
 
-def attention_numpy(s, t):
-    total = 0
-    for a, b in zip(s[1:], t[1:]):
-        maps = [unit((np.float64(f) ** 2).mean(1).reshape(B, -1)) for f in (a, b)]
-        total += ((maps[0] - maps[1]) ** 2).mean()
-    return total
+def distances(f):
+    e = f[-1].mean((2, 3))
+    d = np.array([[np.linalg.norm(a - b) for b in e] for a in e])
+    return d / d[d > 0].mean()
 
 
-def similarity_numpy(s, t):
-    grams = []
-    for f in (s[-1], t[-1]):
-        rows = np.float64(f).reshape(B, -1)
-        grams.append(unit(np.array([[np.dot(a, b) for b in rows] for a in rows])))
-    return ((grams[1] - grams[0]) ** 2).sum() / B**2
+def angles(f):
+    e, cosines = f[-1].mean((2, 3)), np.zeros((B, B, B))
+    for i, j, k in itertools.product(range(B), repeat=3):
+        if i not in (j, k):
+            cosines[i, j, k] = unit(e[j] - e[i]) @ unit(e[k] - e[i])
+    return cosines
 
 
-def rkd_distance_numpy(s, t):
-    tables = []
-    for f in (s[-1], t[-1]):
-        e = np.float64(f).mean((2, 3))
-        d = np.array([[np.linalg.norm(a - b) for b in e] for a in e])
-        tables.append(d / d[d > 0].mean())
-    return huber(*tables)
+def fsp(f, n):
+    """The matrices of group n, whose input is a whole number of times as large as its output."""
+    before, (_, channels, side, _) = f[n - 1], f[n].shape
+    factor = before.shape[2] // side
+    before = before.reshape(B, -1, side, factor, side, factor).max((3, 5)).reshape(B, -1, side**2)
+    return before @ f[n].reshape(B, channels, -1).transpose(0, 2, 1) / side**2
 
 
-def rkd_angle_numpy(s, t):
-    tables = []
-    for f in (s[-1], t[-1]):
-        e, cosines = np.float64(f).mean((2, 3)), np.zeros((B, B, B))
-        for i, j, k in itertools.product(range(B), repeat=3):
-            if i not in (j, k):
-                cosines[i, j, k] = unit(e[j] - e[i]) @ unit(e[k] - e[i])
-        tables.append(cosines)
-    return huber(*tables)
-
-
-def fsp_numpy(s, t):
-    total = 0
-    for n, weight in ((1, 1), (2, 3), (3, 1)):
-        matrices = []
-        for f in (s, t):
-            before, after = np.float64(f[n - 1]), np.float64(f[n])
-            size = after.shape[2]
-            factor = before.shape[2] // size
-            before = before.reshape(*before.shape[:2], size, factor, size, factor).max((3, 5))
-            flat = [x.reshape(B, x.shape[1], -1) for x in (before, after)]
-            matrices.append(np.stack([a @ b.T / size**2 for a, b in zip(*flat)]))
-        total += weight * ((matrices[0] - matrices[1]) ** 2).mean()
-    return total
+def attention(f):
+    return unit((f**2).mean(1).reshape(B, -1))
 
 
 FEATURE_LOSSES = {
-    kd_zoo.attention_loss: attention_numpy, kd_zoo.similarity_loss: similarity_numpy, kd_zoo.fsp_loss: fsp_numpy,
-    kd_zoo.rkd_distance_loss: rkd_distance_numpy, kd_zoo.rkd_angle_loss: rkd_angle_numpy,
-}  # fmt: skip
+    "attention_loss": lambda s, t: sum(((attention(a) - attention(b)) ** 2).mean() for a, b in zip(s[1:], t[1:])),
+    "similarity_loss": lambda s, t: ((gram(s) - gram(t)) ** 2).sum() / B**2,
+    "rkd_distance_loss": lambda s, t: huber(distances(s), distances(t)),
+    "rkd_angle_loss": lambda s, t: huber(angles(s), angles(t)),
+    "fsp_loss": lambda s, t: sum(w * ((fsp(s, n) - fsp(t, n)) ** 2).mean() for n, w in ((1, 1), (2, 3), (3, 1))),
+}
 
 
-@pytest.mark.parametrize("loss", FEATURE_LOSSES)
-def test_feature_losses_against_numpy(loss):
-    s, t = features(seed=1), features(seed=2)
-    expected = FEATURE_LOSSES[loss]([f.numpy() for f in s], [f.numpy() for f in t])
+@pytest.mark.parametrize("name", FEATURE_LOSSES)
+def test_feature_losses_in_numpy_and_their_gradients(name):
+    """Gradients against finite differences, and finite where two samples coincide and a root has no derivative."""
+    s, t, loss = features(1), features(2), getattr(kd_zoo, name)
+    expected = FEATURE_LOSSES[name](*([np.float64(f) for f in part] for part in (s, t)))
     assert loss(s, t).item() == pytest.approx(expected, rel=1e-4) and expected > 1e-4
-    assert loss(s, s).item() == pytest.approx(0, abs=1e-9)
+    s, t = ([f.double() for f in part] for part in (s, t))
+    assert torch.autograd.gradcheck(lambda last: loss([*s[:-1], last], t), s[-1].requires_grad_(), atol=1e-6)
+    twins = s[-1].detach().clone()
+    twins[1] = twins[0]
+    loss([*s[:-1], twins.requires_grad_()], t).backward()
+    assert twins.grad.isfinite().all()
 
 
-def test_logit_losses_against_numpy():
+def test_logit_losses_in_numpy():
     S, T, E = (torch.randn(B, C) * 2 for _ in range(3))
     y, tau = torch.arange(B) % C, 3.0
-    s, t, e = (x.numpy() for x in (S, T, E))
-    hinton = tau**2 * kl(softmax(t / tau), softmax(s / tau))
-    assert kd_zoo.hinton_loss(S, T, tau).item() == pytest.approx(hinton, rel=1e-5)
-    assert kd_zoo.hinton_loss(S, S, tau).item() == pytest.approx(0, abs=1e-6)
-    back = tau**2 * kl(softmax(s / tau), softmax(t / tau))
-    dml = cross_entropy(s, y) + cross_entropy(t, y) + hinton + back
+    s, t, e = (log_softmax(x / tau) for x in (S, T, E))
+    assert kd_zoo.hinton_loss(S, T, tau).item() == pytest.approx(tau**2 * kl(t, s), rel=1e-5)
+    dml = cross_entropy(S, y) + cross_entropy(T, y) + tau**2 * (kl(t, s) + kl(s, t))
     assert kd_zoo.dml_loss(S, T, y, tau).item() == pytest.approx(dml, rel=1e-5)
-    w = np.exp(-5 * (1 - 0.3) ** 2)
-    taught = sum(tau**2 * kl(softmax(e / tau), softmax(x / tau)) for x in (s, t))
-    one = cross_entropy(s, y) + cross_entropy(t, y) + cross_entropy(e, y) + w * taught
+    one = sum(cross_entropy(x, y) for x in (S, T, E)) + np.exp(-5 * (1 - 0.3) ** 2) * tau**2 * (kl(e, s) + kl(e, t))
     assert kd_zoo.one_loss([S, T], E, y, tau, 0.3).item() == pytest.approx(one, rel=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------------- by hand
 
 
+def image(*pixels):
+    """One image of one channel and one row."""
+    return torch.tensor(pixels).view(1, 1, 1, -1)
+
+
 def test_losses_by_hand():
-    S, T = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
-    assert kd_zoo.hinton_loss(S, T, 1.0).item() == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5), rel=1e-6)
-    # tau = 2 takes the square root of the odds 9 : 1, and multiplies by 4
-    T = torch.tensor([[9.0, 1.0]]).log()
-    assert kd_zoo.hinton_loss(S, T, 2.0).item() == pytest.approx(
-        4 * (0.75 * np.log(1.5) + 0.25 * np.log(0.5)), rel=1e-6
-    )
-
-    def image(*pixels):
-        return torch.tensor(pixels).view(1, 1, 1, -1)
-
+    S, T = torch.zeros(1, 2), torch.tensor([[9.0, 1.0]]).log()  # at temperature 2: (1/2, 1/2) and (3/4, 1/4)
+    by_hand = 4 * (0.75 * np.log(1.5) + 0.25 * np.log(0.5))
+    assert kd_zoo.hinton_loss(S, T, 2.0).item() == pytest.approx(by_hand, rel=1e-6)
     # attention maps (1, 0) and (0, 1): squared difference 1 at both positions; the stem does not count
     assert kd_zoo.attention_loss([image(9.0), image(3.0, 0)], [image(1.0), image(0, 2.0)]).item() == pytest.approx(1)
     # two samples, parallel and orthogonal: Gram rows (1, 1)/√2 against (1, 0), twice
-    parallel, orthogonal = torch.tensor([[1.0, 0], [1, 0]]), torch.tensor([[1.0, 0], [0, 1]])
-    s, t = [parallel.view(2, 2, 1, 1)], [orthogonal.view(2, 2, 1, 1)]
-    expected = 2 * ((1 - 0.5**0.5) ** 2 + 0.5) / 4
-    assert kd_zoo.similarity_loss(s, t).item() == pytest.approx(expected, rel=1e-6)
+    s, t = (torch.tensor(rows).view(2, 2, 1, 1) for rows in ([[1.0, 0], [1, 0]], [[1.0, 0], [0, 1]]))
+    assert kd_zoo.similarity_loss([s], [t]).item() == pytest.approx(2 * ((1 - 0.5**0.5) ** 2 + 0.5) / 4, rel=1e-6)
     # points 0, 1, 3 on a line have distances 1, 2, 3, mean 2; 0, 1, 2 have 1, 1, 2, mean 4/3
     s, t = (torch.tensor(points).view(3, 1, 1, 1) for points in ([0.0, 1, 3], [0.0, 1, 2]))
-    differences = np.array([0.5 - 0.75, 1 - 0.75, 1.5 - 1.5])
-    assert kd_zoo.rkd_distance_loss([s], [t]).item() == pytest.approx(2 * (differences**2 / 2).sum() / 9, rel=1e-5)
-    # a right angle at one corner against a straight line: cosine 0 against -1, for the two orders of the other points
-    corner = torch.tensor([[0.0, 0], [1, 0], [0, 1]])
-    cosines = kd_zoo.angles(corner)
-    assert cosines[0, 1, 2].item() == pytest.approx(0, abs=1e-6) and cosines[1, 0, 2].item() == pytest.approx(0.5**0.5)
+    squares = np.array([0.5 - 0.75, 1 - 0.75, 1.5 - 1.5]) ** 2
+    assert kd_zoo.rkd_distance_loss([s], [t]).item() == pytest.approx(2 * (squares / 2).sum() / 9, rel=1e-5)
+    # a right angle at the first of three corners, 45° at the others; a straight angle
+    cosines = kd_zoo.angles(torch.tensor([[0.0, 0], [1, 0], [0, 1]]))
+    assert [cosines[0, 1, 2].item(), cosines[1, 0, 2].item()] == pytest.approx([0, 0.5**0.5], abs=1e-6)
     assert kd_zoo.angles(torch.tensor([[0.0], [1], [-1]]))[0, 1, 2].item() == pytest.approx(-1)
     # one position, channels (1, 2) to (3): the matrix is their outer product
-    (matrix,) = kd_zoo.fsp_matrices([torch.tensor([1.0, 2]).view(1, 2, 1, 1), torch.tensor([3.0]).view(1, 1, 1, 1)])
+    (matrix,) = kd_zoo.fsp_matrices([torch.tensor([1.0, 2]).view(1, 2, 1, 1), image(3.0)])
     assert matrix.tolist() == [[[3.0], [6.0]]]
     regressor = torch.nn.Conv2d(1, 1, 1, bias=False)
-    torch.nn.init.constant_(regressor.weight, 2.0)
-    s, t = [None, None, image(1.0, 2.0)], [None, None, image(2.0, 1.0)]
-    assert kd_zoo.fitnet_loss(regressor, s, t).item() == pytest.approx((0 + 9) / 2)
+    torch.nn.init.constant_(regressor.weight, 2.0)  # 2, 4 against 2, 1
+    assert kd_zoo.fitnet_loss(regressor, [0, 0, image(1.0, 2.0)], [0, 0, image(2.0, 1.0)]).item() == pytest.approx(4.5)
 
 
 def test_invariances():
-    s, t = features(seed=1), features(seed=2)
-    scaled = [f * (3 + torch.rand(B, 1, 1, 1)) for f in s]  # each sample by its own factor
-    assert kd_zoo.attention_loss(scaled, t).item() == pytest.approx(kd_zoo.attention_loss(s, t).item(), rel=1e-4)
-    rotation, _ = torch.linalg.qr(torch.randn(8, 8))
-    rotated = [*s[:-1], torch.einsum("kl,blhw->bkhw", rotation, s[-1])]
-    for loss in (kd_zoo.similarity_loss, kd_zoo.rkd_angle_loss, kd_zoo.rkd_distance_loss):
-        assert loss(rotated, t).item() == pytest.approx(loss(s, t).item(), rel=1e-3)
-    for loss in (kd_zoo.rkd_distance_loss, kd_zoo.rkd_angle_loss, kd_zoo.similarity_loss):
-        assert loss([f * 7 for f in s], t).item() == pytest.approx(loss(s, t).item(), rel=1e-3)
-    moved = [f + 1 for f in s]
-    for loss in (kd_zoo.rkd_distance_loss, kd_zoo.rkd_angle_loss):
-        assert loss(moved, t).item() == pytest.approx(loss(s, t).item(), rel=1e-3)
-    assert kd_zoo.similarity_loss(moved, t).item() != pytest.approx(kd_zoo.similarity_loss(s, t).item(), rel=1e-3)
-
-
-@pytest.mark.parametrize("loss", FEATURE_LOSSES)
-def test_gradients_are_finite_and_right(loss):
-    """In float64 against finite differences, also where two samples coincide, where a root has no derivative."""
-    s, t = ([f.double() for f in features(seed=seed)] for seed in (1, 2))
-    assert torch.autograd.gradcheck(lambda last: loss([*s[:-1], last], t), s[-1].requires_grad_(), atol=1e-6)
-    twins = [f.detach().clone() for f in s]
-    twins[-1][1] = twins[-1][0]
-    twins[-1].requires_grad_()
-    loss(twins, t).backward()
-    assert twins[-1].grad.isfinite().all()
+    """What is equal when the student's features change, and what is not."""
+    s, t = features(1), features(2)
+    turn, _ = torch.linalg.qr(torch.randn(8, 8))
+    relations = ("rkd_distance_loss", "rkd_angle_loss")
+    for changed, same in (
+        ([f * 7 for f in s], ("attention_loss", "similarity_loss", *relations)),
+        ([*s[:-1], torch.einsum("kl,blhw->bkhw", turn, s[-1])], ("attention_loss", "similarity_loss", *relations)),
+        ([f + 1 for f in s], relations),
+        ([f * (3 + torch.rand(B, 1, 1, 1)) for f in s], ("attention_loss",)),  # each sample by its own factor
+    ):
+        for loss in (getattr(kd_zoo, name) for name in FEATURE_LOSSES):
+            equal = loss(changed, t).item() == pytest.approx(loss(s, t).item(), rel=1e-3)
+            assert equal == (loss.__name__ in same), (loss, same)
 
 
 def test_gradients_go_where_they_should():
-    S, T = torch.randn(B, C, requires_grad=True), torch.randn(B, C, requires_grad=True)
+    S, T, E = (torch.randn(B, C, requires_grad=True) for _ in range(3))
     y = torch.arange(B) % C
     kd_zoo.dml_loss(S, T, y, 4.0).backward()
-    alone = torch.nn.functional.cross_entropy(S, y) + kd_zoo.hinton_loss(S, T.detach(), 4.0)
-    (own,) = torch.autograd.grad(alone, S)
+    (own,) = torch.autograd.grad(F.cross_entropy(S, y) + kd_zoo.hinton_loss(S, T.detach(), 4.0), S)
     assert torch.allclose(S.grad, own)  # as a peer, S is detached
-    S.grad = None
-    E = torch.randn(B, C, requires_grad=True)
-    kd_zoo.one_loss([S, S], E, y, 3.0, 1.0).backward()
-    (own,) = torch.autograd.grad(torch.nn.functional.cross_entropy(E, y), E)
+    kd_zoo.one_loss([S, T], E, y, 3.0, 1.0).backward()
+    (own,) = torch.autograd.grad(F.cross_entropy(E, y), E)
     assert torch.allclose(E.grad, own)  # as a teacher, the ensemble is detached
+
+
+def test_no_loss_waits_for_the_device():
+    """Meta tensors have no values: what reads one, for which a CUDA step would have to wait, raises."""
+    s, t = ([f.to("meta").requires_grad_() for f in features(seed)] for seed in (1, 2))
+    S, T, y = (torch.zeros(shape, device="meta") for shape in ((B, C), (B, C), B))
+    losses = [getattr(kd_zoo, name)(s, t) for name in FEATURE_LOSSES]
+    losses += [kd_zoo.dml_loss(S, T, y.long(), 4.0), kd_zoo.one_loss([S, S], T, y.long(), 3.0, 0.5)]
+    assert all(loss.shape == () for loss in losses)
+    sum(losses).backward()
 
 
 # ------------------------------------------------------------------------------------------------------------- the nets
@@ -214,82 +183,63 @@ def test_gradients_go_where_they_should():
 
 def test_boundary_samples_cross_the_boundary_or_stop_at_ten_steps():
     """A linear teacher of two classes, whose boundary is known."""
-    w = torch.randn(2, 48)
-    calls = []
+    w, x, calls = torch.randn(2, 48), torch.rand(64, 3, 4, 4), []
 
     def teacher(x):
         calls.append(len(x))
         return x.flatten(1) @ w.T
 
-    x = torch.rand(64, 3, 4, 4)
     T = teacher(x)
-    y = T.argmax(1)
-    S = T + torch.randn_like(T) * 0.1
-    agree = S.argmax(1) == y
+    y, S = T.argmax(1), T + torch.randn_like(T) * 0.1
     calls.clear()
     moved = kd_zoo.boundary_samples(teacher, x, y, S, T, max_eps=1)
     assert calls == [32] * 10 and len(moved) == 32 and not moved.requires_grad
-    difference = ((S.softmax(1) - T.softmax(1)) ** 2).scatter(1, y.unsqueeze(1), 0).sum(1).masked_fill(~agree, -1)
-    base = difference.topk(32).indices
-    gap = (T[base, y[base]] - T[base, 1 - y[base]]).abs()
-    after = teacher(moved)
-    new_gap = after[torch.arange(32), y[base]] - after[torch.arange(32), 1 - y[base]]
+    difference = ((S.softmax(1) - T.softmax(1)) ** 2).scatter(1, y.unsqueeze(1), 0).sum(1)
+    base = difference.masked_fill(S.argmax(1) != y, -1).topk(32).indices  # those that both classify as y
+
+    def gaps(logits):
+        return (logits.gather(1, y[base].unsqueeze(1)) - logits.gather(1, 1 - y[base].unsqueeze(1))).squeeze(1)
+
+    gap, new_gap = gaps(T[base]), gaps(teacher(moved))
     crossed = new_gap < 0
     assert crossed.any() and (new_gap < gap).all()
-    # just across, not far: the last step began before the boundary, and covered gap + 1e-4 times 0.3 times ‖gradient‖
-    length = (w[0] - w[1]).norm()
-    assert (new_gap[crossed] > -0.3 * length * gap[crossed] - 1e-3).all()
+    # just across: the last step began before the boundary, and covered (gap + 1e-4) times 0.3 times ‖gradient‖
+    assert (new_gap[crossed] > -0.3 * (w[0] - w[1]).norm() * gap[crossed] - 1e-3).all()
     near = kd_zoo.boundary_samples(teacher, x, y, S, T)
     assert (near - x[base]).abs().max() <= 16 / 255 + 1e-6 and near.min() >= 0 and near.max() <= 1
-    few = kd_zoo.boundary_samples(teacher, x, y, S, T, size=5)
-    assert len(few) == 5
+    assert len(kd_zoo.boundary_samples(teacher, x, y, S, T, size=5)) == 5
     assert len(kd_zoo.boundary_samples(teacher, x, 1 - y, S, T)) == 0  # nothing is classified correctly
 
 
 def test_boundary_samples_aim_in_proportion_to_the_teacher():
     """Wrong classes 1 and 2 have teacher probabilities 3 : 1, so that three of four samples go towards class 1."""
-    x = torch.zeros(4000, 3, 1, 1) + 0.5
+    x = torch.full((4000, 3, 1, 1), 0.5)
     T = torch.tensor([8.0, 3.0, 1.0]).log().repeat(4000, 1)
-
-    def teacher(x):
-        return T[: len(x)] + 0.01 * (x[:, :, 0, 0] - 0.5)
-
     y = torch.zeros(4000, dtype=torch.int64)
+    teacher = lambda x: T + 0.01 * (x[:, :, 0, 0] - 0.5)  # noqa: E731
     moved = kd_zoo.boundary_samples(teacher, x, y, T, T, size=4000, steps=1, max_eps=1)
     towards = (moved - x)[:, :, 0, 0].argmax(1)
-    assert not (towards == 0).any()
-    within((towards == 1).sum(), 4000, 0.75)
+    assert not (towards == 0).any() and within(int((towards == 1).sum()), 4000, 0.75)
 
 
-def test_one_shares_its_trunk_and_its_gate_sums_to_one():
-    nets = [common.build_model("resnet8", C) for _ in range(3)]
-    branches = kd_zoo.share_trunk(nets[0], nets[1:])
-    x = torch.rand(4, 3, 32, 32)
-    gate = kd_zoo.Gate(32, 3)
-    assert torch.allclose(gate(torch.rand(4, 32, 8, 8)).sum(1), torch.ones(4))
-    for net in (*branches, gate):
-        net.eval()
+def test_one_shares_its_trunk_and_weighs_its_branches():
+    alone = [common.build_model("resnet8", C).eval() for _ in range(3)]
+    one, x = kd_zoo.ONE(alone, width=32).eval(), torch.rand(4, 3, 32, 32)
     with torch.no_grad():
-        logits, ensemble = kd_zoo.one_logits(branches, gate, x)
-        shared = branches[0](x, features=True)[1][-2]
-        assert all(torch.allclose(branch(x), S, atol=1e-5) for branch, S in zip(branches, logits))
-        assert torch.allclose(ensemble, sum(w.unsqueeze(1) * S for w, S in zip(gate(shared).T, logits)), atol=1e-5)
-    assert branches[1].stem is branches[0].stem and branches[2].blocks[1] is branches[0].blocks[1]
-    last = [branch.blocks[2][0].conv1.weight for branch in branches]
-    assert not torch.equal(last[0], last[1]) and not torch.equal(last[1], last[2])
+        logits, ensemble = one.logits(x)
+        weights = one.gate(alone[0](x, features=True)[1][-2])
+        assert weights.shape == (4, 3) and torch.allclose(weights.sum(1), torch.ones(4)) and weights.std() > 0
+        assert all(torch.allclose(net(x), S, atol=1e-5) for net, S in zip(alone, logits, strict=True))
+        expected = sum(w.unsqueeze(1) * S for w, S in zip(weights.T, logits))
+        assert torch.allclose(ensemble, expected, atol=1e-5) and torch.equal(one(x), ensemble)
+    shared = {id(p) for p in alone[0].parameters()} & {id(p) for p in alone[2].parameters()}
+    trunk = [alone[0].stem, *alone[0].blocks[:-1]]
+    assert shared == {id(p) for part in trunk for p in part.parameters()}  # last group and classifier are its own
 
 
 def test_class_accuracies():
-    logits = torch.eye(3)[[0, 0, 1, 2]]
-    assert kd_zoo.class_accuracies(logits, torch.tensor([0, 1, 1, 0])) == [50, 50, 0]
-
-
-def test_feature_shapes_are_those_of_the_network():
-    data = common.load_dataset("shapes", limit_train=2, limit_test=2)
-    for arch in ("wrn-10-1", "resnet8x4", "preact_resnet18"):
-        with torch.no_grad():
-            made = common.build_model(arch, 2)(common.to_float(data.train_images), features=True)[1]
-        assert [tuple(s) for s in kd_zoo.feature_shapes(arch, data)] == [tuple(f.shape[1:]) for f in made]
+    logits = torch.eye(4)[[0, 0, 1, 2]]
+    assert kd_zoo.class_accuracies(logits, torch.tensor([0, 1, 1, 0])) == [50, 50, 0, 0]
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -300,123 +250,97 @@ def test_feature_shapes_are_those_of_the_network():
     ("fitnet", 300, {0: 1e-3, 59: 1e-3, 60: 1e-4, 80: 1e-5, 99: 1e-5, 100: 0.1, 160: 0.02, 220: 0.004, 250: 0.0008}),
     ("one", 300, {0: 0.1, 149: 0.1, 150: 0.01, 224: 0.01, 225: 0.001, 299: 0.001}),
 ])  # fmt: skip
-def test_table_1_is_the_preset(monkeypatch, tiny_npz, method, epochs, rates):
-    monkeypatch.setattr("sys.argv", ["kd_zoo.py", "--method", method, "--dataset", str(tiny_npz)])
+def test_table_1_is_the_preset(monkeypatch, method, epochs, rates):
+    monkeypatch.setattr("sys.argv", ["kd_zoo.py", "--method", method, "--dataset", "cifar10"])
     args = kd_zoo.parse_args()
     assert args.init_epochs + args.epochs == epochs and (args.batch_size, args.weight_decay) == (128, 5e-4)
-    assert (args.student_arch, args.teacher_arch) == ("wrn-16-2", "wrn-40-2")
+    assert (args.student_arch, args.teacher_arch, args.noise) == ("wrn-16-2", "wrn-40-2", "none")
     assert {epoch: kd_zoo.learning_rate(args, epoch) for epoch in rates} == pytest.approx(rates)
 
 
-SMALL = [*TINY, "--teacher-arch", "wrn-10-1"]
+def test_imbalance_follows_the_power_law(cli, tmp_path, monkeypatch):
+    """n_c = floor(a / (b + c^-γ)) with n_1 = 20 and n_10 = 400; student and teacher have the same images."""
+    b = (20 - 400 * 10**-0.6) / (400 - 20)
+    sizes = [int(20 * (b + 1) / (b + c**-0.6) + 1e-6) for c in range(1, 11)]
+    labels = torch.arange(4000) % 10
+    kept = kd_zoo.imbalance(labels, 0.6, 10, 0)
+    assert labels[kept].bincount().tolist() == sizes and (sizes[0], sizes[-1]) == (20, 400)
+    assert torch.equal(kept, kept.unique()) and torch.equal(kept, kd_zoo.imbalance(labels, 0.6, 10, 0))
+    assert not torch.equal(kept, kd_zoo.imbalance(labels, 0.6, 10, 1))
+    assert len(kd_zoo.imbalance(labels, 0.2, 10, 0)) < len(kept) < len(kd_zoo.imbalance(labels, 2, 10, 0))
+    images = np.random.default_rng(0).integers(0, 256, (120, 3, 32, 32), np.uint8)
+    write_npz(tmp_path / "large.npz", train_images=images, train_labels=np.arange(120) % 3)
+    seen, batch = [], common.Dataset.batch
+    monkeypatch.setattr(common.Dataset, "batch", lambda data, rows: seen.append(batch(data, rows)) or seen[-1])
+    flags = ["--dataset", "large.npz", "--imbalance", 2, "--batch-size", 1000, "--noise-seed", 1]
+    assert cli(kd_zoo, *TINY, *flags)[::2] == (0, "")
+    expected = torch.from_numpy(images)[kd_zoo.imbalance(torch.arange(120) % 3, 2, 3, 1)] / 255
+    assert len(seen) == 2 and all(torch.allclose(x.sum(0), expected.sum(0)) for x in seen) and len(expected) < 120
 
 
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """One teacher for all the runs."""
-    import sys
-
-    folder = tmp_path_factory.mktemp("teacher")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["kd_zoo.py", *SMALL, "--method", "baseline", "--out", "run"])
-        kd_zoo.main()
-    return folder / "run/checkpoint.pt"
+STAGES = {"fitnet": ["--init-epochs", 1], "fsp": ["--init-epochs", 1]}
 
 
 @pytest.mark.parametrize("method", kd_zoo.TABLE_I)
-def test_every_method_interrupted_and_continued_to_the_same_bit(cli, monkeypatch, method, teacher, tmp_path):
-    """Stopped after every epoch, in stage 1 and in stage 2, against a run nobody disturbed."""
-    flags = [*TINY, "--method", method]
-    flags += [] if method in kd_zoo.ALONE else ["--teacher", teacher]
-    stages = ["--init-epochs", 2] if method in ("fitnet", "fsp") else []
-    status, out, err = cli(kd_zoo, *flags, *stages, "--out", "whole")
-    assert (status, err) == (0, "")
-    end_epoch = common.Run.end_epoch
-
-    def interrupt(run, *args, **metrics):
-        end_epoch(run, *args, **metrics)
-        raise KeyboardInterrupt
-
-    epochs = 4 if stages else 2
-    monkeypatch.setattr(common.Run, "end_epoch", interrupt)
-    for epoch in range(epochs):
-        assert cli(kd_zoo, *flags, *stages, "--out", "broken", *["--resume"][:epoch])[0] == 130
-    monkeypatch.setattr(common.Run, "end_epoch", end_epoch)
-    assert cli(kd_zoo, *flags, *stages, "--out", "broken", "--resume")[0] == 0
-    extra = {"one": ("branch1", "branch2", "branch3", "gate"), "dml": ("student1", "student2")}.get(
-        method, ("regressor",)
-    )
-    assert_same_run(tmp_path / "whole", tmp_path / "broken", ("model", "optimizer", "rng", *extra))
-    checkpoint = common.load_checkpoint("whole/checkpoint.pt")
-    metrics = checkpoint["metrics"]
-    assert len(metrics) == epochs and len(metrics[-1]["class_acc"]) == 10
-    data = common.load_dataset("shapes", limit_train=1, limit_test=40)
+def test_every_method_runs(cli, method):
+    status, out, err = cli(kd_zoo, *SMALL, "--method", method, *STAGES.get(method, []), "--out", "run")
+    assert (status, err) == (0, "") and ("training a teacher first" in out) == (method not in kd_zoo.ALONE)
+    checkpoint, data = saved("run"), common.load_dataset("tiny.npz")
+    *_, last = metrics = checkpoint["metrics"]
     logits = common.predict(common.load_model(checkpoint), data.test_images)
-    assert common.accuracy(logits, data.test_labels) == pytest.approx(metrics[-1]["test_acc"], abs=0.01)
-    if method == "one":
-        assert metrics[-1]["test_acc"] == max(metrics[-1]["branch_test_acc"]) and "ensemble_test_acc" in metrics[-1]
-    if method == "dml":
-        assert metrics[-1]["test_acc"] == max(metrics[-1]["student_test_acc"])
-        both = [checkpoint[f"student{i}"]["stem.0.weight"] for i in (1, 2)]
-        assert not torch.equal(*both)
+    assert len(metrics) == 1 + (method in STAGES) and last["test_acc"] == common.accuracy(logits, data.test_labels)
+    assert last["class_acc"] == kd_zoo.class_accuracies(logits, data.test_labels)
+    if method in ("one", "dml"):  # the best of several networks
+        assert last["test_acc"] == max(last["each_test_acc"]) and len(last["each_test_acc"]) == 2 + (method == "one")
+        assert not torch.equal(*(checkpoint[part]["blocks.2.0.conv1.weight"] for part in ("net1", "net2")))
 
 
-@pytest.mark.parametrize("method", ["at", "sp", "rkd-da"])
-def test_hinton_on_top(cli, method, teacher, tmp_path):
-    status, out, err = cli(kd_zoo, *TINY, "--method", method, "--add", "hinton", "--teacher", teacher, "--epochs", 1)
-    assert (status, err) == (0, "") and f"runs/{method}+hinton-shapes-clean-seed0" in out
+TERMS = {"hinton_loss": 3, "attention_loss": 5, "similarity_loss": 7, "rkd_distance_loss": 11, "rkd_angle_loss": 13,
+         "fitnet_loss": 17, "fsp_loss": 19}  # fmt: skip
+SUMS = {  # what the loop makes of them in four epochs, cross-entropy being 2
+    "baseline": [2], "hinton": [0.1 * 2 + 0.9 * 3], "at": [2 + 1000 * 5], "sp": [2 + 3000 * 7], "rkd-d": [2 + 25 * 11],
+    "rkd-a": [2 + 50 * 13], "rkd-da": [2 + 25 * 11 + 50 * 13], "fitnet": [17, 2.9], "fsp": [19, 2.9],
+    "at --add hinton": [2.9 + 1000 * 5], "sp --add ft": [2.9 + 3000 * 7], "dml": [2 * 2 + 2 * 3],
+    "one": [4 * 2 + np.exp(-5 * (1 - 300 / 80 / 4) ** 2) * 3 * 3, 17],
+    "bss": [2 + (4 - 3 * e / 4) * 3 + max(2 - 8 / 3 * e / 4, 0) * 3 for e in (1, 2, 3, 4)],
+}  # fmt: skip
 
 
-def test_a_fickle_teacher_on_top(cli, monkeypatch):
-    seen = {}
-    load = common.load_teacher
+@pytest.mark.parametrize("method", SUMS)
+def test_the_loop_adds_up_the_terms_of_table_1(cli, monkeypatch, method):
+    """Each term replaced by a number of its own; a teacher whose dropout is on where it is to be fickle."""
 
-    def loaded(*args, **options):
-        seen["teacher"] = load(*args, **options)
-        return seen["teacher"]
+    def constant(value):
+        return lambda *args, **_: value + 0 * sum(x.sum() for x in tree_leaves(args) if torch.is_tensor(x))
 
-    monkeypatch.setattr(common, "load_teacher", loaded)
-    assert cli(kd_zoo, *SMALL, "--method", "sp", "--add", "ft", "--epochs", 1)[0] == 0
-    modes = {type(m).__name__: (m.training, getattr(m, "p", None)) for m in seen["teacher"].modules()}
-    assert modes["Dropout"] == (True, 0.4) and not modes["BatchNorm2d"][0]
-
-
-def test_imbalance_reaches_student_and_teacher(cli):
-    status, out, err = cli(
-        kd_zoo, *SMALL, "--imbalance", 0.6, "--limit-train", 2000, "--batch-size", 128, "--epochs", 1
-    )
-    assert (status, err) == (0, "") and "runs/hinton-shapes-clean-imbalance0.6-seed0" in out
-    labels = common.load_dataset("shapes").train_labels
-    kept = labels[common.imbalance(labels, 0.6, 10, 0)].bincount(minlength=10)
-    sizes, gamma = [], 0.6  # n_c = floor(a / (b + c^-γ)) with n_1 = 10, n_10 = 200
-    b = (10 - 200 * 10**-gamma) / (200 - 10)
-    a = 10 * (b + 1)
-    sizes = [int(a / (b + c**-gamma) + 1e-6) for c in range(1, 11)]
-    assert kept.tolist() == sizes and sizes[0] == 10 and sizes[-1] == 200
-    for path in ("runs/hinton-shapes-clean-imbalance0.6-seed0", next(common.Path("runs/teachers").iterdir())):
-        steps = common.load_checkpoint(common.Path(path) / "checkpoint.pt")["optimizer"]["state"]
-        assert steps  # both were trained
-    records = [
-        json.loads(line) for line in common.Path("runs/hinton-shapes-clean-imbalance0.6-seed0/metrics.jsonl").open()
-    ]
-    assert len(records[0]["class_acc"]) == 10
+    for name, value in TERMS.items():
+        monkeypatch.setattr(kd_zoo, name, constant(value))
+    monkeypatch.setattr(F, "cross_entropy", constant(2))
+    monkeypatch.setattr(kd_zoo, "boundary_samples", lambda teacher, x, *_: x[:2])
+    teachers, load = [], common.load_teacher
+    monkeypatch.setattr(common, "load_teacher", lambda *args: teachers.append(load(*args)) or teachers[0])
+    name, *add = method.split()
+    flags = [*SMALL, "--epochs", 4, "--batch-size", 40, "--method", name, *add, *STAGES.get(name, []), "--out", "run"]
+    assert cli(kd_zoo, *flags)[0] == 0
+    losses = [record["train_loss"] for record in saved("run")["metrics"]]
+    assert losses == pytest.approx(SUMS[method] + SUMS[method][-1:] * (len(losses) - len(SUMS[method])))
+    for teacher, _ in teachers:
+        modes = {type(module).__name__: (module.training, getattr(module, "p", 0)) for module in teacher.modules()}
+        assert modes["Dropout"] == ((True, 0.4) if add[-1:] == ["ft"] else (False, 0)) and not modes["BatchNorm2d"][0]
 
 
-@pytest.mark.parametrize("flags, names", [
-    (["--method", "hintn"], "--method: unknown 'hintn'; did you mean hinton"), (["--add", "ft"], "--add"),
-    (["--method", "dml", "--teacher", "x.pt"], "--teacher"), (["--method", "at", "--gamma", 1], "--gamma"),
-    (["--method", "fsp", "--teacher-arch", "wrn-10-2"], "--student-arch"), (["--imbalance", 0], "--imbalance"),
-    (["--method", "fitnet", "--teacher-arch", "preact_resnet18"], "--student-arch"), (["--noise", "sym"], "--rate"),
-    (["--method", "at", "--teacher-arch", "mobilenet_v2"], "--student-arch"), (["--init-epochs", 3], "--init-epochs"),
+@pytest.mark.parametrize("method, stops", [("fitnet", 5), ("one", 2), ("dml", 2)])
+def test_an_interrupted_run_continues_to_the_same_bit(cli, method, stops):
+    flags = [*SMALL, "--method", method, "--epochs", 2, *STAGES.get(method, [])]
+    assert_resumes_to_the_same_bit(cli, kd_zoo, *flags, stops=stops)
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--method", "dml", "--teacher", "x.pt"], "--teacher: dml"), (["--imbalance", -1], "--imbalance: -1.0"),
+    (["--method", "fsp", "--teacher-arch", "wrn-10-2"], "--student-arch: fsp"),
+    (["--method", "fitnet", "--teacher-arch", "shufflenet_v2"], "--student-arch: fitnet"),
+    (["--method", "at", "--teacher-arch", "preact_resnet18"], "--student-arch: at"),
 ])  # fmt: skip
-def test_bad_input(cli, flags, names, tmp_path):
-    status, _, err = cli(kd_zoo, *TINY, *flags)
-    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and names in err
-    assert not list(tmp_path.glob("runs/*/*"))
-
-
-def test_a_run_from_the_command_line(script, tmp_path):
-    result = script("kd_zoo.py", *TINY)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines()[-1].endswith("runs/hinton-shapes-clean-seed0")
+def test_what_cannot_be_is_refused_before_anything_is_trained(cli, flags, says):
+    status, _, err = cli(kd_zoo, *SMALL, *flags)
+    assert status == 2 and err.count("\n") == 1 and says in err and not Path("runs").exists()

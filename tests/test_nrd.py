@@ -127,13 +127,22 @@ def test_gradient_of_bootstrapping_flows_through_its_target():
     assert logits.grad.abs().max() > 1e-3
 
 
-def run_nrd(monkeypatch, tmp_path, *flags):
-    command = ["nrd.py", "--limit-train", "40", "--limit-test", "10", "--batch-size", "20", "--epochs", "1", "--out"]
-    monkeypatch.setattr("sys.argv", [*command, str(tmp_path / "run"), "--device", "cpu", *flags])
-    nrd.main()
+@pytest.fixture
+def train(monkeypatch, tmp_path):
+    """train(*flags): two steps of nrd.py on 40 images; the metrics of the epoch."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        size = ["--limit-train", "40", "--limit-test", "10", "--batch-size", "20", "--epochs", "1", "--device", "cpu"]
+        monkeypatch.setattr("sys.argv", ["nrd.py", *size, *flags])
+        args = nrd.parse_args()
+        args.seed = 0
+        return nrd.main(args)
+
+    return run
 
 
-def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(monkeypatch, tmp_path):
+def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(train, monkeypatch):
     """In the loop: y_t carries no graph, y_s does, the weights are the preset's, y_t is the mean over K EMA views."""
     seen, views = [], []
 
@@ -142,15 +151,14 @@ def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(monkeypatch,
         return js_divergence(distributions, weights)
 
     monkeypatch.setattr(nrd, "js_divergence", spy)
-    monkeypatch.setitem(nrd.STEPS, "augmix", lambda x, size: views.append(x) or x.flip(len(views) % 2 + 2))
-    monkeypatch.setitem(nrd.STEPS, "none", lambda x, size: x)
-    run_nrd(monkeypatch, tmp_path, "--views", "2")
+    monkeypatch.setattr(nrd, "teacher_view", lambda x, size: views.append(x) or x.flip(len(views) % 2 + 2))
+    train("--views", "2")
     assert len(seen) == 2 and len(views) == 4
     for (y, y_s, y_t), weights in seen:
         assert y_s.requires_grad and not y_t.requires_grad and not y.requires_grad
         assert list(weights) == [0.2, 0.6, 0.2]
         assert torch.allclose(y_t.sum(1), torch.ones(20), atol=1e-5) and set(y.unique().tolist()) == {0.0, 1.0}
-    # before the first step the EMA is the initial model: rebuild it from the checkpoint of epoch 0's seed
+    # before the first step the EMA is the initial model, which the seed gives again
     torch.manual_seed(0)
     data = common.load_dataset("shapes", limit_train=40, limit_test=10)
     model = common.build_model("wrn-10-1", 10, 0.0, *common.channel_stats(data.train_images)).eval()
@@ -159,15 +167,40 @@ def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(monkeypatch,
     assert torch.allclose(seen[0][0][2], expected, atol=1e-5)
 
 
-def test_jsd_scale_divides_the_loss(monkeypatch, tmp_path):
-    losses = {}
-    for name, flags in (("plain", []), ("scaled", ["--jsd-scale"])):
-        run_nrd(monkeypatch, tmp_path / name, "--lr", "0", *flags)
-        losses[name] = common.load_checkpoint(tmp_path / name / "run" / "checkpoint.pt")["metrics"][0]["train_loss"]
-    assert losses["plain"] / losses["scaled"] == pytest.approx(-0.8 * math.log(0.8), rel=1e-5)
+def test_views_are_the_appendix_s(monkeypatch):
+    """A.1: RandAugment(1, 3), crop, flip, Cutout(5), and AugMix; A.2: crops to `size`, AugMix before them."""
+    calls = []
+    for name in ("rand_augment", "crop_flip", "cutout", "aug_mix", "random_resized_crop", "color_jitter"):
+        original = getattr(common, name)
+
+        def spy(x, *args, name=name, original=original, **options):
+            calls.append((name, args, options))
+            return original(x, *args, **options)
+
+        monkeypatch.setattr(common, name, spy)
+    small, large = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 160, 160)
+    assert nrd.student_view(small, "paper", 32).shape == small.shape
+    assert calls == [("rand_augment", (), {"num_ops": 1, "magnitude": 3}), ("crop_flip", (), {}),
+                     ("cutout", (), {"size": 5})]  # fmt: skip
+    cases = [
+        (lambda: nrd.teacher_view(small, 32), ["aug_mix"]),
+        (lambda: nrd.student_view(small, "crop", 32), ["crop_flip"]),
+        (lambda: nrd.student_view(small, "none", 32), []),
+        (lambda: nrd.student_view(large, "paper", 128), ["random_resized_crop", "crop_flip", "color_jitter"]),
+        (lambda: nrd.teacher_view(large, 128), ["aug_mix", "random_resized_crop", "crop_flip"]),
+    ]
+    for view, names in cases:
+        calls.clear()
+        size = view().shape[-1]
+        assert [name for name, _, _ in calls] == names and size == (128 if "random_resized_crop" in names else 32)
 
 
-def test_ema_by_hand_over_two_steps(monkeypatch, tmp_path):
+def test_jsd_scale_divides_the_loss(train):
+    plain, scaled = train("--lr", "0")["train_loss"], train("--lr", "0", "--jsd-scale")["train_loss"]
+    assert plain / scaled == pytest.approx(-0.8 * math.log(0.8), rel=1e-5)
+
+
+def test_ema_by_hand_over_two_steps(train, monkeypatch):
     """Equation 24 in the loop: beta² θ0 + beta (1 - beta) θ1 + (1 - beta) θ2, for weights and running statistics."""
     states, history = [], []
     original, step = nrd.float_state, torch.optim.SGD.step
@@ -183,39 +216,14 @@ def test_ema_by_hand_over_two_steps(monkeypatch, tmp_path):
 
     monkeypatch.setattr(nrd, "float_state", remember)
     monkeypatch.setattr(torch.optim.SGD, "step", spy)
-    run_nrd(monkeypatch, tmp_path, "--beta", "0.7")
+    train("--beta", "0.7")
     (ema, model), (start, same, first, second) = states, history
     for value, theta, t, t0, t1, t2 in zip(ema, model, same, start, first, second, strict=True):
         assert torch.equal(t, t0) and torch.equal(theta, t2)
         assert torch.allclose(value, 0.49 * t0 + 0.21 * t1 + 0.3 * t2, atol=1e-6)
-    names = [
-        name for name, value in common.build_model("wrn-10-1", 10).state_dict().items() if value.is_floating_point()
-    ]
+    names = [k for k, value in common.build_model("wrn-10-1", 10).state_dict().items() if value.is_floating_point()]
     moved = {name for name, t0, t2 in zip(names, start, second, strict=True) if not torch.equal(t0, t2)}
     assert moved >= {"stem.0.weight", "blocks.0.0.bn1.running_mean", "blocks.2.0.bn2.running_var", "head.4.bias"}
-
-
-def test_float_state_against_torch_s_averaged_model():
-    """The one line of the loop against torch.optim.swa_utils, BatchNorm's statistics included."""
-    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-    model, ours = (common.build_model("wrn-10-1", 10) for _ in range(2))
-    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
-    theirs.update_parameters(model)  # the first update copies
-    ours.load_state_dict(model.state_dict())
-    theta_bar, theta = nrd.float_state(ours), nrd.float_state(model)
-    for _ in range(3):
-        with torch.no_grad():
-            model.train()(torch.rand(4, 3, 32, 32))  # moves the statistics
-            for p in model.parameters():
-                p.add_(0.1 * torch.randn_like(p))
-        torch._foreach_lerp_(theta_bar, theta, 0.1)
-        theirs.update_parameters(model)
-    averaged = theirs.module.state_dict()
-    for key, value in ours.state_dict().items():
-        if value.is_floating_point():
-            assert torch.allclose(value, averaged[key], atol=1e-6), key
-    assert not torch.equal(ours.stem[0].weight, model.stem[0].weight)
 
 
 def preset(**flags):
@@ -251,12 +259,12 @@ def test_presets_are_table_5(flags, lr, weight_decay, params):
 
 
 def test_every_row_of_table_5_fits_its_loss():
-    for rows in nrd.TABLE_5.values():
-        assert rows.keys() == nrd.HYPERPARAMETERS.keys()
-        for loss, row in rows.items():
-            assert len(row) == 9
-            for params in row[2:]:
-                params = params if isinstance(params, tuple) else (params,)
+    for text in nrd.TABLE_5.values():
+        header, *rows = [line.split() for line in text.strip().splitlines()]
+        assert {row[0] for row in rows} == nrd.HYPERPARAMETERS.keys() and all(len(row) == len(header) for row in rows)
+        for loss, _, _, *cells in rows:
+            for cell in cells:
+                params = [] if cell == "-" else [float(p) for p in cell.split(",")]
                 assert len(params) == len(nrd.HYPERPARAMETERS[loss])
                 assert loss != "nrd" or (sum(params) == pytest.approx(1) and params[0] == params[2])
 
