@@ -871,14 +871,14 @@ def auto_augment(images):
 def crop_flip(images, padding=4, mode="zero", size=None):
     """Random crop from the image padded by `padding` pixels ("zero" or "reflect"), and a flip with probability 1/2.
 
-    padding: 0 where nothing is padded. size: side of the crop; None: that of the images. images: float [B, 3, H, W];
-    returns float [B, 3, size, size], or the same shape.
+    padding: 0 where nothing is padded. size: to which longer sides of photographs are cropped; None: none is.
+    images: float [B, 3, H, W]; returns float [B, 3, min(H, size), min(W, size)].
     """
     check_images(images)
-    count, _, height, width = images.shape
+    count, (height, width) = len(images), [min(side, size or side) for side in images.shape[2:]]
     if padding:
         images = F.pad(images, (padding,) * 4, mode="constant" if mode == "zero" else mode)
-    windows = images.unfold(2, size or height, 1).unfold(3, size or width, 1)  # a view: [B, 3, tops, lefts, H, W]
+    windows = images.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, 3, tops, lefts, height, width]
     if windows.shape[2:4] != (1, 1):
         top, left = (torch.randint(n, (count,), device=images.device) for n in windows.shape[2:4])
         images = windows[torch.arange(count, device=images.device), :, top, left]

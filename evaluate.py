@@ -653,7 +653,7 @@ def load_weights(path, args, device, load_dataset):
                 model = models.get_model(name, weights=weights)
         if path:
             model.load_state_dict(state)
-    except (ValueError, RuntimeError) as error:  # the name is unknown; shapes or keys differ
+    except (ValueError, RuntimeError, OSError) as error:  # an unknown name; other shapes or keys; no network
         raise UsageError(f"CKPT: {path or 'no file'} as {name}: {textwrap.shorten(str(error), 400)}") from None
     if args.torchvision:
         model = nn.Sequential(transforms.Normalize(mean, std), model)

@@ -131,20 +131,22 @@ def parse_args():
 
 
 def student_view(x, augment, size):
-    """The usual augmentation. x: float [B, 3, H, W] in [0, 1]; returns [B, 3, size, size]."""
+    """The usual augmentation of x, float [B, 3, H, W] in [0, 1]; photographs, larger than `size`, are cropped to it."""
     if augment == "none":
         return x
     if augment == "crop":
         return common.crop_flip(x, size=size)
-    if size < 128:  # appendix A.1: RandAugment(1, 3), crop, flip, Cutout(5)
-        return common.cutout(common.crop_flip(common.rand_augment(x, num_ops=1, magnitude=3)), size=5)
-    return common.color_jitter(common.crop_flip(common.random_resized_crop(x, size), padding=0))  # appendix A.2
+    if max(x.shape[2:]) > size:  # appendix A.2: random resized crop, flip, colour jitter
+        return common.color_jitter(common.crop_flip(common.random_resized_crop(x, size), padding=0))
+    # appendix A.1: RandAugment(1, 3), crop, flip, Cutout(5)
+    return common.cutout(common.crop_flip(common.rand_augment(x, num_ops=1, magnitude=3)), size=5)
 
 
 def teacher_view(x, size):
     """Another augmentation: AugMix, and on photographs (appendix A.2) random resized crop and flip after it."""
+    photographs = max(x.shape[2:]) > size
     x = common.aug_mix(x)
-    return x if size < 128 else common.crop_flip(common.random_resized_crop(x, size), padding=0)
+    return common.crop_flip(common.random_resized_crop(x, size), padding=0) if photographs else x
 
 
 # --------------------------------------------------------------------------------------------------------------- losses

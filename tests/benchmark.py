@@ -178,7 +178,7 @@ def attack(args):
     net = common.build_model("wrn-10-1", 10).to(args.device)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9)
     for _ in range(4):  # so that there is something to attack
-        for index in common.batches(2000, 32, args.device):
+        for index in torch.randperm(2000, device=args.device).split(32):
             loss = F.cross_entropy(net(to_float(images[index])), labels[index])
             optimizer.zero_grad()
             loss.backward()
@@ -187,7 +187,7 @@ def attack(args):
     x, y = to_float(images[:500]), labels[:500]
     test = common.Dataset(images[:1], labels[:1], images[:500], labels[:500], common.SHAPES_CLASSES)
     flags = argparse.Namespace(pgd=[20], restarts=1, seed=0, step_size=0.003)
-    size = common.PASS[args.device.type]
+    size = common.EVAL_BATCH[args.device.type]
     theirs = library.PGD(net, eps=0.031, alpha=0.003, steps=20)
 
     def ours_whole():
@@ -196,7 +196,7 @@ def attack(args):
         return len(x)
 
     def ours():
-        subject = evaluate.Subject("", "", net, "", Path(), "", {}, 0, test=test, batch_size=size)
+        subject = evaluate.Subject("", Path(), "", {}, net, "shapes", test, size)
         evaluate.evaluate_pgd(subject, 0.031, flags)
         return len(x)
 
