@@ -364,6 +364,8 @@ def download(name, path):
 
 def photographs(name, data_dir, resize, image_size):
     """The Dataset of photographs: the middle square of each, `resize` pixels for training, `image_size` for tests."""
+    if resize < image_size:
+        raise UsageError(f"--resize: {resize} is smaller than --image-size {image_size}")
     parts, classes = list_pictures(name, data_dir)
     data = {}
     for part, (files, labels) in parts.items():
@@ -440,13 +442,14 @@ def decode(files, resize, side, path):
     They are decoded once, into `path`, and again where the files have changed. A file that cannot be read is named,
     counted and left out.
     """
-    known = [[str(file), os.path.getmtime(file) if os.path.exists(file) else None] for file in files]
+    stats = [os.stat(file) if os.path.exists(file) else None for file in files]
+    known = [[str(file), stat and [stat.st_size, stat.st_mtime]] for file, stat in zip(files, stats)]
     record = path.with_suffix(".json")  # of what is in `path`; it is written last
     saved = json.loads(record.read_text()) if record.exists() else {}
-    if saved.get("files") != known:
+    if saved.get("files") != known or not path.exists():
         rows, pictures = [], Pictures(files, resize, side)
         own = torch.Generator()  # the global one is for the draws of the method
-        loader = torch.utils.data.DataLoader(pictures, None, num_workers=os.cpu_count(), generator=own)
+        loader = torch.utils.data.DataLoader(pictures, None, num_workers=min(os.cpu_count(), 16), generator=own)
         with atomic_write(path) as partial:
             pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 3, side, side))
             for i, image in enumerate(progress(loader, f"decoding {len(files):,} pictures into {path}")):
@@ -529,7 +532,7 @@ def channel_stats(images):
     if min(images.shape[2:]) >= 128:
         return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double().cpu()
-    share, level = counts / counts.sum(1, keepdim=True), torch.arange(256) / 255
+    share, level = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64) / 255
     mean = (share * level).sum(1)
     std = ((share * level**2).sum(1) - mean**2).clamp(min=0).sqrt()
     return mean.tolist(), std.where(std > 0, 1.0).tolist()

@@ -225,7 +225,8 @@ def test_a_teacher_that_another_process_trains_is_waited_for(tmp_path):
     held = common.claim(tmp_path / "run", config, False, False)
     with pytest.raises(common.UsageError, match="another process"):
         common.claim(tmp_path / "run", config, False, False)
-    code = "import sys, common\ncommon.claim(common.Path(sys.argv[1]), {'script': 'teacher'}, False, True)\nprint('got')"
+    claim = "common.claim(common.Path(sys.argv[1]), {'script': 'teacher'}, False, True)"
+    code = f"import sys, common\n{claim}\nprint('got')"
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     waiting = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert "waiting for the process" in waiting.stdout.readline()
@@ -349,6 +350,7 @@ BAD = [
     (["--dataset", "cifra10"], "--dataset: unknown 'cifra10'; known are shapes, cifar10"),
     (["--dataset", "missing.npz"], "--dataset: no file missing.npz"),
     (["--dataset", "imagefolder:nowhere"], "--dataset imagefolder:nowhere"),
+    (["--dataset", "imagefolder:nowhere", "--resize", "200"], "--resize: 200 is smaller than --image-size 224"),
     (["--arch", "wrn-17-2"], "--arch: unknown 'wrn-17-2'"),
     (["--noise", "symm"], "argument --noise: invalid choice: 'symm'"),
     (["--loss", "gcce"], "argument --loss: invalid choice"),
