@@ -147,9 +147,10 @@ def run(parse_args, main):
             results.append(main(argparse.Namespace(**{**vars(args), "seed": seed, "out": out})))
         if len(results) > 1:
             print(f"{len(results)} seeds, last epoch, mean ± standard deviation:")
-            for key in [key for key, value in results[0].items() if isinstance(value, float)]:
+            for key in [key for key in results[0] if "acc" in key or "top5" in key]:
                 values = [metrics[key] for metrics in results]
-                print(f"    {key} {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
+                if isinstance(values[0], float):
+                    print(f"    {key} {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,8 +14,8 @@ import common
 import evaluate
 from evaluate import CORRUPTIONS, SEVERITIES, corrupt
 
-EXACT = ("gaussian_blur", "defocus_blur", "zoom_blur", "brightness", "contrast", "saturate", "pixelate")
-RANDOM = set(CORRUPTIONS) - {*EXACT, "jpeg_compression"}
+RANDOM = {"gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "glass_blur", "motion_blur", "snow",
+          "frost", "fog", "spatter", "elastic_transform"}  # fmt: skip
 
 
 def by_severity(name, *published):
@@ -23,22 +23,17 @@ def by_severity(name, *published):
     return pytest.mark.parametrize(f"severity, {name}", list(enumerate(published, 1)))
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def applied(name, severity, x):
-    return CORRUPTIONS[name](x, SEVERITIES[name][severity - 1], generator())
+    return CORRUPTIONS[name](x, SEVERITIES[name][severity - 1], torch.Generator().manual_seed(0))
 
 
 def assert_close(found, expected, tolerance=1e-5):
     assert np.abs(np.asarray(found) - np.asarray(expected)).max() < tolerance
 
 
-def gaussian(images, sigma, **options):
+def gaussian(images, sigma, mode="nearest", truncate=4):
     """scipy's blur of the last two axes."""
-    options = {"mode": "nearest", "truncate": 4} | options
-    return scipy.ndimage.gaussian_filter(images, (*[0] * (images.ndim - 2), sigma, sigma), **options)
+    return scipy.ndimage.gaussian_filter(images, (*[0] * (images.ndim - 2), sigma, sigma), mode=mode, truncate=truncate)
 
 
 def textured(size):
@@ -53,18 +48,13 @@ def textured(size):
 
 
 @pytest.fixture(scope="module", params=[(32, 32), (48, 40)], ids=["32x32", "48x40"])
-def images(request):
-    return textured(request.param)
-
-
-@pytest.fixture(scope="module")
-def x(images):
-    return common.to_float(images)
+def x(request):
+    return common.to_float(textured(request.param))
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What evaluate.normal and evaluate.uniform draw from now on: [(arguments, tensor)]."""
+    """What evaluate.normal and evaluate.uniform draw from now on, for an oracle in numpy: [(arguments, tensor)]."""
     draws = []
 
     def recording(function):
@@ -81,43 +71,19 @@ def drawn(monkeypatch):
 
 @pytest.mark.parametrize("name", SEVERITIES)
 def test_form_and_seed(name):
-    """The same seed gives the same pixels, another seed others where there is chance; memory layout does not matter."""
-    for size, severity in (((32, 32), 1), ((16, 16), 2), ((48, 40), 3), ((40, 48), 4), ((16, 16), 5)):
-        clean = textured(size)
-        before, other = clean.clone(), clean.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
-        out = corrupt(clean, name, severity, seed=3)
-        assert out.dtype == torch.uint8 and out.shape == clean.shape and out.float().std() > 5  # a picture is left
-        assert torch.equal(clean, before) and not torch.equal(out, clean)
-        assert torch.equal(out, corrupt(other, name, severity, seed=3)) and other.stride() != clean.stride()
-        assert torch.equal(out, corrupt(clean, name, severity, seed=4)) == (name not in RANDOM)
-    different = len(corrupt(textured((32, 32))[:1].repeat(8, 1, 1, 1), name, 3).flatten(1).unique(dim=0))
-    assert different >= 6 if name in RANDOM else different == 1  # two angles of motion can give the same trail
-    assert len(SEVERITIES) == len(CORRUPTIONS) == 19 and len(SEVERITIES[name]) == 5
-
-
-def test_the_second_thousand_images_have_draws_of_their_own():
-    out = corrupt(torch.full((1001, 3, 16, 16), 128, dtype=torch.uint8), "gaussian_noise", 3)
-    assert len(out) == 1001 and not torch.equal(out[0], out[1000])
-
-
-def test_wrong_arguments():
+    """The same seed gives the same pixels; where there is chance, another seed gives others, as does another image."""
     clean = textured((32, 32))
-    with pytest.raises(ValueError, match="images are torch.float32, not uint8"):
-        corrupt(common.to_float(clean), "fog", 1)
-    for name, severity in (("frog", 1), ("fog", 0), ("fog", 6)):
-        with pytest.raises(ValueError, match=f"no '{name}' of severity {severity}; known are .* fog, "):
-            corrupt(clean, name, severity)
-
-
-# ---------------------------------------------------------------------------------------------------------------- blurs
+    out = corrupt(clean, name, 3, seed=3)
+    assert out.dtype == torch.uint8 and out.shape == clean.shape and not torch.equal(out, clean)
+    assert torch.equal(out, corrupt(clean, name, 3, seed=3))
+    assert torch.equal(out, corrupt(clean, name, 3, seed=4)) == (name not in RANDOM)
+    different = len(corrupt(clean[:1].repeat(8, 1, 1, 1), name, 3).flatten(1).unique(dim=0))
+    assert different >= 6 if name in RANDOM else different == 1  # two angles of motion can give the same trail
 
 
 @by_severity("sigma", 0.4, 0.6, 0.7, 0.8, 1)
 def test_gaussian_blur_is_scipy_s(x, severity, sigma):
     assert_close(applied("gaussian_blur", severity, x), gaussian(x.double().numpy(), sigma))
-    assert_close(evaluate.blur(x, 4 * sigma), gaussian(x.double().numpy(), 4 * sigma))
-    mirrored = gaussian(x.double().numpy(), 4 * sigma, mode="reflect", truncate=3)
-    assert_close(evaluate.blur(x, 4 * sigma, 3, True), mirrored)
 
 
 @by_severity("constants", (0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))
@@ -129,7 +95,6 @@ def test_defocus_blur_is_scipy_s_convolution(x, severity, constants):
     side = math.exp(-1 / (2 * alias**2))
     soft = np.array([side, 1, side]) / (1 + 2 * side)
     kernel = scipy.ndimage.convolve(disc / disc.sum(), np.outer(soft, soft), mode="constant")
-    assert kernel.sum() == pytest.approx(1)
     expected = scipy.ndimage.correlate(x.double().numpy(), kernel[None, None], mode="mirror")
     assert_close(applied("defocus_blur", severity, x), expected)
 
@@ -181,7 +146,8 @@ def test_glass_blur_moves_pixels_as_the_published_loop_does(severity, constants)
     clean = common.to_float(textured((16, 20)))
     count, _, height, width = clean.shape
     out = applied("glass_blur", severity, clean)
-    draws, expected = generator(), gaussian(clean.double().numpy(), sigma).transpose(0, 2, 3, 1)  # [B, H, W, 3]
+    draws = torch.Generator().manual_seed(0)
+    expected = gaussian(clean.double().numpy(), sigma).transpose(0, 2, 3, 1)  # [B, H, W, 3]
     for _ in range(rounds):
         up, left = torch.randint(-1, 1, (2, count, height - 2, width - 2), generator=draws).tolist()
         for image, dy, dx in zip(expected, up, left):
@@ -192,39 +158,26 @@ def test_glass_blur_moves_pixels_as_the_published_loop_does(severity, constants)
     assert_close(out, gaussian(expected.transpose(0, 3, 1, 2), sigma))
 
 
-def library_jpeg(images, quality):
-    pictures = []
-    for image in images:
-        buffer = io.BytesIO()
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
-        pictures.append(torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1))
-    return torch.stack(pictures).float()
-
-
 @by_severity("quality", 80, 65, 58, 50, 40)
 def test_jpeg_is_the_library_s(severity, quality):
-    """37×50 is no multiple of the 16 pixels that a block of subsampled chroma covers.
-
-    The library rounds at every step, here and there upwards, and rounding may tip a coefficient over to the next grain.
-    """
     for clean in (textured((37, 50)), torch.cat([textured((32, 32)), common.draw_shapes(8, seed=5)[0]])):
-        expected, out = library_jpeg(clean, quality), corrupt(clean, "jpeg_compression", severity).float()
-        error, distance = (out - expected).abs().mean(), (clean.float() - expected).abs().mean()
-        assert error < 1.3 and error < 0.11 * distance
-        others = [library_jpeg(clean, quality + change) for change in (-6, 6)]
-        assert all((out - other).abs().mean() > 2 * error for other in others)  # it is this quality and no other
-    gray = textured((40, 48))[:, :1].expand(-1, 3, -1, -1)
-    error = (corrupt(gray, "jpeg_compression", severity).float() - library_jpeg(gray, quality)).abs()
-    assert error.mean() < 0.4 and (error <= 1).float().mean() > 0.9  # without chroma, all but rounding
+        expected = []
+        for image in clean:
+            buffer = io.BytesIO()
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
+            expected.append(torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1))
+        expected, out = torch.stack(expected).float(), corrupt(clean, "jpeg_compression", severity).float()
+        distance = (clean.float() - expected).abs().mean()
+        assert (out - expected).abs().mean() < min(1.3, 0.11 * distance)
 
 
 @by_severity("share", 0.95, 0.9, 0.85, 0.75, 0.65)
-def test_pixelate_is_pillow_s_box_filter(images, severity, share):
-    height, width = images.shape[2:]
+def test_pixelate_is_pillow_s_box_filter(severity, share):
+    images = textured((48, 40))
     for image, result in zip(images, corrupt(images, "pixelate", severity)):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        small = picture.resize((int(width * share), int(height * share)), Image.BOX)
-        expected = np.asarray(small.resize((width, height), Image.BOX)).astype(int)
+        small = picture.resize((int(40 * share), int(48 * share)), Image.BOX)
+        expected = np.asarray(small.resize((40, 48), Image.BOX)).astype(int)
         assert_close(result.permute(1, 2, 0).int(), expected, 1.5)
 
 
@@ -255,7 +208,6 @@ def mapped(image, points):
 
 @by_severity("constants", (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03))
 def test_elastic_transform_is_scipy_s(x, severity, constants, drawn):
-    """Every step again in numpy, from the numbers that were drawn."""
     out = applied("elastic_transform", severity, x).numpy()
     height, width = x.shape[2:]
     side, third = min(height, width), min(height, width) // 3
@@ -273,11 +225,8 @@ def test_elastic_transform_is_scipy_s(x, severity, constants, drawn):
         assert_close(out[k], expected, 1e-3)
 
 
-# ---------------------------------------------------------------------------------------------------------------- noise
-# Bounds are five standard errors of what is estimated: a right generator fails one seed in a million. Seeds are fixed.
-
-
 def assert_mean_and_deviation(values, mean, std, kurtosis=3.0):
+    """Within five standard errors: a right generator fails one seed in a million, and the seeds are fixed."""
     values, count = values.double().flatten(), values.numel()
     assert abs(values.mean() - mean) < 5 * std / math.sqrt(count)
     assert abs(values.var() - std**2) < 5 * std**2 * math.sqrt((kurtosis - 1) / count)
@@ -289,18 +238,12 @@ def test_noise_by_counting(severity, constants):
     gauss, photons, share, speckle = constants
     for level in (0.25, 0.5, 1.0):
         flat = torch.full((100, 3, 32, 32), level)
-        out = applied("gaussian_noise", severity, flat)
-        assert_mean_and_deviation(out, level, gauss)
-        within = ((out - level).abs() < gauss).double().mean()  # 68.27 % of a normal distribution
-        assert abs(within - math.erf(math.sqrt(0.5))) < 5 * math.sqrt(0.22 / out.numel())
+        assert_mean_and_deviation(applied("gaussian_noise", severity, flat), level, gauss)
         assert_mean_and_deviation(applied("speckle_noise", severity, flat), level, speckle * level)
         out = applied("shot_noise", severity, flat)
         assert_mean_and_deviation(out, level, math.sqrt(level / photons), 3 + 1 / (level * photons))
-        assert torch.allclose(out * photons, (out * photons).round(), atol=1e-3)  # whole photons
-    assert not applied("shot_noise", severity, 0 * flat).any()
     out = applied("impulse_noise", severity, 0.5 * flat)
     black, white, count = int((out == 0).sum()), int((out == 1).sum()), out.numel()
-    assert int((out == 0.5).sum()) == count - black - white
     assert abs(black + white - share * count) < 5 * math.sqrt(count * share * (1 - share))
     assert abs(black - white) < 5 * math.sqrt(black + white)
 
@@ -309,28 +252,21 @@ def midpoint_displacement(size, decay, draws):
     """Plasma as CIFAR-C fills it in, point by point: a point is the mean of four around it plus amplitude² · draw."""
     field, step, wibble = np.zeros((size, size)), size, 100.0
     while step > 1:
-        half, filled, starts = step // 2, field.copy(), range(0, size, step)
-        moves = next(draws)
-        for i, y in enumerate(starts):
-            for j, x in enumerate(starts):
-                four = [field[(y + a) % size, (x + b) % size] for a in (0, step) for b in (0, step)]
-                filled[y + half, x + half] = np.mean(four) + wibble**2 * moves[i, j]
-        centred = filled.copy()
-        for down, right in ((0, half), (half, 0)):
+        half = step // 2
+        diagonal = [(-half, -half), (-half, half), (half, -half), (half, half)]
+        straight = [(-half, 0), (half, 0), (0, -half), (0, half)]
+        for down, right, around in ((half, half, diagonal), (0, half, straight), (half, 0, straight)):
             moves = next(draws)
-            for i, y in enumerate(starts):
-                for j, x in enumerate(starts):
-                    y0, x0 = y + down, x + right
-                    around = [(y0 - half, x0), (y0 + half, x0), (y0, x0 - half), (y0, x0 + half)]
-                    four = [centred[a % size, b % size] for a, b in around]
-                    filled[y0, x0] = np.mean(four) + wibble**2 * moves[i, j]
-        field, step, wibble = filled, half, wibble / decay
+            for i, j in np.ndindex(moves.shape):
+                y, x = i * step + down, j * step + right
+                four = [field[(y + a) % size, (x + b) % size] for a, b in around]
+                field[y, x] = np.mean(four) + wibble**2 * moves[i, j]
+        step, wibble = half, wibble / decay
     return (field - field.min()) / (field.max() - field.min())
 
 
 @by_severity("constants", (0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75))
 def test_fog_is_midpoint_displacement_added_and_scaled_back(severity, constants, drawn):
-    """A dim picture keeps its range too, and black stays black."""
     amount, decay = constants
     x = common.to_float(textured((32, 20))) * torch.tensor([1, 0.6, 0.3, 0]).view(4, 1, 1, 1)
     out = applied("fog", severity, x)
@@ -341,19 +277,14 @@ def test_fog_is_midpoint_displacement_added_and_scaled_back(severity, constants,
     assert all(-arguments[0] == arguments[1] for arguments, _ in drawn) and not out[3].any()
 
 
-def test_frost_lays_another_crop_of_a_bluish_white_texture_over_each_image():
+def test_frost_lays_another_crop_of_the_texture_over_each_image():
     x = common.to_float(textured((32, 32)))
     pane = evaluate.frost_texture(256, x.device)
-    red, green, blue = pane
-    assert pane.min() >= 0 and pane.max() <= 1 and (red <= green).all() and (green <= blue).all()
-    assert 0.2 < blue.mean() < 0.8 and blue.std() > 0.1 and blue.max() > 0.95  # ice and gaps, not one gray
-    crops, places = evaluate.frost(torch.zeros_like(x), (1, 1), generator()), set()
+    crops = evaluate.frost(torch.zeros_like(x), (1, 1), torch.Generator().manual_seed(0))
+    assert len(crops.flatten(1).unique(dim=0)) == len(x)
     for crop in crops:
-        candidates = (blue[: 256 - 31, : 256 - 31] == crop[2, 0, 0]).nonzero().tolist()
-        found = [(i, j) for i, j in candidates if torch.equal(pane[:, i : i + 32, j : j + 32], crop)]
-        assert len(found) == 1
-        places.add(found[0])
-    assert len(places) == len(x)
+        places = (pane[2, :225, :225] == crop[2, 0, 0]).nonzero().tolist()
+        assert any(torch.equal(pane[:, i : i + 32, j : j + 32], crop) for i, j in places)
     for severity, (keep, amount) in enumerate(((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)), 1):
         assert_close(applied("frost", severity, x), keep * x + amount * crops)
 
@@ -362,7 +293,6 @@ def test_frost_lays_another_crop_of_a_bluish_white_texture_over_each_image():
              (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
              (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8))  # fmt: skip
 def test_snow_is_scipy_s(x, severity, constants, drawn):
-    """Every step again in numpy, from the numbers that were drawn; nothing becomes darker."""
     out = applied("snow", severity, x)
     mean, std, zoom, threshold, radius, sigma, keep = constants
     (_, noise), ((low, high, *_), degrees) = drawn
@@ -372,19 +302,15 @@ def test_snow_is_scipy_s(x, severity, constants, drawn):
         flakes = trailed(np.where(flakes < threshold, 0, flakes.clip(0, 1)), radius, sigma, angle)
         whitened = np.maximum(image, 1.5 * np.tensordot([0.299, 0.587, 0.114], image, 1) + 0.5)
         assert_close(result, keep * image + (1 - keep) * whitened + flakes + np.rot90(flakes, 2), 1e-4)
-    assert (out >= x - 1e-6).all() and out.mean() > x.mean() + 0.02
 
 
 @pytest.mark.parametrize("severity, sigma, threshold", [(4, 0.7, 0.69), (5, 0.5, 0.68)])
 def test_mud_covers_a_part_and_is_brown(severity, sigma, threshold, drawn):
-    """Every step again in numpy, from the numbers that were drawn."""
-    x = torch.full((50, 3, 32, 32), 0.9)
-    out = applied("spatter", severity, x).numpy()
+    out = applied("spatter", severity, torch.full((50, 3, 32, 32), 0.9)).numpy()
     wet = gaussian(0.65 + 0.1 * drawn[0][1].double().numpy(), sigma) > threshold
     cover = gaussian(wet.astype(float), 0.6)
     cover[cover < 0.8] = 0
     assert_close(out, 0.9 * (1 - cover) + cover * np.array([63, 42, 20]).reshape(3, 1, 1) / 255)
-    assert 0.002 < (out < 0.9 - 1e-5).mean() < 0.2
 
 
 @pytest.mark.parametrize("severity", [1, 2, 3])
@@ -392,27 +318,3 @@ def test_water_lightens_a_part(severity):
     light = applied("spatter", severity, torch.full((50, 3, 32, 32), 0.2)) - 0.2
     assert light.min() > -1e-6 and 0.3 < light.max() <= 0.5 and 0.002 < (light > 1e-6).float().mean() < 0.6
     assert_close(light, light[:, 2:] * torch.tensor([175, 238, 238]).view(3, 1, 1) / 238)  # pale turquoise
-
-
-def test_on_cuda_no_tensor_is_left_on_the_cpu(monkeypatch):
-    """On fake CUDA tensors, which know shapes and devices but no values: mixing devices or reading a value raises."""
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
-    real = FakeTensor.tolist
-
-    def tolist(tensor):  # constants made on the CPU may be read, but fake ones have no values
-        return [0.1] * len(tensor) if tensor.device.type == "cpu" else real(tensor)
-
-    monkeypatch.setattr(FakeTensor, "tolist", tolist)
-    for name in ("gaussian_matrix", "frost_texture"):  # without their caches
-        monkeypatch.setattr(evaluate, name, getattr(evaluate, name).__wrapped__)
-    with FakeTensorMode():
-        x = torch.rand(4, 3, 32, 40, device="cuda")
-        with pytest.raises(Exception, match="same device"):
-            x + torch.rand(4, 3, 32, 40)
-        with pytest.raises(Exception, match="local_scalar_dense"):
-            x[0, 0, 0].tolist()
-        for name, severities in SEVERITIES.items():
-            for constants in severities:
-                out = CORRUPTIONS[name](x, constants, None)
-                assert out.device.type == "cuda" and out.shape == x.shape, name

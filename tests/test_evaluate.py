@@ -1,9 +1,7 @@
 """evaluate.py: attacks and measures against closed forms and naive versions, then the script as a user runs it."""
 
-import ast
 import json
 import math
-import runpy
 import statistics
 import subprocess
 import sys
@@ -30,22 +28,6 @@ def subject_of(model, images, labels, **fields):
     data = common.Dataset(images[:1], labels[:1], images, labels, CLASSES)
     fields = {"batch_size": 125} | fields
     return evaluate.Subject("some.pt", Path(), f"{id(model)}", {}, model.eval(), "some", data, **fields)
-
-
-class Linear(nn.Module):
-    """Two classes; logits are a linear function of the pixels."""
-
-    def __init__(self, pixels):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(2, pixels, generator=torch.Generator().manual_seed(1)) / 50)
-
-    def forward(self, images):
-        return F.linear(images.flatten(1) - 0.5, self.weight)
-
-    def optimum(self, images, labels, eps):
-        """The point of the l∞ ball where the loss is largest."""
-        down = (self.weight[labels] - self.weight[1 - labels]).sign().view_as(images)
-        return (images - eps * down).clamp(0, 1).detach()
 
 
 class Net(nn.Sequential):
@@ -96,89 +78,45 @@ def random_images(count):
     return images
 
 
-@pytest.mark.parametrize("steps", [0, 1, 4])
-def test_pgd_by_hand(steps):
-    """From a start that is uniform in the ball, by the given generator or the global one, along the gradient's sign."""
-    from scipy.stats import kstest
-
-    images, labels, model = torch.full((40, 3, 16, 16), 0.5), torch.arange(40) % 2, Linear(768)
-    generator = torch.Generator()
-    start = evaluate.random_start(images, 0.3, generator.manual_seed(2))
-    assert kstest((start - images).flatten().numpy(), "uniform", (-0.3, 0.6)).pvalue > 1e-3
-    direction = (model.optimum(images, labels, 0.3) - images).sign()
-    expected = (start + 0.01 * steps * direction).clamp(0.2, 0.8)
-    out = evaluate.pgd(model, images, labels, 0.3, 0.01, steps, generator.manual_seed(2))
-    assert torch.allclose(out, expected, atol=1e-6)
-    torch.manual_seed(2)
-    assert torch.equal(evaluate.pgd(model, images, labels, 0.3, 0.01, steps), out)
-    assert not torch.equal(evaluate.pgd(model, images, labels, 0.3, 0.01, steps), out)
+def naive_pgd(model, clean, labels, eps, step_size, steps, generator):
+    """The points that are visited, the start included, and the logits there."""
+    x = (clean + eps * (2 * torch.rand(clean.shape, generator=generator) - 1)).clamp(0, 1)
+    for _ in range(steps + 1):
+        x.requires_grad_()
+        logits = model(x)
+        yield x.detach(), logits
+        gradient = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), x)[0]
+        x = torch.min(torch.max(x.detach() + step_size * gradient.sign(), clean - eps), clean + eps)
+        x = x.clamp(0, 1)
 
 
-@pytest.mark.parametrize("eps, step_size", [(0, 0.003), (0.031, 0.5), (1, 0.3), (0.1, 0)])
-def test_pgd_stays_in_the_ball_and_in_the_range_and_leaves_the_model_alone(eps, step_size):
-    images, labels = common.to_float(random_images(8)), torch.arange(8) % 10
-    model, clean = common.build_model("wrn-10-1", 10).eval(), images.clone()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    for steps in (0, 3):
-        out = evaluate.pgd(model, images, labels, eps, step_size, steps)
-        assert out.dtype == torch.float32 and not out.requires_grad and torch.equal(out, images) == (eps == 0)
-        assert out.min() >= 0 and out.max() <= 1 and (out - images).abs().max() <= eps + 1e-7
-    assert torch.equal(images, clean) and not images.requires_grad and not model.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def pgd_args(steps, restarts=1, seed=0, step_size=0.003):
-    return SimpleNamespace(pgd=steps, restarts=restarts, seed=seed, step_size=step_size)
-
-
-def naive_pgd(subject, eps, args):
-    """Every restart in full and every sample to the end; a sample counts for k where no point up to step k fools."""
-    clean, labels = common.to_float(subject.data.test_images), subject.data.test_labels
-    lost = {k: subject.model(clean).argmax(1) != labels for k in args.pgd}
-    for restart in range(args.restarts):
-        generator = torch.Generator().manual_seed(args.seed + restart)
-        x = (clean + eps * (2 * torch.rand(clean.shape, generator=generator) - 1)).clamp(0, 1)
-        for step in range(max(args.pgd) + 1):
-            x.requires_grad_()
-            logits = subject.model(x)
-            for k in args.pgd:
-                lost[k] |= (logits.argmax(1) != labels) & (step <= k)
-            gradient = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), x)[0]
-            x = torch.min(torch.max(x.detach() + args.step_size * gradient.sign(), clean - eps), clean + eps)
-            x = x.clamp(0, 1)
-    return {evaluate.pgd_column(k, eps): 100 * (~lost[k]).double().mean().item() for k in args.pgd}
+def test_pgd_is_a_naive_one():
+    model, images, labels = Net(), common.to_float(random_images(40)), torch.arange(40) % 10
+    points = list(naive_pgd(model, images, labels, 0.02, 0.006, 9, torch.Generator().manual_seed(2)))
+    for steps, (point, _) in enumerate(points):
+        out = evaluate.pgd(model, images, labels, 0.02, 0.006, steps, torch.Generator().manual_seed(2))
+        assert torch.allclose(out, point, atol=1e-6)
 
 
 @pytest.mark.parametrize("fields", [{"batch_size": 7}, {"batch_size": 500, "by_batch": True}], ids=str)
 @pytest.mark.parametrize("steps", [[9], [1, 2, 5, 9]], ids=str)
 def test_accuracy_under_pgd_is_that_of_a_naive_attack(steps, fields):
+    """The worst of three restarts, each run to its end: a sample counts for k where no point up to step k fools."""
     model, images = Net(), random_images(150)
-    labels = model(common.to_float(images)).argmax(1)
-    labels[::7] = 3
-    subject = subject_of(model, images, labels, **fields)
-    found = evaluate.evaluate_pgd(subject, 0.02, pgd_args(steps, restarts=3, seed=4))
-    assert found == pytest.approx(naive_pgd(subject, 0.02, pgd_args(steps, restarts=3, seed=4)), abs=1e-4)
+    clean = common.to_float(images)
+    labels = model(clean).argmax(1)
+    labels[::7] = 3  # some are wrong before the attack
+    args = SimpleNamespace(pgd=steps, restarts=3, seed=4, step_size=0.003)
+    found = evaluate.evaluate_pgd(subject_of(model, images, labels, **fields), 0.02, args)
+    lost = {k: model(clean).argmax(1) != labels for k in steps}
+    for seed in (4, 5, 6):
+        points = naive_pgd(model, clean, labels, 0.02, 0.003, max(steps), torch.Generator().manual_seed(seed))
+        for step, (_, logits) in enumerate(points):
+            for k in steps:
+                lost[k] |= (logits.argmax(1) != labels) & (step <= k)
+    expected = {f"PGD-{k}, ε 0.02 (%)": 100 * (~lost[k]).double().mean().item() for k in steps}
+    assert found == pytest.approx(expected, abs=1e-4)
     assert len(set(found.values())) == len(steps) and 0 < min(found.values()) < 80  # the step counts are told apart
-
-
-@pytest.mark.parametrize("block", [evaluate.BLOCK, 768 * 30, 1])
-def test_accuracy_under_pgd_of_a_linear_model_however_many_images_are_attacked_at_once(monkeypatch, block):
-    monkeypatch.setattr(evaluate, "BLOCK", block)
-    images, model = random_images(100), Linear(768)
-    labels = model(common.to_float(images)).argmax(1)
-    labels[::10] = 1 - labels[::10]  # some are wrong before the attack
-    worst = model(model.optimum(common.to_float(images), labels, 0.006)).argmax(1)
-    found = evaluate.evaluate_pgd(subject_of(model, images, labels), 0.006, pgd_args([30], step_size=0.0006))
-    expected = 100 * (worst == labels).double().mean().item()
-    assert found == {"PGD-30, ε 0.006 (%)": pytest.approx(expected)} and 5 < expected < 85
-
-
-def test_a_sample_that_is_wrong_when_clean_is_lost_whatever_the_attack_does():
-    """The third is misclassified at its own pixels, and nowhere else."""
-    subject = subject_of(Knows("110", "111"), numbered(3), torch.zeros(3).long())
-    found = evaluate.evaluate_pgd(subject, 0.0015, pgd_args([1, 3]))
-    assert list(found.values()) == pytest.approx([200 / 3, 200 / 3])
 
 
 @pytest.mark.parametrize("scale", [0.5, 3, 60])
@@ -263,49 +201,36 @@ def run(monkeypatch):
 
 
 def test_end_to_end():
-    """As a user runs it: tables, all pictures, summary.json, and the results of each checkpoint beside it."""
+    """As a user runs it: tables, pictures, summary.json, and the results of each checkpoint beside it."""
     write_checkpoint("a/checkpoint.pt", lr=0.1)
     write_checkpoint("b/checkpoint.pt", seed=1, lr=0.2)
     flags = "a b --ece --pgd 1 2 --eps 1/255 0.031 --restarts 1 --cifar-c --transfer --teacher a/checkpoint.pt"
-    flags += " --show-corruptions --out out --device cpu"
+    flags += " --limit-test 6 --out out --device cpu"
     command = [sys.executable, str(ROOT / "evaluate.py"), *flags.split()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
-    names = ("reliability", "pgd", "cifar-c", "transfer", "corruptions")
+    names = ("reliability", "pgd", "cifar-c", "transfer")
     assert {p.name for p in Path("out").iterdir()} == {*(f"{name}.png" for name in names), "summary.json"}
-    for name in names:
-        picture = matplotlib.image.imread(f"out/{name}.png")
-        assert min(picture.shape[:2]) > 300 and picture[..., :3].std() > 0.05
     summary = json.loads(Path("out/summary.json").read_text(encoding="utf-8"))
     assert list(summary["models"]) == ["nrd lr=0.1", "nrd lr=0.2"]
     for row in summary["models"].values():
         columns = ["accuracy (%)", "ECE", "NLL", "Brier", "mCA, generated (%)", "natural robustness (%)"]
         columns += [f"PGD-{k}, ε {eps} (%)" for eps in ("1/255", "0.031") for k in (1, 2)]
         assert list(row) == ["checkpoints", *columns]
-        assert row[columns[-1]]["mean"] <= row[columns[-2]]["mean"] <= row["accuracy (%)"]["mean"]
-    assert "tiny.npz, 20 test images (sha256 " in result.stdout
     assert f"{summary['models']['nrd lr=0.1']['NLL']['mean']:.4f}" in result.stdout
-    own = json.loads(Path("a/evaluation.json").read_text(encoding="utf-8"))
-    (key,) = own
-    assert key == f"{evaluate.digest('a/checkpoint.pt')} model" and len(own[key]) == 1 + 2 + 19 + 1
-    fog = [result for name, result in own[key].items() if json.loads(name)["measure"] == "fog"]
-    data, model = common.read_npz(Path("tiny.npz")), common.load_model(common.load_checkpoint("a/checkpoint.pt"))
-    logits = common.predict(model, evaluate.corrupt(data.test_images, "fog", 4))
-    assert fog[0]["accuracy"][3] == pytest.approx(common.accuracy(logits, data.test_labels))
+    assert Path("a/evaluation.json").exists() and Path("b/evaluation.json").exists()
     rates = np.array(summary["transfer"]["success_rate"])
-    assert rates.shape == (3, 4) and np.allclose(rates[:, 2], rates[:, :2].mean(1), equal_nan=True)
-    assert np.allclose(rates[:, 3], rates[:, 0], equal_nan=True)  # the teacher is the first student
+    assert rates.shape == (3, 4) and np.allclose(rates[:, 3], rates[:, 0], equal_nan=True)  # the teacher is the first
+    assert np.allclose(rates[:, 2], rates[:, :2].mean(1), equal_nan=True)
 
 
-def test_help_does_not_wait_for_large_imports():
-    tree = ast.parse((ROOT / "evaluate.py").read_text(encoding="utf-8"))
-    names = [alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
-    names += [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
-    large = {"torchvision", "matplotlib", "scipy", "PIL"}
-    assert "torch" in names and not {name.split(".")[0] for name in names} & large
+def test_contact_sheet(monkeypatch):
+    monkeypatch.setattr(evaluate, "CORRUPTIONS", {"fog": evaluate.fog, "contrast": evaluate.contrast})
+    evaluate.show_corruptions(Path("corruptions.png"), common.read_npz(Path("tiny.npz")).test_images[:2], 0)
+    assert matplotlib.image.imread("corruptions.png")[..., :3].std() > 0.05
 
 
-def test_rows_are_seeds_and_named_by_every_flag_that_differs(run, capsys):
+def test_rows_are_seeds_and_named_by_every_flag_that_differs(run):
     """Mean ± sample standard deviation (n). A flag that another script has not is no difference."""
     for i, flags in enumerate([{"lr": 0.1, "loss": "ce"}, {"lr": 0.1, "loss": "ce"}, {"lr": 0.2, "loss": "nrd"}]):
         write_checkpoint(f"{i}.pt", seed=i, name=f"run{i}", device=f"cuda:{i}", **flags)
@@ -315,9 +240,6 @@ def test_rows_are_seeds_and_named_by_every_flag_that_differs(run, capsys):
     first, second = (run(f"{i}.pt", "--ece")["models"]["nrd"]["NLL"]["mean"] for i in range(2))
     expected = {"mean": statistics.fmean([first, second]), "std": abs(first - second) / math.sqrt(2), "n": 2}
     assert models["nrd lr=0.1 loss=ce"]["NLL"] == pytest.approx(expected) and first != second
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("tiny.npz, 20 test images (sha256 ") and lines[2].startswith("nrd lr=0.1 loss=ce  ")
-    assert f"{expected['mean']:.4f} ± {expected['std']:.4f} (2)" in lines[2]
 
 
 def test_the_part_asked_for_is_evaluated(run, capsys):
@@ -369,14 +291,6 @@ def test_what_is_there_is_not_measured_again(run, monkeypatch, change, again):
     assert len(calls) == 3 + again
 
 
-def test_transfer_rates_that_are_there_are_not_measured_again(run, monkeypatch):
-    for i in range(3):
-        write_checkpoint(f"{i}.pt", seed=i)
-    run("0.pt", "1.pt", "2.pt", "--transfer")
-    monkeypatch.setattr(evaluate, "evaluate_transfer", None)
-    assert len(run("2.pt", "1.pt", "--transfer")["transfer"]["success_rate"]) == 3
-
-
 def test_the_official_files_are_read_by_block_and_row(run, monkeypatch):
     """Of 10,000 test images the 20 evenly spaced ones are those of tiny.npz.
 
@@ -412,7 +326,7 @@ def test_the_official_files_are_read_by_block_and_row(run, monkeypatch):
         run("a.pt", "--cifar-c", "official", "--limit-test", 13)
 
 
-def test_cinic_takes_the_images_of_imagenet_class_by_class(folder, monkeypatch):
+def test_cinic_takes_the_images_of_imagenet_class_by_class(folder):
     """Six of each class lie over three splits, their red 10 · class + number; others are not taken."""
     cinic = folder / "cinic"
     files = {f"train/{name}/cifar10-train-1.png": 255 for name in evaluate.CIFAR10} | {"train/submarine/n11_0.png": 254}
@@ -422,94 +336,52 @@ def test_cinic_takes_the_images_of_imagenet_class_by_class(folder, monkeypatch):
         (cinic / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (level, 255 - level, 7)).save(cinic / name)
     images, labels = evaluate.load_cinic(cinic, Path("data"), seed=0, per_class=6)
-    assert images.dtype == torch.uint8 and images.shape == (60, 3, 32, 32)
-    assert labels.dtype == torch.int64 and labels.tolist() == [c for c in range(10) for _ in range(6)]
     red = images[:, 0, 0, 0].long()
-    expected = torch.stack([red, 255 - red, red * 0 + 7], 1).byte()[..., None, None].expand_as(images)
-    assert torch.equal(images, expected) and torch.equal(red // 10, labels)
+    expected = torch.stack([red, 255 - red, red * 0 + 7], 1).byte()[..., None, None].expand(60, 3, 32, 32)
+    assert torch.equal(images, expected) and torch.equal(labels, red // 10)
     assert sorted(red.tolist()) == sorted(10 * c + i for c in range(10) for i in range(6))  # nothing else, none twice
-    drawn = {seed: evaluate.load_cinic(cinic, Path("data"), seed, per_class=3)[0][:, 0, 0, 0] for seed in (0, 1)}
-    assert len(drawn[0].unique()) == 30 and not torch.equal(drawn[0], drawn[1])
-    monkeypatch.setattr(Image, "open", None)  # read from the cache
-    assert torch.equal(evaluate.load_cinic(Path("nowhere"), Path("data"), 0, per_class=3)[0][:, 0, 0, 0], drawn[0])
     with pytest.raises(common.UsageError, match="--cinic: .*cinic has 6 images of ImageNet for airplane, not 7"):
         evaluate.load_cinic(cinic, Path("data"), 0, per_class=7)
 
 
-def test_cinic_from_the_command_line(run, monkeypatch):
-    images, labels = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8), torch.arange(10).repeat(3)
-    monkeypatch.setattr(evaluate, "load_cinic", lambda *_: (images, labels))
-    torch.manual_seed(0)
-    model = common.build_model("wrn-10-1", 10).eval()
-    state, built_as = {"model": model.state_dict()}, {"model": model.built_as}
-    write_checkpoint("a.pt", changes={"classes": evaluate.CIFAR10, "built_as": built_as, **state})
-    write_npz("ten.npz", classes=np.array(evaluate.CIFAR10))
-    row = run("a.pt", "--cinic", "somewhere", "--dataset", "ten.npz")["models"]["nrd"]
-    assert row["CINIC (%)"]["mean"] == pytest.approx(common.accuracy(common.predict(model, images), labels))
-    assert list(row) == ["checkpoints", "accuracy (%)", "CINIC (%)"]  # what was not asked for is not there
-
-
-def prefixed(state):
-    return {"state_dict": {f"_orig_mod.module.{key}": value for key, value in state.items()}, "epoch": 3}
-
-
-@pytest.mark.parametrize("wrap", [dict, prefixed])
-def test_a_state_dict_is_evaluated_as_the_run_it_came_from(run, wrap):
-    """Without mean and std, which the flags tell and which belong to the model."""
+def test_a_state_dict_is_evaluated_as_the_run_it_came_from(run):
+    """With the keys of torch.compile and DataParallel, without mean and std, which the flags tell."""
     torch.manual_seed(0)
     model = common.build_model("wrn-10-1", 3, 0.0, [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]).eval()
-    data = common.read_npz(Path("tiny.npz"))
-    torch.save(wrap({k: v for k, v in model.state_dict().items() if k not in ("mean", "std")}), "weights.pt")
-    flags = ["--ece", "--arch", "wrn-10-1", "--dataset", "tiny.npz", "--mean", 0.4, 0.5, 0.6]
-    found = [run("weights.pt", *flags, "--std", *std)["models"]["weights"]["NLL"]["mean"]
-             for std in ((0.2, 0.3, 0.25), (1, 1, 1))]  # fmt: skip
+    data, state = common.read_npz(Path("tiny.npz")), model.state_dict()
+    state = {f"_orig_mod.module.{key}": value for key, value in state.items() if key not in ("mean", "std")}
+    torch.save({"state_dict": state, "epoch": 3}, "weights.pt")
+    flags = "--ece --arch wrn-10-1 --dataset tiny.npz --mean 0.4 0.5 0.6 --std 0.2 0.3 0.25"
+    found = run("weights.pt", *flags.split())["models"]["weights"]["NLL"]["mean"]
     expected = F.cross_entropy(common.predict(model, data.test_images), data.test_labels).item()
-    assert found[0] == pytest.approx(expected, rel=1e-5) and found[1] != pytest.approx(expected, rel=1e-3)
-    assert Path("weights.evaluation.json").exists() and Path("summary.json").exists()
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_torchvision_model(run, monkeypatch):
-    """With a file; or published weights, with the mean and std that they were trained with, here not downloaded."""
+def test_published_weights_of_torchvision(run, monkeypatch):
+    """With the mean and std that they were trained with; here not downloaded."""
     from torchvision import models, transforms
 
     name, model = "squeezenet1_1", models.squeezenet1_1(num_classes=3).eval()
-    torch.save(model.state_dict(), "weights.pt")
-    data = common.read_npz(Path("tiny.npz"))
-    flags = ["--torchvision", name, "--dataset", "tiny.npz", "--ece", "--out", "out"]
-    own = run("weights.pt", *flags, "--mean", 0.4, 0.5, 0.6)["models"]["weights"]
-    monkeypatch.setattr(models, "get_model", lambda name, weights: model if weights else None)
-    published = run(*flags)["models"][name]
-    preset = models.get_model_weights(name).DEFAULT.transforms()
-    for row, mean, std in ((own, (0.4, 0.5, 0.6), (1, 1, 1)), (published, preset.mean, preset.std)):
-        with torch.no_grad():
-            logits = model(transforms.Normalize(mean, std)(common.to_float(data.test_images)))
-        assert row["NLL"]["mean"] == pytest.approx(F.cross_entropy(logits, data.test_labels).item(), rel=1e-4)
-    assert Path("weights.evaluation.json").exists() and Path(f"out/{name}.evaluation.json").exists()
+    monkeypatch.setattr(models, "get_model", lambda name, weights: model)
+    row = run("--torchvision", name, "--dataset", "tiny.npz", "--ece", "--out", "out")["models"][name]
+    preset, data = models.get_model_weights(name).DEFAULT.transforms(), common.read_npz(Path("tiny.npz"))
+    with torch.no_grad():
+        logits = model(transforms.Normalize(preset.mean, preset.std)(common.to_float(data.test_images)))
+    assert row["NLL"]["mean"] == pytest.approx(F.cross_entropy(logits, data.test_labels).item(), rel=1e-4)
 
 
-BARE = "weights.pt --dataset tiny.npz --arch"
 BAD = [
     ("", "CKPT: name the checkpoint.pt of a run folder"),
     ("missing.pt", "CKPT: no file missing.pt"),
-    ("tiny.npz", "CKPT: tiny.npz is damaged or no checkpoint"),
     ("weights.pt", "CKPT: weights.pt is no checkpoint of these scripts"),
     ("new.pt", "CKPT: new.pt has finished no epoch"),
-    ("a.pt --transfer --teacher missing.pt", "--teacher: no file missing.pt"),
     ("a.pt --part emma", "--part: a.pt has no 'emma'; it has model, ema"),
-    ("a.pt --dataset missing.npz", "--dataset: no file missing.npz"),
     ("a.pt --dataset renamed.npz", "--dataset: renamed.npz has class 'cow' where a.pt has 'cat'"),
-    ("a.pt --dataset four.npz", "--dataset: four.npz has class 'dog' where a.pt has 'none'"),
     ("a.pt other.pt --transfer", "--transfer: the checkpoints have different test sets"),
     ("a.pt --cinic nowhere", "--cinic: has the classes of cifar10, not those of tiny.npz"),
-    ("ten.pt --cinic nowhere", "--cinic: nowhere has 0 images of ImageNet for airplane, not 2100"),
     ("a.pt --cifar-c nowhere", "--cifar-c: no file nowhere/gaussian_noise.npy"),
-    ("a.pt --cifar-c small", "--cifar-c: small/gaussian_noise.npy is [10, 32, 32, 3], not [50000, 32, 32, 3]"),
     ("weights.pt --arch wrn-10-1", "--dataset: weights do not tell what to evaluate on"),
-    (f"{BARE} wrn-16", "unknown 'wrn-16'; known are"),
-    (f"{BARE} wrn-10-2", "CKPT: weights.pt as wrn-10-2: Error(s) in loading state_dict"),
-    (f"{BARE} wrn-10-1 --num-classes 4", "weights.pt as wrn-10-1: Error(s) in loading state_dict"),
-    ("tiny.npz --dataset tiny.npz --arch wrn-10-1", "CKPT: tiny.npz is no file of weights that loads safely"),
-    ("--torchvision resnet-18 --dataset tiny.npz", "resnet-18"),
+    ("weights.pt --dataset tiny.npz --arch wrn-10-2", "CKPT: weights.pt as wrn-10-2: Error(s) in loading state_dict"),
     ("wide.pt --dataset tiny.npz --arch wrn-10-1 --num-classes 4", "tiny.npz has 3 classes, wide.pt has 4"),
 ]
 
@@ -521,37 +393,8 @@ def test_bad_input_is_one_line(run, flags, says):
     torch.save(checkpoint["model"], "weights.pt")
     torch.save(common.build_model("wrn-10-1", 4).state_dict(), "wide.pt")
     write_npz("renamed.npz", classes=np.array(["ant", "bee", "cow"]))
-    write_npz("four.npz", classes=np.array([*CLASSES, "dog"]))
     write_npz("other.npz", train_labels=np.zeros(40, int))
     write_checkpoint("other.pt", changes={"dataset": "other.npz"})
-    if "ten.pt" in flags:
-        write_npz("ten.npz", classes=np.array(evaluate.CIFAR10))
-        write_checkpoint("ten.pt", changes={"dataset": "ten.npz", "classes": evaluate.CIFAR10})
-    Path("small").mkdir()
-    np.save("small/gaussian_noise.npy", np.zeros((10, 32, 32, 3), np.uint8))
     with pytest.raises(common.UsageError) as error:
         run(*flags.split())
     assert says in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("error, status, says", [
-    (common.UsageError("--flag: wrong"), 2, "error: --flag: wrong\n"),
-    (KeyboardInterrupt(), 130, "\nstopped; the same command goes on"),
-])  # fmt: skip
-def test_the_script_ends_with_one_line_and_a_status(monkeypatch, capsys, error, status, says):
-    def fail(*_):
-        raise error
-
-    monkeypatch.setattr(common, "setup", fail)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "a.pt"])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
-    err = capsys.readouterr().err
-    assert end.value.code == status and err.startswith(says) and err.strip().count("\n") == 0
-
-
-@pytest.mark.parametrize("flags", ["--pgd 0", "--eps 2", "--eps nan", "--step-size 3/2", "--restarts 0", "--frob"])
-def test_a_mistyped_flag_is_argparse_s(run, capsys, flags):
-    with pytest.raises(SystemExit) as end:
-        run("a.pt", *flags.split())
-    assert end.value.code == 2 and f"{flags.split()[0]}" in capsys.readouterr().err

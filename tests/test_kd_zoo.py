@@ -161,8 +161,9 @@ def test_gradients_go_where_they_should():
     S, T, E = (torch.randn(B, C, requires_grad=True) for _ in range(3))
     y = torch.arange(B) % C
     kd_zoo.dml_loss(S, T, y, 4.0).backward()
-    (own,) = torch.autograd.grad(F.cross_entropy(S, y) + kd_zoo.hinton_loss(S, T.detach(), 4.0), S)
-    assert torch.allclose(S.grad, own)  # as a peer, S is detached
+    for own, peer in ((S, T), (T, S)):
+        alone = F.cross_entropy(own, y) + kd_zoo.hinton_loss(own, peer.detach(), 4.0)
+        assert torch.allclose(own.grad, *torch.autograd.grad(alone, own))  # as a peer, a student is detached
     kd_zoo.one_loss([S, T], E, y, 3.0, 1.0).backward()
     (own,) = torch.autograd.grad(F.cross_entropy(E, y), E)
     assert torch.allclose(E.grad, own)  # as a teacher, the ensemble is detached
@@ -181,6 +182,19 @@ def test_no_loss_waits_for_the_device():
 # ------------------------------------------------------------------------------------------------------------- the nets
 
 
+def test_boundary_samples_begin_where_the_nets_differ_most():
+    """Of those that both classify correctly, by the squared differences on wrong classes. No step is made."""
+    S, T, x = torch.randn(64, 3) * 2, torch.randn(64, 3), torch.rand(64, 3, 1, 1)
+    y = torch.where(torch.rand(64) < 0.2, 0, T.argmax(1))
+    p, q = (np.exp(log_softmax(logits)) for logits in (S, T))
+    scores = [((p[i] - q[i]) ** 2).sum() - (p[i, y[i]] - q[i, y[i]]) ** 2 for i in range(64)]
+    correct = ((S.argmax(1) == y) & (T.argmax(1) == y)).nonzero().squeeze(1).tolist()
+    best = sorted(correct, key=lambda i: -scores[i])
+    for size in (5, 64):
+        assert torch.equal(kd_zoo.boundary_samples(None, x, y, S, T, size=size, steps=0), x[best[:size]])
+    assert 5 < len(best) < 40 and len(kd_zoo.boundary_samples(None, x, (T.argmax(1) + 1) % 3, S, T)) == 0
+
+
 def test_boundary_samples_cross_the_boundary_or_stop_at_ten_steps():
     """A linear teacher of two classes, whose boundary is known."""
     w, x, calls = torch.randn(2, 48), torch.rand(64, 3, 4, 4), []
@@ -191,24 +205,18 @@ def test_boundary_samples_cross_the_boundary_or_stop_at_ten_steps():
 
     T = teacher(x)
     y, S = T.argmax(1), T + torch.randn_like(T) * 0.1
+    start = kd_zoo.boundary_samples(teacher, x, y, S, T, steps=0)
     calls.clear()
     moved = kd_zoo.boundary_samples(teacher, x, y, S, T, max_eps=1)
     assert calls == [32] * 10 and len(moved) == 32 and not moved.requires_grad
-    difference = ((S.softmax(1) - T.softmax(1)) ** 2).scatter(1, y.unsqueeze(1), 0).sum(1)
-    base = difference.masked_fill(S.argmax(1) != y, -1).topk(32).indices  # those that both classify as y
-
-    def gaps(logits):
-        return (logits.gather(1, y[base].unsqueeze(1)) - logits.gather(1, 1 - y[base].unsqueeze(1))).squeeze(1)
-
-    gap, new_gap = gaps(T[base]), gaps(teacher(moved))
+    gap, new_gap = (logits[:, 0] - logits[:, 1] for logits in (teacher(start), teacher(moved)))
+    gap, new_gap = gap.abs(), new_gap * gap.sign()
     crossed = new_gap < 0
     assert crossed.any() and (new_gap < gap).all()
     # just across: the last step began before the boundary, and covered (gap + 1e-4) times 0.3 times ‖gradient‖
     assert (new_gap[crossed] > -0.3 * (w[0] - w[1]).norm() * gap[crossed] - 1e-3).all()
     near = kd_zoo.boundary_samples(teacher, x, y, S, T)
-    assert (near - x[base]).abs().max() <= 16 / 255 + 1e-6 and near.min() >= 0 and near.max() <= 1
-    assert len(kd_zoo.boundary_samples(teacher, x, y, S, T, size=5)) == 5
-    assert len(kd_zoo.boundary_samples(teacher, x, 1 - y, S, T)) == 0  # nothing is classified correctly
+    assert (near - start).abs().max() <= 16 / 255 + 1e-6 and near.min() >= 0 and near.max() <= 1
 
 
 def test_boundary_samples_aim_in_proportion_to_the_teacher():
@@ -268,14 +276,17 @@ def test_imbalance_follows_the_power_law(cli, tmp_path, monkeypatch):
     assert torch.equal(kept, kept.unique()) and torch.equal(kept, kd_zoo.imbalance(labels, 0.6, 10, 0))
     assert not torch.equal(kept, kd_zoo.imbalance(labels, 0.6, 10, 1))
     assert len(kd_zoo.imbalance(labels, 0.2, 10, 0)) < len(kept) < len(kd_zoo.imbalance(labels, 2, 10, 0))
-    images = np.random.default_rng(0).integers(0, 256, (120, 3, 32, 32), np.uint8)
+    images = np.arange(120, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 32, 32), np.uint8)
     write_npz(tmp_path / "large.npz", train_images=images, train_labels=np.arange(120) % 3)
-    seen, batch = [], common.Dataset.batch
-    monkeypatch.setattr(common.Dataset, "batch", lambda data, rows: seen.append(batch(data, rows)) or seen[-1])
+    x, y, batch, loss = [], [], common.Dataset.batch, F.cross_entropy
+    monkeypatch.setattr(common.Dataset, "batch", lambda data, index: x.append(batch(data, index)) or x[-1])
+    monkeypatch.setattr(F, "cross_entropy", lambda S, labels: y.append(labels) or loss(S, labels))
     flags = ["--dataset", "large.npz", "--imbalance", 2, "--batch-size", 1000, "--noise-seed", 1]
     assert cli(kd_zoo, *TINY, *flags)[::2] == (0, "")
-    expected = torch.from_numpy(images)[kd_zoo.imbalance(torch.arange(120) % 3, 2, 3, 1)] / 255
-    assert len(seen) == 2 and all(torch.allclose(x.sum(0), expected.sum(0)) for x in seen) and len(expected) < 120
+    number = [(pixels[:, 0, 0, 0] * 255).round().long() for pixels in x]  # of an image, which has it as its colour
+    kept = kd_zoo.imbalance(torch.arange(120) % 3, 2, 3, 1)
+    assert len(number) == 2 and all(torch.equal(n.sort().values, kept) for n in number) and len(kept) < 120
+    assert torch.equal(torch.cat(number) % 3, torch.cat(y))
 
 
 STAGES = {"fitnet": ["--init-epochs", 1], "fsp": ["--init-epochs", 1]}
@@ -308,7 +319,7 @@ SUMS = {  # what the loop makes of them, epoch by epoch, cross-entropy being 2
 
 @pytest.mark.parametrize("method", SUMS)
 def test_the_loop_adds_up_the_terms_of_table_1(cli, monkeypatch, method):
-    """Each term replaced by a number of its own; a teacher whose dropout is on where it is to be fickle."""
+    """Each term is replaced by a number of its own. The teacher's dropout is on where it is to be fickle."""
 
     def constant(value):
         return lambda *args, **_: value + 0 * sum(x.sum() for x in tree_leaves(args) if torch.is_tensor(x))
@@ -319,10 +330,17 @@ def test_the_loop_adds_up_the_terms_of_table_1(cli, monkeypatch, method):
     monkeypatch.setattr(kd_zoo, "boundary_samples", lambda teacher, x, *_: x[:2])
     teachers, load = [], common.load_teacher
     monkeypatch.setattr(common, "load_teacher", lambda *args: teachers.append(load(*args)) or teachers[0])
+    steps, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(
+        torch.optim.SGD, "step", lambda sgd: steps.append((sgd.param_groups[0]["lr"], len(sgd.state))) or step(sgd)
+    )
     name, *add = method.split()
     flags = [*STAGES.get(name, []), "--epochs", len(SUMS[method]) - (name in STAGES), "--batch-size", 40]
     assert cli(kd_zoo, *SMALL, *flags, "--method", name, *add, "--out", "run")[0] == 0
-    assert [record["train_loss"] for record in saved("run")["metrics"]] == pytest.approx(SUMS[method])
+    metrics = saved("run")["metrics"]
+    assert [record["train_loss"] for record in metrics] == pytest.approx(SUMS[method])
+    assert [lr for lr, _ in steps[-len(metrics) :]] == [record["lr"] for record in metrics]
+    assert name not in STAGES or [state for _, state in steps[-2:]] == [0, 0]  # stage 2 begins without momentum
     for teacher, _ in teachers:
         modes = {type(module).__name__: (module.training, getattr(module, "p", 0)) for module in teacher.modules()}
         assert modes["Dropout"] == ((True, 0.4) if add[-1:] == ["ft"] else (False, 0)) and not modes["BatchNorm2d"][0]

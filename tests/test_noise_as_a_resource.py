@@ -228,6 +228,10 @@ def test_a_teacher_is_trained_once_and_found_again(cli):
     assert cli(ft, *TINY, "--dropout", 0, "--out", "ft")[0] == cli(mc, *TINY, "--out", "mc")[0] == 0
     assert list(Path("runs/teachers").iterdir()) == [folder]
     assert {saved(run)["teacher"] for run in ("first", "third", "ft", "mc")} == {f"{folder}/checkpoint.pt"}
+    teacher = saved(folder)
+    Path("runs").rename("kept")
+    assert "training a teacher first" in cli(sr, *TINY, "--seed", 1, "--out", "fourth")[1]
+    assert_same(saved(folder), teacher)  # the student's seed is none of the teacher's
 
 
 def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch):

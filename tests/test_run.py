@@ -15,7 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, load_script, write_npz
+from conftest import ROOT, TINY, load_script
 
 import common
 import nrd
@@ -110,18 +110,14 @@ def test_live_lines(nrd_cli, monkeypatch):
 
 
 def test_every_loss_learns_its_batch(nrd_cli):
-    """On clean labels, without augmentation, every loss must fall: 6 epochs on 64 images."""
-    size = ["--limit-train", 64, "--limit-test", 10, "--epochs", 6, "--batch-size", 16, "--device", "cpu"]
+    """On clean labels, without augmentation, every loss must fall: 6 epochs on 32 images."""
+    size = ["--limit-train", 32, "--limit-test", 10, "--epochs", 6, "--batch-size", 16, "--device", "cpu"]
     for loss in nrd.HYPERPARAMETERS:
         status, out, err = nrd_cli("--loss", loss, "--noise", "none", "--lr", 0.05, *size, "--out", loss)
         assert (status, err) == (0, "")
-        first, *_, last = metrics_of(loss)
+        first, *_, last = metrics = metrics_of(loss)
         assert last["train_loss"] < first["train_loss"] and last["train_acc_wrong"] is None, loss
-
-
-def test_schedule_divides_by_ten_at_half_and_three_quarters(nrd_cli):
-    assert nrd_cli(*TINY, "--epochs", 8, "--limit-train", 32, "--out", "run")[0] == 0
-    assert [record["lr"] for record in metrics_of("run")] == pytest.approx([0.3] * 4 + [0.03] * 2 + [0.003] * 2)
+        assert [record["lr"] for record in metrics] == pytest.approx([0.05] * 3 + [0.005] * 2 + [0.0005])  # A.1
 
 
 def test_several_seeds_are_several_runs_and_their_mean(nrd_cli, tmp_path):
@@ -303,19 +299,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(nrd_cl
     assert common.load_checkpoint(tmp_path / "two/checkpoint.pt")["epoch"] == 1
 
 
-def test_slow_saving_takes_a_share_of_the_time_and_never_the_end(nrd_cli, monkeypatch):
-    written, save = [], torch.save
-
-    def slow(state, path):
-        written.append(state["epoch"])
-        time.sleep(0.3)
-        save(state, path)
-
-    monkeypatch.setattr(torch, "save", slow)
-    assert nrd_cli(*TINY, "--epochs", 4, "--out", "slow")[0] == 0
-    assert written == [1, 4]  # a save of 0.3 s may come every 6 s
-
-
 def test_interrupted_writing_keeps_the_old_file(tmp_path):
     path = tmp_path / "checkpoint.pt"
     path.write_text("old")
@@ -374,13 +357,6 @@ def test_bad_input_is_one_line_and_status_2(nrd_cli, monkeypatch, flags, says):
     line = err.splitlines()[-1]
     assert status == 2 and says in line, err
     assert err.startswith("error: ") and err.count("\n") == 1 or err.startswith("usage: ")
-
-
-def test_bad_input_from_a_real_shell(script, tmp_path):
-    path = write_npz(tmp_path / "bad.npz", train_labels=np.arange(40))
-    result = script("nrd.py", "--dataset", path)
-    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
-    assert str(path) in result.stderr and not (tmp_path / "runs").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- analysis
