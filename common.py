@@ -116,20 +116,17 @@ def parse(parser, preset):
         raise UsageError(f"--rate: --noise {args.noise} has no rate; name another --noise, or leave --rate out")
     changed = {flag: value for flag, value in vars(args).items() if value != parser.get_default(flag)}
     told = {k: v for k, v in changed.items() if k not in ("dataset", "noise", "rate", "seed", *MACHINE)}
-    args.name = folder_name([args.script, args.dataset, noise_name(args.noise, args.rate)], told)
+    args.name = folder_name(args.script, args.dataset, args.noise, args.rate, told)
     return args
 
 
-def noise_name(kind, rate):
-    """clean, sym0.5, human-worse."""
-    return "clean" if kind == "none" else kind if rate is None else f"{kind}{rate:.12g}"
-
-
-def folder_name(parts, flags):
-    """part-part-flag=value-flag=value, in characters that every file system takes."""
-    values = {flag: ",".join(map(str, value)) if isinstance(value, list) else value for flag, value in flags.items()}
-    name = "-".join([*parts, *(f"{flag}={value}" for flag, value in values.items())])
-    return re.sub(r"[^\w.,=+-]", "_", name.replace(".npz", ""))
+def folder_name(script, dataset, noise, rate, flags):
+    """script-dataset-noise-flag=value-…, in characters that every file system takes."""
+    noise = "clean" if noise == "none" else noise if rate is None else f"{noise}{rate:.12g}"
+    parts = [script, dataset.removesuffix(".npz"), noise]
+    for flag, value in flags.items():
+        parts.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    return re.sub(r"[^\w.,=+-]", "_", "-".join(parts))
 
 
 def run(parse_args, main):
@@ -371,7 +368,7 @@ def photographs(name, data_dir, resize, image_size):
     data = {}
     for part, (files, labels) in parts.items():
         side = resize if part == "train" else image_size
-        path = data_dir / "decoded" / f"{folder_name([name, part], {})}-{resize}-{side}.npy"
+        path = data_dir / "decoded" / f"{name.replace('/', '_')}-{part}-{resize}-{side}.npy"
         images, rows = decode(files, resize, side, path)
         data[part] = images, torch.tensor(labels)[rows]
     return Dataset(*data["train"], *data["test"], classes, data.get("imagenet"))
@@ -1356,8 +1353,8 @@ def load_checkpoint(path, flag="checkpoint"):
     """The dict that `Run` saved at `path`, tensors on the CPU, read without executing pickled code.
 
     Keys: model and the other parts of the training state, each with its entry in built_as; script, dataset, classes,
-    noise (kind, rate, seed), config, metrics (a dict an epoch), epoch, epochs, rng. Prints how far unfinished training
-    is. Raises UsageError where there is no such file, and where no epoch is finished.
+    noise (kind, rate, seed), imbalance, config, metrics (a dict an epoch), epoch, epochs, rng. Says how far unfinished
+    training is. Raises UsageError where there is no such file, and where no epoch is finished.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -1440,7 +1437,8 @@ class Run:
         config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         self.header = {
             "script": args.script, "dataset": args.dataset, "classes": list(classes), "epochs": self.epochs,
-            "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}, "config": config,
+            "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed},
+            "imbalance": vars(args).get("imbalance"), "config": config,
         }  # fmt: skip
         if rank() == 0:
             git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -1584,19 +1582,13 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if args.teacher:
             path, checkpoint = args.teacher, load_checkpoint(args.teacher, "--teacher")
-            built_as = checkpoint["built_as"]["model"]
-            noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
-            pairs = {  # what must agree: (the teacher's, ours)
-                "classes": (checkpoint["classes"], list(data.classes)),
-                "label noise": (checkpoint["noise"], noise),
-                "imbalance": (checkpoint["config"].get("imbalance"), own["imbalance"]),
-                "image size": (built_as["image_size"], data.image_size),
-                "dropout": (built_as["dropout"], dropout),
-            }
-            for what, (theirs, ours) in pairs.items():
-                if theirs != ours:
-                    theirs, ours = textwrap.shorten(str(theirs), 80), textwrap.shorten(str(ours), 80)
-                    raise UsageError(f"--teacher: {path} has {what} {theirs}, not {ours}; leave it out to train one")
+            theirs, noise = checkpoint | checkpoint["built_as"]["model"], (args.noise, args.rate, args.noise_seed)
+            ours = {"classes": list(data.classes), "noise": dict(zip(("kind", "rate", "seed"), noise))}
+            ours |= {"imbalance": own["imbalance"], "image_size": data.image_size, "dropout": dropout}
+            for key in ours:
+                if theirs[key] != ours[key]:
+                    found, wanted = (textwrap.shorten(str(values[key]), 80) for values in (theirs, ours))
+                    raise UsageError(f"--teacher: {path} has {key} {found}, not {wanted}; leave it out to train one")
         else:
             teachers = [train_teacher(own, seed, device, data, labels) for seed in range(args.teacher_seeds)]
             path, checkpoint = max(teachers, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
@@ -1607,9 +1599,9 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
 
 def train_teacher(own, seed, device, data, labels):
     """Train the teacher that the dict `own` of load_teacher describes, or find it trained: its path and checkpoint."""
-    noise = noise_name(own["noise"], own["rate"])
-    told = {key: value for key, value in own.items() if value and key not in ("arch", "dataset", "noise", "rate")}
-    name = folder_name([own["arch"], own["dataset"], noise], {k: v for k, v in told.items() if k not in MACHINE})
+    apart = ("arch", "dataset", "noise", "rate", *MACHINE)
+    told = {key: value for key, value in own.items() if value and key not in apart}
+    name = folder_name(own["arch"], own["dataset"], own["noise"], own["rate"], told)
     args = argparse.Namespace(**own, script="teacher", name=name, seed=seed, resume=True)
     args.out = Path("runs/teachers") / f"{name}-seed{seed}"
     path = args.out / "checkpoint.pt"

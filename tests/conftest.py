@@ -1,9 +1,6 @@
 """Shared by the tests: the scripts' folder on the path, and ways to run a script as a user would."""
 
-import functools
 import importlib.util
-import math
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +24,7 @@ def load_script(name):
 
 def within(count, total, p, sigmas=5):
     """Whether `count` of `total` draws is what draws of probability p give."""
-    return abs(count - total * p) <= sigmas * math.sqrt(total * p * (1 - p)) + 1e-9
+    return abs(count - total * p) <= sigmas * (total * p * (1 - p)) ** 0.5 + 1e-9
 
 
 def write_npz(path, **changes):
@@ -39,8 +36,8 @@ def write_npz(path, **changes):
         "test_images": random.integers(0, 256, (20, 3, 32, 32), dtype=np.uint8),
         "test_labels": np.arange(20) % 3,
         "classes": np.array(["ant", "bee", "cat"]),
+        **changes,
     }
-    arrays |= changes
     np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
     return path
 
@@ -52,35 +49,27 @@ def seeded():
 
 @pytest.fixture
 def tiny_npz(tmp_path):
-    """The file of write_npz, in a new folder."""
     return write_npz(tmp_path / "tiny.npz")
 
 
 @pytest.fixture
 def script(tmp_path):
     """script("nrd.py", "--epochs", 1, …) runs it in an empty folder and gives the CompletedProcess, output as text."""
-
-    def run(name, *arguments, cwd=tmp_path, timeout=180):
-        command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
-
-    return run
+    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 180}
+    return lambda name, *flags: subprocess.run([sys.executable, ROOT / name, *map(str, flags)], **options)
 
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
     """cli(module, *flags) runs a script in this process, in an empty folder: (exit status, stdout, stderr)."""
-    import common
-
     monkeypatch.chdir(tmp_path)
-    handler = signal.getsignal(signal.SIGTERM)
 
     def run(module, *flags):
         monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
         capsys.readouterr()  # forget what came before
         status = 0
         try:
-            common.run(module.parse_args, module.main)
+            importlib.import_module("common").run(module.parse_args, module.main)
         except SystemExit as end:
             status = end.code
             if isinstance(status, str):  # as Python does for sys.exit("message")
@@ -88,13 +77,9 @@ def cli(tmp_path, monkeypatch, capsys):
                 status = 1
         return (status, *capsys.readouterr())
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 @pytest.fixture
 def nrd_cli(cli):
-    """nrd_cli(*flags) runs nrd.py so."""
-    import nrd
-
-    return functools.partial(cli, nrd)
+    return lambda *flags: cli(importlib.import_module("nrd"), *flags)

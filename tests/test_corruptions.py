@@ -81,6 +81,11 @@ def test_form_and_seed(name):
     assert different >= 6 if name in RANDOM else different == 1  # two angles of motion can give the same trail
 
 
+def test_the_draws_of_a_large_set_do_not_repeat():
+    out = corrupt(torch.full((1001, 3, 16, 16), 128, dtype=torch.uint8), "gaussian_noise", 3)
+    assert not torch.equal(out[0], out[1000])  # a generator serves a thousand images
+
+
 @by_severity("sigma", 0.4, 0.6, 0.7, 0.8, 1)
 def test_gaussian_blur_is_scipy_s(x, severity, sigma):
     assert_close(applied("gaussian_blur", severity, x), gaussian(x.double().numpy(), sigma))

@@ -209,6 +209,8 @@ def test_end_to_end():
     command = [sys.executable, str(ROOT / "evaluate.py"), *flags.split()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
+    missing = subprocess.run([*command[:2], "missing.pt"], capture_output=True, text=True, timeout=120)
+    assert missing.returncode == 2 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
     names = ("reliability", "pgd", "cifar-c", "transfer")
     assert {p.name for p in Path("out").iterdir()} == {*(f"{name}.png" for name in names), "summary.json"}
     summary = json.loads(Path("out/summary.json").read_text(encoding="utf-8"))

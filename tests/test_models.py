@@ -51,19 +51,6 @@ def test_features_are_the_outputs_of_stem_and_blocks(arch):
         assert all(torch.equal(a, b) for a, b in zip(features, kept))  # not overwritten by the head
 
 
-def test_preact_block_by_hand():
-    """conv2(relu(bn2(conv1(relu(bn1 x))))) + x where the shape stays, + a 1×1 convolution of relu(bn1 x) elsewhere."""
-    same, down, x = common.PreActBlock(4, 4, 1).eval(), common.PreActBlock(4, 6, 2).eval(), torch.randn(2, 4, 8, 8)
-    with torch.no_grad():
-        for block in (same, down):
-            for bn in (block.bn1, block.bn2):
-                bn.running_mean.uniform_(-1, 1), bn.running_var.uniform_(0.5, 2)
-            active = torch.relu(block.bn1(x))
-            inner = block.conv2(torch.relu(block.bn2(block.conv1(active))))
-            assert torch.allclose(block(x), inner + (x if block is same else block.shortcut(active)), atol=1e-6)
-        assert down(x).shape == (2, 6, 4, 4)
-
-
 def test_wrn_dropout_sits_between_the_convolutions_and_only_in_training():
     model, images, seen = build_model("wrn-16-2", 10, dropout=0.4), torch.rand(2, 3, 32, 32), []
     blocks = [m for m in model.modules() if isinstance(m, common.PreActBlock)]
@@ -161,21 +148,3 @@ def test_predict_is_the_model_in_evaluation_mode_row_by_row():
         assert torch.allclose(logits, model.eval()(images / 255), atol=1e-4)
     with pytest.raises(ValueError, match="images are torch.float32, not uint8"):
         common.predict(model, images / 255)
-
-
-def test_accuracy_and_test_metrics(monkeypatch):
-    scores = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 0, 0, 1]])
-    labels = torch.tensor([4, 1, 6])
-    assert common.accuracy(scores, labels) == pytest.approx(100 / 3)
-    assert common.accuracy(scores, labels, k=5) == pytest.approx(200 / 3)
-    monkeypatch.setattr(common, "predict", lambda model, images, amp: images)
-    data = common.Dataset(None, None, scores, labels, list("abcdefghij"))
-    assert common.test_metrics(None, data, False) == {"test_acc": pytest.approx(100 / 3)}
-    data = data._replace(classes=list("abcdefghijk"), imagenet=(scores[1:], labels[1:]))
-    expected = {"test_acc": 100 / 3, "test_top5": 200 / 3, "imagenet_acc": 50, "imagenet_top5": 50}
-    assert common.test_metrics(None, data, False) == pytest.approx(expected)
-
-
-def test_calibration_refuses_logits():
-    with pytest.raises(ValueError, match="are these logits"):
-        common.calibration(torch.randn(8, 3), torch.zeros(8, dtype=torch.int64))

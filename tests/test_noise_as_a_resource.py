@@ -273,8 +273,8 @@ def test_a_given_teacher_is_used_where_it_fits_and_refused_where_not(cli, tmp_pa
     flags = [*TINY, "--teacher", "half.pt"]
     for script, changes, says in (
         (sr, ["--dataset", "other.npz"], "has classes ['ant', 'bee', 'cat'], not ['ant', 'bee', 'cow'];"),
-        (sr, ["--noise", "sym", "--rate", 0.2], "has label noise {'kind': 'none',"),
-        (sr, ["--dataset", "small.npz"], "has image size 32, not 16;"),
+        (sr, ["--noise", "sym", "--rate", 0.2], "has noise {'kind': 'none',"),
+        (sr, ["--dataset", "small.npz"], "has image_size 32, not 16;"),
         (ft, [], "has dropout 0.0, not 0.4;"),
     ):
         status, _, err = cli(script, *flags, *changes)
