@@ -843,16 +843,6 @@ Solarize .4 5 AutoContrast .9 0 / TranslateY .9 9 TranslateY .7 9 / AutoContrast
 Equalize .8 0 Invert .1 0 / TranslateY .7 9 AutoContrast .9 0"""
 
 
-@functools.cache
-def auto_augment_policy(device):
-    """The CIFAR-10 policy as tensors on `device`: operation int64, probability float, strength int64, each [25, 2]."""
-    steps = [policy.split() for policy in AUTO_AUGMENT_CIFAR10.split("/")]
-    op = torch.tensor([[OPS.index(p[0]), OPS.index(p[3])] for p in steps])
-    probability = torch.tensor([[float(p[1]), float(p[4])] for p in steps])
-    strength = torch.tensor([[int(p[2]), int(p[5])] for p in steps])
-    return op.to(device), probability.to(device), strength.to(device)
-
-
 def auto_augment(images):
     """AutoAugment with its CIFAR-10 policy: a sub-policy for each image, its two operations applied with their chances.
 
@@ -867,6 +857,15 @@ def auto_augment(images):
         op = torch.where(active, ops[policy, turn], IDENTITY)
         images = apply_ops(images, op, _signed(table[op, strengths[policy, turn]], op))
     return images
+
+
+@functools.cache
+def auto_augment_policy(device):
+    """The CIFAR-10 policy as tensors on `device`: operation int64, probability float, strength int64, each [25, 2]."""
+    words = np.array([policy.split() for policy in AUTO_AUGMENT_CIFAR10.split("/")])
+    op = torch.tensor([[OPS.index(name) for name in names] for names in words[:, [0, 3]]])
+    probability, strength = np.float32(words[:, [1, 4]]), np.int64(words[:, [2, 5]])
+    return op.to(device), torch.from_numpy(probability).to(device), torch.from_numpy(strength).to(device)
 
 
 def crop_flip(images, padding=4, mode="zero", size=None):
@@ -1177,7 +1176,6 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), i
     wide = re.fullmatch(r"wrn-([0-9]+)-([0-9]+)", arch)
     deep = re.fullmatch(r"resnet([0-9]+)(x4)?", arch)
     large = image_size >= 128
-    library = functools.partial(library_model, arch, num_classes, pretrained)
     of_library = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "densenet121", "densenet169")
     if dropout and not wide:
         raise UsageError(f"--dropout: {arch} has none; wrn-D-K has")
@@ -1185,58 +1183,51 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), i
         raise UsageError(f"--pretrained: {arch} at {image_size} pixels has none; {', '.join(of_library)} at 224 have")
     if wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) >= 1:
         k, n = int(wide[2]), (int(wide[1]) - 4) // 6
-        block = functools.partial(PreActBlock, dropout=dropout)
-        blocks = stages(block, (16, 16 * k, 32 * k, 64 * k), (n, n, n))
+        blocks = stages(functools.partial(PreActBlock, dropout=dropout), (16, 16 * k, 32 * k, 64 * k), (n, n, n))
         head = pooled(nn.BatchNorm2d(64 * k), nn.ReLU(), classifier=nn.Linear(64 * k, num_classes))
-        model = Classifier(conv_stem(16), blocks, head, mean, std)
+        stem = conv_stem(16)
     elif arch in ("preact_resnet18", "preact_resnet34"):
-        depths = (2, 2, 2, 2) if arch.endswith("18") else (3, 4, 6, 3)
-        blocks = stages(PreActBlock, (64, 64, 128, 256, 512), depths)
+        blocks = stages(PreActBlock, (64, 64, 128, 256, 512), (2, 2, 2, 2) if arch.endswith("18") else (3, 4, 6, 3))
         head = pooled(nn.BatchNorm2d(512), nn.ReLU(), classifier=nn.Linear(512, num_classes))
-        model = Classifier(conv_stem(64), blocks, head, mean, std)
+        stem = conv_stem(64)
     elif arch in ("resnet18", "resnet34", "resnet50", "resnet101"):
-        net = library()
+        net = library_model(arch, num_classes, pretrained)
         stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool) if large else conv_stem(64, net.bn1, net.relu)
-        blocks = [net.layer1, net.layer2, net.layer3, net.layer4]
-        model = Classifier(stem, blocks, pooled(classifier=net.fc), mean, std)
+        blocks, head = [net.layer1, net.layer2, net.layer3, net.layer4], pooled(classifier=net.fc)
     elif deep and int(deep[1]) >= 8 and int(deep[1]) % 6 == 2:
-        n = (int(deep[1]) - 2) // 6
-        widths = (32, 64, 128, 256) if deep[2] else (16, 16, 32, 64)
+        n, widths = (int(deep[1]) - 2) // 6, (32, 64, 128, 256) if deep[2] else (16, 16, 32, 64)
         stem = conv_stem(widths[0], nn.BatchNorm2d(widths[0]), nn.ReLU())
         head = pooled(classifier=nn.Linear(widths[-1], num_classes))
-        model = Classifier(stem, stages(basic_block, widths, (n, n, n)), head, mean, std)
+        blocks = stages(basic_block, widths, (n, n, n))
     elif arch == "mobilenet_v2":
-        net = library(dropout=0.0)
+        net = library_model(arch, num_classes, pretrained, dropout=0.0)
         layers = list(net.features)
         if not large:
             layers[0][0].stride = layers[2].conv[1][0].stride = (1, 1)
+        stem, head = layers[0], pooled(classifier=net.classifier)
         blocks = [nn.Sequential(*layers[a:b]) for a, b in ((1, 4), (4, 7), (7, 14), (14, 19))]
-        model = Classifier(layers[0], blocks, pooled(classifier=net.classifier), mean, std)
     elif arch == "shufflenet_v2":
-        net = library_model("shufflenet_v2_x1_0", num_classes, False)
+        net = library_model("shufflenet_v2_x1_0", num_classes, pretrained)
         if not large:
             net.conv1[0].stride = (1, 1)
-        stem = nn.Sequential(net.conv1, net.maxpool) if large else net.conv1
+        stem, head = nn.Sequential(net.conv1, net.maxpool) if large else net.conv1, pooled(classifier=net.fc)
         blocks = [net.stage2, net.stage3, nn.Sequential(net.stage4, net.conv5)]
-        model = Classifier(stem, blocks, pooled(classifier=net.fc), mean, std)
     elif arch in ("densenet121", "densenet169"):
-        net = library()
-        part = net.features
-        stem = nn.Sequential(part.conv0, part.norm0, part.relu0, part.pool0)
-        blocks = [part.denseblock1]
-        blocks += [
-            nn.Sequential(part.get_submodule(f"transition{i - 1}"), part.get_submodule(f"denseblock{i}"))
-            for i in (2, 3, 4)
-        ]
-        head = pooled(part.norm5, nn.ReLU(), classifier=net.classifier)
-        model = Classifier(stem if large else conv_stem(64, part.norm0, nn.ReLU()), blocks, head, mean, std)
+        net = library_model(arch, num_classes, pretrained)
+        f = net.features
+        stem = nn.Sequential(f.conv0, f.norm0, f.relu0, f.pool0) if large else conv_stem(64, f.norm0, nn.ReLU())
+        blocks = [f.denseblock1, nn.Sequential(f.transition1, f.denseblock2)]
+        blocks += [nn.Sequential(f.transition2, f.denseblock3), nn.Sequential(f.transition3, f.denseblock4)]
+        head = pooled(f.norm5, nn.ReLU(), classifier=net.classifier)
     elif arch == "inception_resnet_v2":
         if image_size < 75:
             raise UsageError(f"--arch: {arch} needs images from 75 pixels up, not {image_size}; resnet50 takes these")
-        model = Classifier(*inception_resnet_v2(), pooled(classifier=nn.Linear(1536, num_classes)), mean, std)
+        stem, blocks = inception_resnet_v2()
+        head = pooled(classifier=nn.Linear(1536, num_classes))
     else:
         known = "wrn-D-K, resnetD and resnetDx4 of CIFAR, preact_resnet18, preact_resnet34, shufflenet_v2"
         raise UsageError(f"--arch: unknown {arch!r}; known are {known}, {', '.join(of_library)}, inception_resnet_v2")
+    model = Classifier(stem, blocks, head, mean, std)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and not pretrained:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -36,9 +36,6 @@ def pictures():
     return torch.cat([draw_shapes(5, seed=7)[0], random, flat, (random[:1] > 128).byte() * 200, random[:1] // 64])
 
 
-# ----------------------------------------------------------------------------------------------------------- operations
-
-
 @pytest.mark.parametrize("space, name", [(s, name) for s in SPACES for name in SPACES[s][0]._AUGMENTATION_SPACE])
 def test_operations_are_the_library_s_at_every_magnitude(space, name, pictures):
     library, bins, arguments, mode = SPACES[space]
@@ -55,7 +52,6 @@ def test_operations_are_the_library_s_at_every_magnitude(space, name, pictures):
             )
             op = torch.full((len(pictures),), OPS.index(name))
             result = apply_ops(to_float(pictures), op, (sign * ours[strength]).expand(len(pictures)), mode)
-            assert result.min() >= 0 and result.max() <= 1
             error = (result * 255 - expected.float()).abs().max().item()
             assert error < (1.001 if truncated else 0.501), f"strength {strength}, sign {sign}: {error:.3f}/255"
 
@@ -67,9 +63,6 @@ def test_each_sample_gets_its_own_operation(pictures):
     assert torch.equal(together, torch.cat([apply_ops(*(v[i : i + 1] for v in (images, op, magnitude)))
                                             for i in range(15)]))  # fmt: skip
     assert [i for i in range(15) if torch.equal(together[i], images[i])] == [IDENTITY]
-
-
-# ------------------------------------------------------------------------------------------------------------- policies
 
 
 @pytest.fixture
@@ -93,9 +86,8 @@ def test_rand_augment_draws_uniformly(drawn):
         counts = torch.bincount(op, minlength=15)
         assert counts[14] == 0 and all(within(c, 28000, 1 / 14) for c in counts[:14].tolist())
         assert torch.equal(magnitude.abs(), table[op, 20])
-        for kind in range(9):
-            signs = magnitude[op == kind]
-            assert within(int((signs < 0).sum()), len(signs), 0.5)
+        signs = magnitude[op < 9]
+        assert within(int((signs < 0).sum()), len(signs), 0.5)
         assert (magnitude[op >= 9] >= 0).all()
     assert within(int((drawn[0][0] == drawn[1][0]).sum()), 28000, 1 / 14)  # the two are drawn independently
 
@@ -115,10 +107,8 @@ def test_aug_mix_draws_operations_and_strengths(drawn):
 
 def test_aug_mix_mixes_by_weights_that_sum_to_one(drawn, monkeypatch):
     images = torch.cat([torch.rand(64, 3, 8, 8), torch.ones(64, 3, 8, 8)])
-    for options in ({}, {"width": 2, "depth": 4, "alpha": 0.3}):  # chains that change nothing: the mixture is the image
-        mixed = common.aug_mix(images, **options)
-        assert torch.allclose(mixed, images, atol=1e-6) and mixed.max() <= 1
-    assert len(drawn) == 3 + 4
+    mixed = common.aug_mix(images)  # chains that change nothing: the mixture is the image
+    assert torch.allclose(mixed, images, atol=1e-6) and mixed.max() <= 1 and len(drawn) == 3
     monkeypatch.setattr(common, "apply_ops", lambda images, op, *_, **__: torch.zeros_like(images))
     kept = common.aug_mix(torch.ones(20000, 3, 2, 2))[:, 0, 0, 0]
     assert abs(kept.mean() - 0.5) < 0.01 and abs(kept.var() - 1 / 12) < 0.005  # Beta(1, 1) is uniform
@@ -144,12 +134,7 @@ def test_auto_augment_is_the_library_s_policy_at_its_frequencies(drawn):
     assert len(drawn) == 2
 
 
-# ------------------------------------------------------------------------------------------------------ crops and boxes
-
-
-@pytest.mark.parametrize("mode, padding, size", [
-    ("zero", 4, None), ("reflect", 4, None), ("zero", 4, 8), ("reflect", 2, 11), ("zero", 0, 7), ("zero", 0, None),
-])  # fmt: skip
+@pytest.mark.parametrize("mode, padding, size", [("zero", 4, None), ("reflect", 2, 11), ("zero", 0, 7)])
 def test_crop_flip_is_the_library_s_random_crop(mode, padding, size):
     """Every result is one window of the library's padding, or its mirror image; all windows come alike."""
     images = torch.rand(1000, 3, 12, 10)
@@ -177,7 +162,6 @@ def test_cutout_blackens_one_clipped_square():
 
 
 def test_random_erasing_boxes_follow_the_library():
-    """The share of erased images; area, sides and place of the boxes against the library's own draws."""
     ours = (common.random_erasing(torch.ones(3000, 3, 32, 32), probability=0.7) == 0)[:, 0]
     erase = v2.RandomErasing(p=0.7)
     theirs = torch.stack([erase(torch.ones(3, 32, 32))[0] == 0 for _ in range(3000)])
@@ -193,7 +177,6 @@ def test_random_erasing_boxes_follow_the_library():
 
 
 def test_resized_crops_are_the_library_s(pictures):
-    """Boxes of many shapes, larger and smaller than what they become."""
     images = to_float(pictures)
     boxes = [(0, 0, 32, 32), (3, 5, 20, 11), (10, 0, 7, 30), (31, 31, 1, 1), (8, 9, 16, 16)] * 2
     box = [torch.tensor(column).float().view(-1, 1) for column in zip(*boxes)]
@@ -205,7 +188,6 @@ def test_resized_crops_are_the_library_s(pictures):
 
 
 def test_random_resized_crop_draws_what_the_library_draws(monkeypatch):
-    """Area, shape and place of the boxes, against the library's own draws."""
     drawn = []
     resize = common._resized_crop
     monkeypatch.setattr(common, "_resized_crop", lambda images, *box: drawn.append(box) or resize(images, *box))
@@ -217,13 +199,10 @@ def test_random_resized_crop_draws_what_the_library_draws(monkeypatch):
     pairs = [(height * width, theirs["height"] * theirs["width"]), (height / width, theirs["height"] / theirs["width"])]
     for mine, other in [*pairs, (top, theirs["top"]), (left, theirs["left"])]:
         assert ks_2samp(mine, other).pvalue > 1e-3
-    images = torch.rand(5, 3, 20, 20)  # no box fits: the whole image
-    assert torch.allclose(common.random_resized_crop(images, 20, (0.99, 1.0), (3.0, 4.0)), images, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
 def test_colour_jitter_is_the_library_s(pictures, monkeypatch, name):
-    """One of the four at a time, by the factors that were drawn."""
     images, factors = to_float(pictures), []
     uniform = torch.Tensor.uniform_
 
@@ -238,16 +217,6 @@ def test_colour_jitter_is_the_library_s(pictures, monkeypatch, name):
     adjust = getattr(v2.functional, f"adjust_{name}")
     for mine, image, f in zip(out, images, factor.tolist()):
         assert torch.allclose(mine, adjust(image, f), atol=2e-5)
-
-
-def test_colour_jitter_draws_the_order(pictures, monkeypatch):
-    """With the same strong factors each time, the 24 orders give 24 results."""
-    monkeypatch.setattr(torch.Tensor, "uniform_", lambda tensor, low, high: tensor.fill_(low + 0.9 * (high - low)))
-    images = to_float(pictures[:1])
-    assert len({common.color_jitter(images).numpy().tobytes() for _ in range(200)}) == 24
-
-
-# ----------------------------------------------------------------------------------------------- every augmentation
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -266,46 +235,6 @@ def test_every_augmentation_returns_new_float_images(name, pictures):
     assert torch.equal(seeded(images.contiguous(memory_format=torch.channels_last)), out)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(seeded(images), out)
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_every_augmentation_refuses_other_images(name, pictures):
-    for images in (pictures, to_float(pictures[:, :, 0]), to_float(pictures[:, :1])):
+    for other in (pictures, images[:, :1]):
         with pytest.raises(ValueError, match=r"images are torch\..* \[.*\], not float \[B, 3, H, W\] in \[0, 1\]"):
-            EVERY[name](images)
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_on_cuda_nothing_waits_for_the_device_or_loops_over_samples(name, monkeypatch):
-    """On fake CUDA tensors, which know shapes and devices but no values: reading a value or mixing devices raises."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Count(TorchDispatchMode):
-        launched = 0
-
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            self.launched += 1
-            return operation(*args, **(kwargs or {}))
-
-    class Dirichlet:  # the only operation without a fake kernel
-        def __init__(self, concentration, validate_args):
-            self.concentration = concentration
-
-        def sample(self, shape):
-            return torch.rand(*shape, len(self.concentration), device=self.concentration.device).softmax(1)
-
-    monkeypatch.setattr(torch.distributions, "Dirichlet", Dirichlet)
-    monkeypatch.setattr(torch, "randperm", lambda n: np.arange(n))  # the order of colour jitter, drawn on the CPU
-    for cached in ("op_magnitudes", "auto_augment_policy"):  # fake tensors must not stay in the caches
-        monkeypatch.setattr(common, cached, getattr(common, cached).__wrapped__)
-    launched = []
-    for size in (8, 64):
-        with FakeTensorMode(), Count() as count:
-            images = torch.rand(size, 3, 32, 32, device="cuda")
-            with pytest.raises(Exception, match="local_scalar_dense"):
-                images.sum().item()
-            out = EVERY[name](images)
-            assert out.device.type == "cuda" and out.shape == images.shape
-        launched.append(count.launched)
-    assert launched[0] == launched[1] > 5
+            function(other)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import types
 
 import numpy as np
@@ -16,17 +15,12 @@ from torchvision.transforms import v2
 import common
 from common import UsageError, load_dataset
 
-SHAPES_SHA256 = "e24521d7ae8a32a35dc06af352cecccaa578a1bb7fd2832bf494647fa72a7425"
-
 
 def test_shapes_are_the_same_pixels_everywhere():
     data = load_dataset("shapes")
     assert data.train_images.shape == (2000, 3, 32, 32) and data.test_images.shape == (1000, 3, 32, 32)
     content = b"".join(part.numpy().tobytes() for part in (data.train_images, data.train_labels, data.test_images))
-    assert hashlib.sha256(content).hexdigest() == SHAPES_SHA256 and len(data.classes) == 10
-
-
-# ----------------------------------------------------------------------------------------------------------- .npz files
+    assert hashlib.sha256(content).hexdigest() == "e24521d7ae8a32a35dc06af352cecccaa578a1bb7fd2832bf494647fa72a7425"
 
 
 def test_npz_arrays_are_read_whatever_their_layout(tmp_path):
@@ -38,14 +32,12 @@ def test_npz_arrays_are_read_whatever_their_layout(tmp_path):
     assert np.array_equal(data.test_images.numpy(), raw["test_images"]) and data.image_size == 32
     assert data.train_labels.tolist() == labels.tolist() and data.train_labels.dtype == torch.int64
     assert data.test_labels.tolist() == raw["test_labels"].tolist() and data.classes == ["ant", "bee", "cat"]
-    index = torch.tensor([7, 3, 3])
-    assert data.batch(index).dtype == torch.float32
-    assert np.array_equal(data.batch(index).numpy(), np.float32(images[[7, 3, 3]]) / np.float32(255))
+    batch = data.batch(torch.tensor([7, 3, 3]))
+    assert batch.dtype == torch.float32 and np.array_equal(batch.numpy(), np.float32(images[[7, 3, 3]]) / np.float32(255))
 
 
 def test_limits_take_evenly_spaced_samples(tmp_path):
-    labels = np.repeat(np.arange(4), 10)
-    path = write_npz(tmp_path / "sorted.npz", train_labels=labels, classes=np.array(list("abcd")))
+    path = write_npz(tmp_path / "sorted.npz", train_labels=np.repeat(np.arange(4), 10), classes=np.array(list("abcd")))
     data, whole = load_dataset(str(path), limit_train=8, limit_test=1000), load_dataset(str(path))
     assert data.train_labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and len(data.test_labels) == 20
     assert torch.equal(data.train_images, whole.train_images[::5])
@@ -54,14 +46,9 @@ def test_limits_take_evenly_spaced_samples(tmp_path):
 
 @pytest.mark.parametrize("key, value, says", [
     ("train_images", np.zeros((40, 3, 32, 32), np.float32), "train_images is float32 [40, 3, 32, 32], not uint8"),
-    ("test_images", np.zeros((20, 32, 32, 3), np.uint8), "is uint8 [20, 32, 32, 3], not uint8 [N, 3, H, W]"),
-    ("train_images", np.zeros((0, 3, 32, 32), np.uint8), "[0, 3, 32, 32]"),
-    ("train_images", None, "is no .npz file with train_images"),
     ("train_labels", np.arange(40) % 3 + 0.5, "train_labels is float64 [40], not integer [40]"),
     ("train_labels", np.arange(39) % 3, "train_labels is int64 [39]"),
     ("train_labels", np.arange(40) % 4, "train_labels are 0 to 3, but 3 classes are named"),
-    ("test_labels", np.arange(20) % 3 - 1, "test_labels are -1 to 1"),
-    ("classes", np.array([object()] * 3), "is no .npz file with"),  # it would have to be unpickled
 ])  # fmt: skip
 def test_wrong_arrays_are_refused_by_name(tmp_path, key, value, says):
     path = write_npz(tmp_path / "bad.npz", **{key: value})
@@ -72,8 +59,7 @@ def test_wrong_arrays_are_refused_by_name(tmp_path, key, value, says):
 
 def test_damaged_and_missing_files_are_refused(tiny_npz, tmp_path):
     whole = tiny_npz.read_bytes()
-    damaged = whole[:5000] + bytes(4000) + whole[9000:]
-    for content in (b"", whole[:10], whole[: len(whole) // 2], whole[:-30], damaged, b"not an archive"):
+    for content in (b"", whole[: len(whole) // 2], whole[:5000] + bytes(4000) + whole[9000:]):
         tiny_npz.write_bytes(content)
         with pytest.raises(UsageError, match="tiny.npz is no .npz file with train_images, train_labels"):
             load_dataset(str(tiny_npz))
@@ -108,21 +94,15 @@ def test_downloads_are_kept_in_our_form(name, tmp_path, monkeypatch):
         assert np.array_equal(data.test_images.numpy(), images[4:].transpose(0, 3, 1, 2))
         assert data.train_labels.tolist() == labels[:4] and data.test_labels.tolist() == [0, 0]
         assert data.classes == (list("0123456789") if name == "SVHN" else ["a", "b"])
-    assert [path.name for path in tmp_path.iterdir()] == [f"{name.lower()}.npz"]
 
 
 def test_channel_stats_against_numpy():
     images = torch.randint(0, 256, (50, 3, 8, 9), dtype=torch.uint8)
-    images[:, 2] = 77
     mean, std = common.channel_stats(images)
     pixels = images.numpy().astype(np.float64) / 255
-    assert np.allclose(mean, pixels.mean((0, 2, 3))) and np.allclose(std[:2], pixels.std((0, 2, 3))[:2])
-    assert std[2] == 1  # a constant channel, by which one can divide
+    assert np.allclose(mean, pixels.mean((0, 2, 3))) and np.allclose(std, pixels.std((0, 2, 3)))
     photographs = torch.zeros(1, 3, 128, 200, dtype=torch.uint8)
     assert common.channel_stats(photographs) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-
-
-# ---------------------------------------------------------------------------------------------------------- photographs
 
 
 def write_picture(path, size, seed=0, mode="RGB"):
@@ -160,8 +140,8 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def load(folder, **options):
-    return load_dataset(f"imagefolder:{folder}", folder.parent / "data", resize=36, image_size=32, **options)
+def load(folder):
+    return load_dataset(f"imagefolder:{folder}", folder.parent / "data", resize=36, image_size=32)
 
 
 def files_of(folder):
@@ -171,133 +151,64 @@ def files_of(folder):
 @pytest.mark.parametrize("test", ["test", "val"])
 def test_pictures_become_arrays(folder, test):
     (folder / "test").rename(folder / test)
-    state = torch.get_rng_state()
     data = load(folder)
-    assert torch.equal(torch.get_rng_state(), state)
     assert_pictures(data.train_images, files_of(folder / "train"), 36, 36)
     assert_pictures(data.test_images, files_of(folder / test), 36, 32)
     assert data.train_labels.tolist() == [0, 0, 1, 1] and data.test_labels.tolist() == [0, 1]
     assert data.classes == ["ape", "bat"] and data.image_size == 32 and data.imagenet is None
+    (folder / test / "bat").rename(folder / test / "cow")
+    with pytest.raises(UsageError, match=f"train and {test} have other classes: bat, cow"):
+        load(folder)
 
 
 def test_they_are_decoded_once(folder, monkeypatch):
     first = load(folder)
-    kept = first.train_images.clone()
-    first.train_images.zero_()  # which must not reach the file
-    for resize, side in ((36, 20), (40, 32)):  # other sizes are decoded beside
-        other = load_dataset(f"imagefolder:{folder}", folder.parent / "data", resize=resize, image_size=side)
-        assert_pictures(other.train_images, files_of(folder / "train"), resize, resize)
-        assert_pictures(other.test_images, files_of(folder / "test"), resize, side)
-
-    def fail(*_):
-        raise AssertionError("decoded again")
-
-    monkeypatch.setattr(common.Pictures, "__getitem__", fail)
-    again, half = load(folder), load(folder, limit_train=2, limit_test=1)
-    assert torch.equal(again.train_images, kept) and torch.equal(again.test_images, first.test_images)
-    assert torch.equal(half.train_images, kept[::2]) and half.train_labels.tolist() == [0, 1]
-    assert torch.equal(half.test_images, first.test_images[:1])
+    monkeypatch.delattr(common.Pictures, "__getitem__")  # whoever decodes fails
+    again = load(folder)
+    assert torch.equal(again.train_images, first.train_images) and torch.equal(again.test_images, first.test_images)
 
 
-@pytest.mark.parametrize("change", ["edited", "added", "removed", "moved", ".json lost", ".npy lost"])
-def test_a_changed_folder_is_decoded_again(folder, change):
-    before = load(folder)
-    kept = before.train_images.clone()
-    picture, labels = folder / "train/ape/2.jpg", [0, 0, 1, 1]
-    if change == "edited":
-        size = picture.stat().st_size
-        write_picture(picture, (40, 40), seed=9)
-        picture.write_bytes(picture.read_bytes().ljust(size, b"\0"))  # as long as before
-        assert picture.stat().st_size == size
-    elif change == "added":
-        write_picture(folder / "train/bat/0.png", (50, 60), seed=9)
-        labels = [0, 0, 1, 1, 1]
-    elif change == "removed":
-        picture.unlink()
-        labels = [0, 1, 1]
-    elif change == "moved":
-        picture.rename(folder / "train/bat/2.jpg")
-        labels = [0, 1, 1, 1]
-    else:
-        for file in (folder.parent / "data").rglob(f"*{change.split()[0]}"):
-            file.unlink()
+def test_a_changed_folder_is_decoded_again(folder):
+    load(folder)
+    picture = folder / "train/ape/2.jpg"
+    size = picture.stat().st_size
+    write_picture(picture, (40, 40), seed=9)
+    picture.write_bytes(picture.read_bytes().ljust(size, b"\0"))  # as long as before
+    assert_pictures(load(folder).train_images, files_of(folder / "train"), 36, 36)
+    picture.rename(folder / "train/bat/2.jpg")
     after = load(folder)
     assert_pictures(after.train_images, files_of(folder / "train"), 36, 36)
-    assert after.train_labels.tolist() == labels
-    assert torch.equal(before.train_images, kept)  # what is in use stays as it was
+    assert after.train_labels.tolist() == [0, 1, 1, 1]
 
 
 def test_what_cannot_be_read_is_named_counted_and_left_out(folder, capsys):
-    bad = [folder / "train/ape/1.png", folder / "train/bat/1.png", folder / "test/ape/1.jpg"]
+    bad = [folder / "train/ape/1.png", folder / "train/bat/1.png"]
     bad[0].write_bytes(b"not a picture")
     bad[1].write_bytes(bad[1].read_bytes()[:-40])
-    bad[2].unlink()
-    bad[2].symlink_to(folder / "nowhere.jpg")
     for _ in range(2):  # decoded, and read again
         data = load(folder)
         assert_pictures(data.train_images, [folder / "train/ape/2.jpg", folder / "train/bat/9.JPG"], 36, 36)
-        assert data.train_labels.tolist() == [0, 1] and data.test_labels.tolist() == [1] and len(data.test_images) == 1
+        assert data.train_labels.tolist() == [0, 1]
     out, err = capsys.readouterr()
     assert err.splitlines() == [f"cannot be read and is left out: {path}" for path in bad]
-    assert [line for line in out.splitlines() if line.startswith("decoded")] == [
-        "decoded 2 pictures, left out 2", "decoded 1 pictures, left out 1"]  # fmt: skip
-    for path in files_of(folder / "train"):
-        path.write_bytes(b"")
-    with pytest.raises(UsageError, match="none of 4 pictures can be read"):
-        load(folder)
+    assert out.count("decoded 2 pictures, left out 2") == 1
 
 
 def test_a_stopped_decode_leaves_nothing_that_looks_finished(folder, monkeypatch):
-    progress = common.progress
-
     def stop(items, label):
-        for i, item in enumerate(progress(items, label)):
-            if i == 2:
-                raise KeyboardInterrupt
-            yield item
+        yield next(iter(items))
+        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "progress", stop)
-        with pytest.raises(KeyboardInterrupt):
-            load(folder)
+    monkeypatch.setattr(common, "progress", stop)
+    with pytest.raises(KeyboardInterrupt):
+        load(folder)
     assert [path for path in (folder.parent / "data").rglob("*") if path.is_file()] == []
-    assert_pictures(load(folder).train_images, files_of(folder / "train"), 36, 36)
-
-
-def test_a_script_trains_on_photographs(folder, nrd_cli):
-    size = ["--resize", 36, "--image-size", 32, "--batch-size", 2, "--epochs", 1]
-    status, _, err = nrd_cli("--dataset", "imagefolder:pictures", *size, "--arch", "wrn-10-1", "--out", "run")
-    assert (status, err) == (0, "")
-    checkpoint = common.load_checkpoint("run/checkpoint.pt")
-    logits = common.predict(common.load_model(checkpoint), load(folder).test_images)
-    assert checkpoint["metrics"][0]["test_acc"] == common.accuracy(logits, torch.tensor([0, 1]))
-    assert checkpoint["built_as"]["model"]["image_size"] == 32
-
-
-@pytest.mark.parametrize("name, says", [
-    ("imagefolder:pictures", "train and test have other classes: bat, cow"),
-    ("imagefolder:nowhere", "nowhere"),
-    ("imagefolder:", "README says where"),
-    ("food101", "no route to host"),
-    ("webvision", "synsets.txt"),
-])  # fmt: skip
-def test_layouts_that_do_not_fit_are_refused(folder, monkeypatch, name, says):
-    def offline(*_):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torchvision.datasets.Food101, "_download", offline)
-    monkeypatch.chdir(folder.parent)
-    (folder / "test/bat").rename(folder / "test/cow")
-    with pytest.raises(UsageError, match=f"--dataset {name}: .*{says}"):
-        load_dataset(name, "data")
 
 
 def test_food101(tmp_path, monkeypatch):
     """Two of the classes in torchvision's layout, which its download makes."""
-    downloads = []
 
-    def download(dataset):
-        downloads.append(dataset)
+    def download(_):
         for part, numbers in (("train", "123"), ("test", "4")):
             listed = {kind: [f"{kind}/{i}" for i in numbers] for kind in ("ramen", "paella")}
             (tmp_path / "food-101/meta").mkdir(parents=True, exist_ok=True)
@@ -307,17 +218,15 @@ def test_food101(tmp_path, monkeypatch):
                     write_colour(tmp_path / f"food-101/images/{kind}/{i}.jpg", label)
 
     monkeypatch.setattr(torchvision.datasets.Food101, "_download", download)
-    for _ in range(2):
-        data = load_dataset("food101", tmp_path, resize=36, image_size=32)
-        assert data.classes == ["paella", "ramen"] and len(downloads) == 2  # train and test, the first time
-        assert data.train_labels.bincount().tolist() == [3, 3] and data.test_labels.bincount().tolist() == [1, 1]
-        assert torch.equal(labels_of(data.train_images), data.train_labels)
-        assert torch.equal(labels_of(data.test_images), data.test_labels)
+    data = load_dataset("food101", tmp_path, resize=36, image_size=32)
+    assert data.classes == ["paella", "ramen"]
+    assert data.train_labels.bincount().tolist() == [3, 3] and data.test_labels.bincount().tolist() == [1, 1]
+    assert torch.equal(labels_of(data.train_images), data.train_labels)
+    assert torch.equal(labels_of(data.test_images), data.test_labels)
 
 
-@pytest.mark.parametrize("imagenet", [True, False])
-def test_mini_webvision(tmp_path, imagenet):
-    """The first 50 of 52 classes; ILSVRC12's validation images of the same, where they are; a training image lacks."""
+def test_mini_webvision(tmp_path):
+    """The first 50 of 52 classes; ILSVRC12's validation images of the same."""
     info, order = tmp_path / "webvision/info", np.random.default_rng(0).permutation(104)
     info.mkdir(parents=True)
     (info / "synsets.txt").write_text("".join(f"n{10 + c:08} thing {c}, stuff\n" for c in range(52)))
@@ -328,17 +237,14 @@ def test_mini_webvision(tmp_path, imagenet):
     for root, lines in ((tmp_path / "webvision", train), (tmp_path / "webvision/val_images_256", val)):
         for file, label in map(str.split, lines):
             write_colour(root / file, int(label))
-    for c in range(52 if imagenet else 0):
+    for c in range(52):
         write_colour(tmp_path / f"imagenet/val/n{10 + c:08}/ILSVRC2012_val_{52 - c}.JPEG", c)
-    os.remove(tmp_path / "webvision/google/q0003/7.jpg")
 
     data = load_dataset("webvision", tmp_path, limit_test=10, resize=36, image_size=32)
     assert len(data.classes) == 50 and data.classes[7] == "thing 7, stuff"
-    assert data.train_labels.bincount().tolist() == [2 - (c == 3) for c in range(50)]
+    assert data.train_labels.bincount().tolist() == [2] * 50
     assert torch.equal(labels_of(data.train_images), data.train_labels)
     assert torch.equal(labels_of(data.test_images), data.test_labels) and len(data.test_labels) == 10
-    assert (data.imagenet is not None) == imagenet
-    if imagenet:
-        images, labels = data.imagenet
-        assert images.shape == (50, 3, 32, 32) and labels.tolist() == list(range(50))
-        assert torch.equal(labels_of(images), labels)
+    images, labels = data.imagenet
+    assert images.shape == (50, 3, 32, 32) and labels.tolist() == list(range(50))
+    assert torch.equal(labels_of(images), labels)

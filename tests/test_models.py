@@ -29,8 +29,6 @@ def test_parameter_counts_are_the_published_ones(arch, classes):
 SHAPES = {  # (channels, side) of each block's output for 32×32 images
     "wrn-10-2": [(32, 32), (64, 16), (128, 8)],
     "resnet8": [(16, 32), (32, 16), (64, 8)],
-    "resnet14x4": [(64, 32), (128, 16), (256, 8)],
-    "preact_resnet18": [(64, 32), (128, 16), (256, 8), (512, 4)],
     "resnet18": [(64, 32), (128, 16), (256, 8), (512, 4)],
     "mobilenet_v2": [(24, 32), (32, 16), (96, 8), (1280, 4)],
     "shufflenet_v2": [(116, 16), (232, 8), (1024, 4)],
@@ -46,22 +44,7 @@ def test_features_are_the_outputs_of_stem_and_blocks(arch):
         assert torch.equal(logits, model(images)) and logits.shape == (2, 7)
         assert torch.equal(features[0], model.stem(images)) and features[0].shape[2:] == (32, 32)
         assert [f.shape[1:] for f in features[1:]] == [(channels, side, side) for channels, side in SHAPES[arch]]
-        kept = [feature.clone() for feature in features]
         assert torch.allclose(model.head(features[-1]), logits, atol=1e-5)
-        assert all(torch.equal(a, b) for a, b in zip(features, kept))  # not overwritten by the head
-
-
-def test_wrn_dropout_sits_between_the_convolutions_and_only_in_training():
-    model, images, seen = build_model("wrn-16-2", 10, dropout=0.4), torch.rand(2, 3, 32, 32), []
-    blocks = [m for m in model.modules() if isinstance(m, common.PreActBlock)]
-    assert len(blocks) == 6 and all(block.dropout.p == 0.4 for block in blocks)
-    blocks[0].dropout.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
-    blocks[0].conv2.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0]))
-    model.train()(images)
-    (before, after), into_conv = seen
-    assert torch.equal(after, into_conv) and abs((after[before > 0] == 0).float().mean() - 0.4) < 0.02
-    with torch.no_grad():
-        assert torch.equal(model.eval()(images), model(images))
 
 
 def test_normalisation_is_part_of_the_model_and_of_its_checkpoint():
@@ -69,6 +52,7 @@ def test_normalisation_is_part_of_the_model_and_of_its_checkpoint():
     plain, model = build_model("wrn-10-1", 3).eval(), build_model("wrn-10-1", 3, 0.1, mean, std, image_size=40)
     images = torch.rand(4, 3, 40, 40)
     with torch.no_grad():
+        assert not torch.equal(model(images), model(images))  # dropout, in training only
         plain.load_state_dict({**model.state_dict(), "mean": plain.mean, "std": plain.std})
         expected = plain((images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1))
         again = common.load_model({"built_as": {"ema": model.built_as}, "ema": model.state_dict()}, "ema")
@@ -80,15 +64,10 @@ def test_normalisation_is_part_of_the_model_and_of_its_checkpoint():
     *((arch, {}, "--arch: unknown") for arch in ("wrn-15-2", "wrn-4-1", "wrn-16-0", "resnet9", "resnet2", "vgg16", "")),
     ("resnet8", {"dropout": 0.1}, "--dropout: resnet8 has none"),
     ("resnet18", {"pretrained": True}, "--pretrained: resnet18 at 32 pixels"),
-    ("wrn-10-1", {"pretrained": True, "image_size": 224}, "--pretrained: wrn-10-1"),
-    ("inception_resnet_v2", {}, "75 pixels"),
 ])  # fmt: skip
 def test_what_does_not_exist_is_refused(arch, options, says):
     with pytest.raises(UsageError, match=says):
         build_model(arch, 10, **options)
-
-
-# ------------------------------------------------------------------------------------------------ models of photographs
 
 
 def test_inception_resnet_v2_is_as_published():
@@ -98,24 +77,18 @@ def test_inception_resnet_v2_is_as_published():
         assert sum(p.numel() for p in net.parameters()) == 55_843_464
         _, features = net.eval()(torch.empty(2, 3, 299, 299), features=True)
     assert [tuple(f.shape[1:]) for f in features] == [(320, 35, 35), (320, 35, 35), (1088, 17, 17), (1536, 8, 8)]
-    net = build_model("inception_resnet_v2", 5, image_size=75)
-    net(torch.rand(2, 3, 75, 75)).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenet_v2", "densenet121", "shufflenet_v2"])
 def test_photographs_get_the_library_s_architecture(arch, monkeypatch):
-    """With the same weights the logits are those of torchvision's model; below 128 pixels it is another form."""
+    """With the same weights the logits are those of torchvision's model."""
     made, get_model, x = [], torchvision.models.get_model, torch.rand(2, 3, 128, 128)
     monkeypatch.setattr(torchvision.models, "get_model", lambda *a, **k: made.append(get_model(*a, **k)) or made[-1])
     model = build_model(arch, 7, image_size=128).eval()
     for bn in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         torch.nn.init.normal_(bn.bias)
     with torch.no_grad():
-        logits, large = model(x, features=True)
-        assert torch.allclose(logits, made[0].eval()(x), rtol=1e-3, atol=1e-4)
-        _, small = build_model(arch, 7, image_size=127).eval()(x, features=True)
-    assert small[-1].shape[-1] >= 4 * large[-1].shape[-1]
+        assert torch.allclose(model(x), made[0].eval()(x), rtol=1e-3, atol=1e-4)
 
 
 def test_pretrained_weights_but_for_a_classifier_of_another_size(monkeypatch):
@@ -132,9 +105,6 @@ def test_pretrained_weights_but_for_a_classifier_of_another_size(monkeypatch):
     monkeypatch.setattr(type(weights), "get_state_dict", offline)
     with pytest.raises(UsageError, match="no route to host.*resnet18-f37072fd.pth"):
         build_model("resnet18", 7, image_size=224, pretrained=True)
-
-
-# ----------------------------------------------------------------------------------------------------------- prediction
 
 
 def test_predict_is_the_model_in_evaluation_mode_row_by_row():

@@ -16,19 +16,16 @@ def corrupt(kind, rate, labels=LABELS, classes=CIFAR10, seed=0, **options):
     return corrupt_labels(labels, kind, rate, len(classes), seed, classes, **options)
 
 
-@pytest.mark.parametrize("kind", ["none", "sym", "per_sample", "sym-other", "pair", "asym"])
+@pytest.mark.parametrize("kind", ["none", "sym", "sym-other", "pair", "asym"])
 def test_noise_follows_its_seed_and_nothing_else(kind):
-    kind, options = ("sym", {"per_sample": True}) if kind == "per_sample" else (kind, {})
     before, state = LABELS.clone(), torch.get_rng_state()
-    first = corrupt(kind, 0.4, **options)
+    first = corrupt(kind, 0.4)
+    assert torch.equal(torch.get_rng_state(), state)  # the training's random numbers stay as they are
     torch.rand(5)
-    again, other = corrupt(kind, 0.4, **options), corrupt(kind, 0.4, seed=1, **options)
+    again, other = corrupt(kind, 0.4), corrupt(kind, 0.4, seed=1)
     assert torch.equal(first, again) and torch.equal(LABELS, before) and first.dtype == torch.int64
     assert torch.equal(first, other) == (kind == "none")
-    torch.set_rng_state(state)
-    corrupt(kind, 0.4, **options)
-    assert torch.equal(torch.get_rng_state(), state)  # the training's random numbers stay as they are
-    assert torch.equal(corrupt(kind, 0.0, **options), LABELS)
+    assert torch.equal(corrupt(kind, 0.0), LABELS)
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.8, 1.0])
@@ -36,10 +33,9 @@ def test_noise_follows_its_seed_and_nothing_else(kind):
 def test_sym_draws_all_classes_alike(rate, per_sample):
     noisy = corrupt("sym", rate, per_sample=per_sample)
     changed = noisy != LABELS
-    if per_sample:
-        assert within(int(changed.sum()), 20000, rate * 0.9)
-    else:  # round(rate·N) are drawn; each keeps its label with probability 1/10
-        assert within(int(changed.sum()), round(rate * 20000), 0.9)
+    # round(rate·N) are drawn, or each with that probability; a drawn label stays the same with probability 1/10
+    total, p = (20000, rate * 0.9) if per_sample else (round(rate * 20000), 0.9)
+    assert within(int(changed.sum()), total, p)
     for classes in (LABELS, noisy):
         counts = torch.bincount(classes[changed], minlength=10).tolist()
         assert all(within(count, int(changed.sum()), 0.1) for count in counts)
@@ -74,7 +70,6 @@ def test_asym_cifar10_moves_exactly_the_rate_of_each_source_class():
 def test_asym_cifar100_moves_within_superclasses_cyclically():
     families = [sorted(family.split()) for family in common.CIFAR100_SUPERCLASSES.split("/")]
     assert len(set(CIFAR100)) == 100 and [len(family) for family in families] == [5] * 20
-    assert ["bear", "leopard", "lion", "tiger", "wolf"] in families and families[18][:2] == ["bicycle", "bus"]
     labels = torch.arange(50000) % 100
     noisy = corrupt("asym", 0.4, labels, CIFAR100)
     assert int((noisy != labels).sum()) == 20000
@@ -84,9 +79,8 @@ def test_asym_cifar100_moves_within_superclasses_cyclically():
 
 
 def test_impossible_noise_is_refused():
-    for rate in (1.1, None):
-        with pytest.raises(UsageError, match=r"--rate: --noise sym needs a rate in \[0, 1\], not"):
-            corrupt("sym", rate)
+    with pytest.raises(UsageError, match=r"--rate: --noise sym needs a rate in \[0, 1\], not"):
+        corrupt("sym", 1.1)
     with pytest.raises(UsageError, match="only CIFAR-10 and CIFAR-100 have a map"):
         corrupt("asym", 0.2, classes=[f"class {c}" for c in range(10)])
     with pytest.raises(ValueError, match="labels are torch.int32, not int64"):
@@ -120,8 +114,7 @@ def test_human_labels_follow_the_images(human, kind):
 
 def test_human_labels_refuse_what_does_not_fit(human, tmp_path):
     folder, labels = human
-    for other in (labels["clean"].flip(0), labels["clean"].repeat(2)):
-        with pytest.raises(UsageError, match="another data set, or the images are not in the official order"):
-            corrupt("human-worse", None, other, data_dir=folder)
+    with pytest.raises(UsageError, match="another data set, or the images are not in the official order"):
+        corrupt("human-worse", None, labels["clean"].flip(0), data_dir=folder)
     with pytest.raises(UsageError, match="no .*CIFAR-10_human.pt"):
         corrupt("human-worse", None, labels["clean"], data_dir=tmp_path / "nowhere")

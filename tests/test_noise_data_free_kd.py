@@ -120,6 +120,7 @@ def test_shapes_are_equally_likely_and_have_their_corners_on_the_circle():
     triangle = torch.isclose(distance, torch.tensor(2.0), atol=1e-6).any(1) & ~rectangle & ~disc
     for kind in (disc, upright, square & ~upright, rectangle, triangle):
         assert within(int(kind.sum()), n, 1 / 6)
+    assert (distance[disc | square | rectangle] > 0).all()  # the centre is inside
     # neighbouring edges of a polygon meet on the circle: corner c satisfies n1·c = d1, n2·c = d2, |c| = r
     rest = (~disc & ~triangle).nonzero().squeeze(1)[:500]
     first = normal[rest].double()
