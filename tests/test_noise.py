@@ -1,5 +1,7 @@
 """Label noise, by counting; the files of CIFAR-10N and CIFAR-100N."""
 
+import pickle
+
 import pytest
 import torch
 from conftest import within
@@ -118,3 +120,14 @@ def test_human_labels_refuse_what_does_not_fit(human, tmp_path):
         corrupt("human-worse", None, labels["clean"].flip(0), data_dir=folder)
     with pytest.raises(UsageError, match="no .*CIFAR-10_human.pt"):
         corrupt("human-worse", None, labels["clean"], data_dir=tmp_path / "nowhere")
+
+
+def test_label_files_are_data_not_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    torch.save({"clean_label": Evil()}, tmp_path / "CIFAR-10_human.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        corrupt("human-worse", None, torch.arange(10), data_dir=tmp_path)
+    assert not (tmp_path / "executed").exists()
