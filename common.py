@@ -1390,7 +1390,7 @@ def claim(folder, config, resume, wait):
     file.seek(0)
     text = file.read()
     if text and f'"script": "{config["script"]}"' not in text:
-        raise UsageError(f"--out: {path} is not of a run; name a new folder")
+        raise UsageError(f"--out: {path} is not of a run of {config['script']}; name a new folder")
     if (folder / "checkpoint.pt").exists():
         old = json.loads(text)
         keys = sorted(config.keys() - {*MACHINE, "torch", "commit"})

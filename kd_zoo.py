@@ -93,6 +93,8 @@ def parse_args():
     args = common.parse(parser, preset)
     if args.teacher and args.method in ALONE:
         raise UsageError(f"--teacher: {args.method} has none; leave it out")
+    if args.init_epochs and args.method not in ("fitnet", "fsp"):
+        raise UsageError(f"--init-epochs: {args.method} has no stage 1; leave it out")
     return args
 
 
@@ -284,9 +286,11 @@ def feature_shapes(arch, data):
         return [tuple(f.shape[1:]) for f in model(images, features=True)[1]]
 
 
-def check_features(args, data):
+def check_features(args, teacher_arch, data):
     """Raise UsageError where FitNet, FSP or AT cannot compare the features of student and teacher as they are."""
-    s, t = (feature_shapes(arch, data) for arch in (args.student_arch, args.teacher_arch))
+    if args.method not in ("fitnet", "fsp", "at"):
+        return
+    s, t = (feature_shapes(arch, data) for arch in (args.student_arch, teacher_arch))
     if args.method == "fitnet":
         same = s[2][1:] == t[2][1:]
     elif args.method == "fsp":
@@ -308,7 +312,7 @@ def main(args):
     device = common.setup(args)
     data = common.load_data(args, device)
     num_classes, size, method, tau = len(data.classes), data.image_size, args.method, args.tau
-    if args.imbalance:
+    if args.imbalance is not None:
         kept = imbalance(data.train_labels, args.imbalance, num_classes, args.noise_seed)
         data = data._replace(train_images=data.train_images[kept], train_labels=data.train_labels[kept])
     labels = common.corrupt_labels(
@@ -318,14 +322,15 @@ def main(args):
     count = {"one": 3, "dml": 2}.get(method, 1)  # of networks that learn
     nets = [common.build_model(args.student_arch, num_classes, image_size=size).to(device) for _ in range(count)]
     student, parts = nets[0], {"model": nets[0]}
-    if method in ("fitnet", "fsp", "at") and not args.teacher:
-        check_features(args, data)
+    if not args.teacher:  # before one is trained
+        check_features(args, args.teacher_arch, data)
     run = common.Run(args, device, data.classes, args.init_epochs + args.epochs)
     teacher = None
     if method not in ALONE:
         milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]
         dropout = 0.4 if args.add == "ft" else 0.0
         teacher, run.header["teacher"] = common.load_teacher(args, device, data, labels, milestones, dropout)
+        check_features(args, teacher.built_as["arch"], data)
         for module in teacher.modules():
             module.training = args.add == "ft" and isinstance(module, nn.Dropout)  # fickle: fickle_teacher.py says why
     if method == "fitnet":

@@ -81,7 +81,10 @@ def parse_args():
     add("--plot-activations", type=Path, metavar="CKPT", help="of a student and its teacher, and Figure 3a")
     add("--plot-batch-size", type=Path, nargs="+", metavar="CKPT", help="accuracy of these runs by batch size")
     add("--toy", action="store_true", help="concentric circles and a perceptron with two BatchNorm layers")
-    return common.parse(parser, preset)
+    args = common.parse(parser, preset)
+    if args.bn and args.running_fraction not in (0, 1):
+        raise UsageError("--running-fraction: --bn is short for 0 (current) or 1 (running); leave one of them out")
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------------ the noise

@@ -353,7 +353,8 @@ def test_an_interrupted_run_continues_to_the_same_bit(cli, method, stops):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--method", "dml", "--teacher", "x.pt"], "--teacher: dml"), (["--imbalance", -1], "--imbalance: -1.0"),
+    (["--method", "dml", "--teacher", "x.pt"], "--teacher: dml"), (["--imbalance", 0], "--imbalance: 0.0"),
+    (["--init-epochs", 3], "--init-epochs: hinton"),
     (["--method", "fsp", "--teacher-arch", "wrn-10-2"], "--student-arch: fsp"),
     (["--method", "fitnet", "--teacher-arch", "shufflenet_v2"], "--student-arch: fitnet"),
     (["--method", "at", "--teacher-arch", "preact_resnet18"], "--student-arch: at"),

@@ -131,39 +131,35 @@ def test_shapes_are_equally_likely_and_have_their_corners_on_the_circle():
     assert len(corners) > 1000 and torch.allclose(corners.norm(dim=1), torch.tensor(2.0).double(), atol=1e-3)
 
 
-def slow_dead_leaves(n, size, seed):
-    """One leaf at a time, each against every pixel that is still bare, in numpy."""
-    generator = torch.Generator().manual_seed(seed)
-    images = np.zeros((n, 3, size * size), dtype=np.float32)
-    rows, columns = (place.ravel() for place in np.indices((size, size)))
-    for image in images:
-        bare = np.ones(size * size, dtype=bool)
-        while bare.any():
-            radii = size * dfkd.leaf_radii(200, generator=generator, device="cpu")
-            normals, distances = (part.numpy() for part in dfkd.leaf_edges(radii, generator))
-            places = size * torch.rand(200, 2, generator=generator).numpy() - 0.5
-            colours = torch.rand(200, 3, generator=generator).numpy()
-            for r, (cos, sin), edges, (x, y), colour in zip(radii.numpy(), normals, distances, places, colours):
-                if r > 0 and bare.any():
-                    at = bare.nonzero()[0]
-                    dx, dy = columns[at] - x, rows[at] - y
-                    inside = (np.outer(dx, cos) + np.outer(dy, sin) <= edges).all(1) & (dx**2 + dy**2 <= r**2)
-                    image[:, at[inside]], bare[at[inside]] = colour[:, None], False
-    return torch.from_numpy(images).view(n, 3, size, size)
+def test_dead_leaves_are_those_of_a_slow_loop(monkeypatch):
+    """The same leaves, each laid behind those before it, pixel by pixel."""
+    n, size, drawn = 3, 16, {"rand": [], "leaf_radii": [], "leaf_edges": []}
 
+    def noting(make, calls):
+        return lambda *args, **more: calls.append((args, make(*args, **more))) or calls[-1][1]
 
-def test_dead_leaves_are_those_of_a_slow_loop():
-    """How often two pixels of an image of side 12 are of one leaf, by their distance."""
-
-    def statistics(images):
-        pairs = {(dy, dx): (images[:, :, dy:, dx:], images[:, :, : 12 - dy, : 12 - dx])
-                 for dy, dx in ((0, 1), (1, 0), (1, 1), (0, 4), (4, 0))}  # fmt: skip
-        return {k: (a == b).all(1).float().mean((1, 2)) for k, (a, b) in pairs.items()}
-
-    slow = statistics(slow_dead_leaves(80, 12, seed=0))
-    fast = statistics(dfkd.dead_leaves(4000, 12, torch.Generator().manual_seed(1), "cpu"))
-    for key, values in slow.items():
-        assert abs(values.mean() - fast[key].mean()) < 4 * values.std() / len(values) ** 0.5, key
+    for owner, name in ((torch, "rand"), (dfkd, "leaf_radii"), (dfkd, "leaf_edges")):
+        monkeypatch.setattr(owner, name, noting(getattr(owner, name), drawn[name]))
+    images = dfkd.dead_leaves(n, size, torch.Generator().manual_seed(0), "cpu")
+    expected, bare = np.zeros((n, size, size, 3), np.float32), np.ones((n, size, size), bool)
+    rows, columns = np.indices((size, size))
+    uniform = [values.numpy() for _, values in drawn["rand"]]  # a round draws radii, x, y, shapes and colours
+    for i, ((shown, _), (normals, edges)) in enumerate(drawn["leaf_edges"]):
+        r = size * drawn["leaf_radii"][i][1].numpy()
+        x, y = (size * values - 0.5 for values in uniform[5 * i + 1 : 5 * i + 3])
+        shapes = zip(shown.numpy(), normals.numpy(), edges.numpy(), uniform[5 * i + 4], strict=True)
+        for k, image in enumerate(bare.any((1, 2)).nonzero()[0]):  # those that are not yet covered
+            before = bare[image].copy()
+            for leaf in (r[k] > 0).nonzero()[0]:
+                dx, dy = columns - x[k, leaf], rows - y[k, leaf]
+                if (before & (abs(dx) <= r[k, leaf]) & (abs(dy) <= r[k, leaf])).any():  # else it has no shape
+                    radius, (cos, sin), edge, colour = next(shapes)
+                    inside = (np.multiply.outer(dx, cos) + np.multiply.outer(dy, sin) <= edge).all(2)
+                    new = bare[image] & inside & (dx**2 + dy**2 <= radius**2)
+                    assert radius == r[k, leaf]
+                    expected[image, new], bare[image, new] = colour, False
+        assert next(shapes, None) is None
+    assert not bare.any() and np.array_equal(images.permute(0, 2, 3, 1), expected)
 
 
 def test_dead_leaves_cover_the_canvas_and_follow_the_generator():
@@ -242,8 +238,9 @@ def test_the_teachers_recipe(cli, tmp_path):
     """Adam at the student's rate; for CIFAR-100 SGD 0.1, weight decay 5e-4 (A.7); a plateau schedule for both."""
     write_npz(tmp_path / "cifar100.npz")
     for dataset in ("tiny.npz", "cifar100.npz"):
-        assert cli(dfkd, *SMALL, "--dataset", dataset, "--lr", 0.003)[0] == 0
+        assert cli(dfkd, *SMALL, "--dataset", dataset, "--lr", 0.003, "--teacher-epochs", 2)[0] == 0
     configs = [json.loads(path.read_text()) for path in Path("runs/teachers").glob("*/config.json")]
+    assert [config["epochs"] for config in configs] == [2, 2]
     recipes = {c["dataset"]: (c["optimizer"], c["lr"], c["weight_decay"], c["milestones"]) for c in configs}
     assert recipes == {"tiny.npz": ("adam", 0.003, 0.0, None), "cifar100.npz": ("sgd", 0.1, 5e-4, None)}
 
@@ -265,10 +262,13 @@ def assert_drawn(*names):
         assert len(np.unique(np.asarray(Image.open(f"{name}.png")))) > 20, name
 
 
-def test_pictures_of_runs(cli):
+def test_pictures_of_runs(cli, monkeypatch):
+    drawn, activations = [], dfkd.activations
+    monkeypatch.setattr(dfkd, "activations", lambda *args: drawn.append(activations(*args)) or drawn[-1])
     assert cli(dfkd, *SMALL, "--out", "a", "--batch-size", 10)[0] == cli(dfkd, *SMALL, "--out", "b")[0] == 0
     status, out, err = cli(dfkd, "--plot-activations", "a/checkpoint.pt", "--device", "cpu", "--eval-batch-size", 5)
     assert (status, err) == (0, "") and all(f" {k}: " in out for k in (1, 2, 4)) and " 8: " not in out
+    assert len({layers[-1].mean().item() for layers in drawn}) == 6  # of real images and noise, by either statistics
     status, out, err = cli(dfkd, "--plot-batch-size", "b/checkpoint.pt", "a/checkpoint.pt", "--device", "cpu")
     small, large = (saved(run)["metrics"][-1]["test_acc"] for run in "ab")
     assert (status, err) == (0, "") and out.splitlines()[-1] == f"10: {small:.2f} %, 20: {large:.2f} %"
