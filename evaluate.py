@@ -1052,7 +1052,7 @@ def show_corruptions(path, images, seed):
         rows.append(torch.cat(list(F.pad(row.flatten(0, 1), (1, 1, 1, 1), value=255)), 2))
     with picture(path, 13, 19.5) as figure:
         axes = figure.subplots()
-        axes.imshow(torch.cat(rows, 1).permute(1, 2, 0).cpu(), interpolation="nearest")
+        axes.imshow(torch.cat(rows, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axes.set_yticks([(i + 0.5) * side for i in range(len(CORRUPTIONS))], list(CORRUPTIONS))
         axes.set_xticks([(i + 0.5) * side for i in range(6 * len(images))], ["clean", *"12345"] * len(images))
         axes.xaxis.tick_top()

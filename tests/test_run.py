@@ -257,7 +257,7 @@ def test_every_flag_that_matters_is_told_by_the_folder(name, monkeypatch):
             values = ["wrn-28-1"]
         else:
             values = ["1" if default in (0, [0], 0.0, None) else str(default / 2 if action.type is not int else 7)]
-        flag = {"--rate": "--noise sym --rate", "--init-epochs": "--method at --init-epochs"}.get(flag, flag)
+        flag = {"--rate": "--noise sym --rate", "--init-epochs": "--method fsp --init-epochs"}.get(flag, flag)
         if flag == "-h" or action.dest == "device":
             continue
         other = parsed(monkeypatch, f"python {name}.py {flag} {' '.join(values)}").name
