@@ -25,7 +25,7 @@ Raikwar, Mishra: Discovering and Overcoming Limitations of Noise-engineered Data
     Figure 4            --show-source
     Figure 7's teacher  --dataset food101 --teacher-arch resnet101
 
-Attained by the first two commands: 61.4 ± 4.7 and 23.9 ± 1.3 % test accuracy (teacher 99.9), last epoch, n = 3, on a CPU.
+Attained by the first two commands: 61.4 ± 4.7 and 23.9 ± 1.3 % test accuracy (teacher 99.9), last epoch, n = 3, a CPU.
 tests/RESULTS.md has Tables 1 and 2 in miniature. Not yet run at the paper's size (dead leaves: 89.4 with current, 37.04
 with running statistics).
 
