@@ -142,7 +142,7 @@ def run(parse_args, main):
         for seed in args.seed:
             out = Path(f"{args.out}-seed{seed}") if args.out and len(args.seed) > 1 else args.out
             results.append(main(argparse.Namespace(**{**vars(args), "seed": seed, "out": out})))
-        if len(results) > 1:
+        if len(results) > 1 and results[0]:  # pictures have no metrics
             print(f"{len(results)} seeds, last epoch, mean ± standard deviation:")
             for key in [key for key in results[0] if "acc" in key or "top5" in key]:
                 values = [metrics[key] for metrics in results]
@@ -1387,6 +1387,8 @@ def claim(folder, config, resume, wait):
             raise UsageError(f"--out: another process is at work in {folder}") from None
         print(f"waiting for the process that is at work in {folder}", flush=True)
         fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        pass  # a file system without locks: nothing holds the folder
     file.seek(0)
     text = file.read()
     if text and f'"script": "{config["script"]}"' not in text:
