@@ -886,16 +886,16 @@ def crop_flip(images, padding=4, mode="zero", size=None):
     return torch.where(flip, images.flip(3), images)
 
 
-def _boxes(count, height, width, scale, ratio, device):
-    """Heights and widths float [count, 1] of boxes of `scale` of the area height·width and `ratio` width to height.
+def _boxes(count, whole, tallest, widest, scale, ratio, device):
+    """Heights and widths float [count, 1] of boxes of `scale` of the area `whole` and `ratio` width to height.
 
     Of ten drawn the first that fits is taken, as in torchvision; third, bool [count, 1]: whether one did.
     """
     area = torch.empty(count, 10, device=device).uniform_(*scale)
     aspect = torch.empty(count, 10, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
-    area = area * height * width
+    area = area * whole
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
-    fits = (h >= 1) & (h <= height) & (w >= 1) & (w <= width)
+    fits = (h >= 1) & (h <= tallest) & (w >= 1) & (w <= widest)
     first = fits.int().argmax(1, keepdim=True)
     return h.gather(1, first), w.gather(1, first), fits.any(1, keepdim=True)
 
@@ -908,7 +908,7 @@ def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     """
     check_images(images)
     height, width = images.shape[2:]
-    h, w, fits = _boxes(len(images), height, width, scale, ratio, images.device)
+    h, w, fits = _boxes(len(images), height * width, height, width, scale, ratio, images.device)
     h, w = h.where(fits, height), w.where(fits, width)
     top = (torch.rand_like(h) * (height - h + 1)).floor()
     left = (torch.rand_like(w) * (width - w + 1)).floor()
@@ -986,7 +986,8 @@ def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)
     """
     check_images(images)
     height, width = images.shape[2:]
-    h, w, fits = _boxes(len(images), height, width, scale, (1 / ratio[1], 1 / ratio[0]), images.device)
+    turned = 1 / ratio[1], 1 / ratio[0]  # width to height
+    h, w, fits = _boxes(len(images), height * width, height - 1, width - 1, scale, turned, images.device)
     chosen = fits & (torch.rand_like(h) < probability)
     h, w = h.where(chosen, 0).view(-1, 1, 1, 1), w.where(chosen, 0).view(-1, 1, 1, 1)
     top = (torch.rand_like(h) * (height - h + 1)).floor()
