@@ -777,21 +777,25 @@ def evaluate_pgd(subject, eps, args):
     return {pgd_column(k, eps): 100 * (withstood >= k).double().mean().item() for k in args.pgd}
 
 
-def evaluate_corruption(subject, name, seed, official):
+def corrupted_images(test_sets, official, name, seed, test_set, severity):
+    """test_sets[test_set] corrupted, uint8 [N, 3, H, W]: from the arrays of read_cifar_c, or generated (None)."""
+    images = test_sets[test_set]
+    if official is None:
+        return corrupt(images, name, severity, seed)
+    rows = 10000 * (severity - 1) + evenly_spaced(10000, len(images)).numpy()
+    return torch.from_numpy(official[name][rows]).permute(0, 3, 1, 2).to(images.device)
+
+
+def evaluate_corruption(subject, corrupted):
     """Accuracy in percent on images corrupted with severity 1 … 5, and natural robustness: two lists of 5.
 
     Natural robustness is the accuracy among the samples classified correctly when clean (Gu et al. 2019), NaN if there
-    are none. official: the arrays of read_cifar_c; None: the corruptions are generated.
+    are none. corrupted: a function of the name of the test set and the severity that gives the images.
     """
-    images, labels = subject.data.test_images, subject.data.test_labels
     result = {"accuracy": [], "natural_robustness": []}
     for severity in range(1, 6):
-        if official:
-            rows = 10000 * (severity - 1) + evenly_spaced(10000, len(images)).numpy()
-            corrupted = torch.from_numpy(official[name][rows]).permute(0, 3, 1, 2).to(images.device)
-        else:
-            corrupted = corrupt(images, name, severity, seed)
-        hit = predict(subject.model, corrupted, batch_size=subject.batch_size).argmax(1) == labels
+        images = corrupted(subject.test_set, severity)
+        hit = predict(subject.model, images, batch_size=subject.batch_size).argmax(1) == subject.data.test_labels
         result["accuracy"].append(100 * hit.double().mean().item())
         result["natural_robustness"].append(100 * hit[subject.right].double().mean().item())
     return result
@@ -820,8 +824,22 @@ def evaluate_transfer(source, targets, args):
     return rates
 
 
-def measure(subject, args, official, cinic):
-    """Put what the flags ask for into subject.numbers and subject.results."""
+def measure_corruptions(subjects, args, official):
+    """CIFAR-C of all subjects; those of one test set share the corrupted images, which are made once."""
+    source = "official" if official else "generated"
+    test_sets = {subject.test_set: subject.data.test_images for subject in subjects}
+    for name in common.progress(list(CORRUPTIONS), f"CIFAR-C, {source}"):
+        corrupted = functools.cache(functools.partial(corrupted_images, test_sets, official, name, args.seed))
+        settings = {"measure": name, "source": source, "seed": None if official else args.seed}
+        for subject in subjects:
+            subject.results[name] = measured(subject, settings, ["accuracy"], evaluate_corruption, corrupted)
+    for subject in subjects:
+        subject.numbers[f"mCA, {source} (%)"] = averages(subject, "accuracy")["mean"]
+        subject.numbers["natural robustness (%)"] = averages(subject, "natural_robustness")["mean"]
+
+
+def measure(subject, args, cinic):
+    """Put what the flags ask for, but CIFAR-C and transferability, into subject.numbers and subject.results."""
     data = subject.data
     clean = measured(subject, {"measure": "clean"}, ["accuracy"], evaluate_images, data.test_images, data.test_labels)
     subject.results["clean"], subject.numbers["accuracy (%)"] = clean, clean["accuracy"]
@@ -830,14 +848,6 @@ def measure(subject, args, official, cinic):
     if cinic:
         settings = {"measure": "CINIC", "images": len(cinic[1]), "seed": args.seed}
         subject.numbers["CINIC (%)"] = measured(subject, settings, ["accuracy"], evaluate_images, *cinic)["accuracy"]
-    if args.cifar_c is not None:
-        source = "official" if official else "generated"
-        for name in common.progress(list(CORRUPTIONS), f"CIFAR-C, {source}, on {subject.path}"):
-            settings = {"measure": name, "source": source, "seed": None if official else args.seed}
-            result = measured(subject, settings, ["accuracy"], evaluate_corruption, name, args.seed, official)
-            subject.results[name] = result
-        subject.numbers[f"mCA, {source} (%)"] = averages(subject, "accuracy")["mean"]
-        subject.numbers["natural robustness (%)"] = averages(subject, "natural_robustness")["mean"]
     if args.pgd:
         for eps in args.eps:
             settings = {"measure": "PGD", "eps": eps, "step_size": args.step_size}
@@ -1095,7 +1105,9 @@ def main(args):
     if not subjects:
         return {}
     for subject in subjects:
-        measure(subject, args, official, cinic)
+        measure(subject, args, cinic)
+    if args.cifar_c is not None:
+        measure_corruptions(subjects, args, official)
     if args.transfer:
         keys = [target.key for target in subjects]
         settings = {"measure": "transfer", "eps": args.eps[0], "step_size": args.step_size, "seed": args.seed}

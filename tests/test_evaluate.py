@@ -137,15 +137,18 @@ def test_clean_metrics_are_numpy_s(scale):
     assert found["bins"]["share"] == pytest.approx([(which == b).mean() for b in range(15)])
 
 
-def test_natural_robustness_by_hand(monkeypatch):
+def test_natural_robustness_by_hand():
     """Four images of class 0, the first two right when clean; image 4k + i is image i at severity k."""
     right = ["1100", "1000", "0100", "0011", "1111", "0000"]
     logits = torch.tensor([[1.0, 0] if bit == "1" else [0, 1.0] for bit in "".join(right)])
-    monkeypatch.setattr(evaluate, "corrupt", lambda images, name, severity, seed: numbered(4, 4 * severity))
+
+    def corrupted(test_set, severity):
+        return numbered(4, 4 * severity)
+
     subject, never = (subject_of(Lookup(logits), numbered(4, k), torch.zeros(4).long()) for k in (0, 20))
-    found = evaluate.evaluate_corruption(subject, "fog", 0, None)
+    found = evaluate.evaluate_corruption(subject, corrupted)
     assert found == {"accuracy": [25, 25, 50, 100, 0], "natural_robustness": [50, 50, 0, 100, 0]}
-    found = evaluate.evaluate_corruption(never, "fog", 0, None)
+    found = evaluate.evaluate_corruption(never, corrupted)
     assert found["accuracy"] == [25, 25, 50, 100, 0] and all(math.isnan(v) for v in found["natural_robustness"])
 
 
@@ -216,8 +219,9 @@ def test_end_to_end():
     summary = json.loads(Path("out/summary.json").read_text(encoding="utf-8"))
     assert list(summary["models"]) == ["nrd lr=0.1", "nrd lr=0.2"]
     for row in summary["models"].values():
-        columns = ["accuracy (%)", "ECE", "NLL", "Brier", "mCA, generated (%)", "natural robustness (%)"]
+        columns = ["accuracy (%)", "ECE", "NLL", "Brier"]
         columns += [f"PGD-{k}, ε {eps} (%)" for eps in ("1/255", "0.031") for k in (1, 2)]
+        columns += ["mCA, generated (%)", "natural robustness (%)"]
         assert list(row) == ["checkpoints", *columns]
     assert f"{summary['models']['nrd lr=0.1']['NLL']['mean']:.4f}" in result.stdout
     assert Path("a/evaluation.json").exists() and Path("b/evaluation.json").exists()
@@ -400,3 +404,14 @@ def test_bad_input_is_one_line(run, flags, says):
     with pytest.raises(common.UsageError) as error:
         run(*flags.split())
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_corrupted_images_are_made_once_for_all_models(run, monkeypatch):
+    made = []
+    original = evaluate.corrupt
+    monkeypatch.setattr(evaluate, "corrupt", lambda *args: made.append(args[1:3]) or original(*args))
+    monkeypatch.setattr(evaluate, "CORRUPTIONS", {"fog": evaluate.fog})
+    write_checkpoint("a/checkpoint.pt", lr=0.1)
+    write_checkpoint("b/checkpoint.pt", lr=0.2)
+    run("a", "b", "--cifar-c")
+    assert made == [("fog", severity) for severity in range(1, 6)]
