@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # at the end: a script's name must not hide a library's
@@ -40,6 +41,45 @@ def write_npz(path, **changes):
     }
     np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
     return path
+
+
+def saved(folder):
+    """The checkpoint of a run folder, without its config and without what a clock measured."""
+    import common
+
+    checkpoint = common.load_checkpoint(Path(folder) / "checkpoint.pt")
+    for record in checkpoint["metrics"]:
+        del record["seconds"], record["images_per_second"]
+    return {key: value for key, value in checkpoint.items() if key != "config"}
+
+
+def assert_same(a, b):
+    """Two dicts with tensors are the same to the bit."""
+    assert a.keys() == b.keys()
+    for key in a:
+        pairs = zip(tree_leaves(a[key]), tree_leaves(b[key]), strict=True)
+        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in pairs), key
+
+
+def assert_resumes_to_the_same_bit(cli, script, *flags, stops):
+    """A run that Ctrl-C stops after each epoch, of its teacher too, ends as one that nobody disturbed."""
+    import common
+
+    end_epoch = common.Run.end_epoch
+
+    def interrupt(run, *losses, **metrics):
+        end_epoch(run, *losses, **metrics)
+        raise KeyboardInterrupt
+
+    assert cli(script, *flags, "--out", "whole")[::2] == (0, "")
+    if Path("runs").exists():
+        Path("runs").rename("kept")  # so that a teacher is trained again
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Run, "end_epoch", interrupt)
+        assert [cli(script, *flags, "--out", "broken", "--resume")[0] for _ in range(stops)] == [130] * stops
+    status, out, err = cli(script, *flags, "--out", "broken", "--resume")
+    assert (status, err) == (0, "") and "\nepoch " not in out
+    assert_same(saved("whole"), saved("broken"))
 
 
 @pytest.fixture(autouse=True)

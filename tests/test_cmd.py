@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load_script, within, write_npz
-from test_noise_as_a_resource import assert_resumes_to_the_same_bit, quick, saved  # noqa: F401
+from conftest import ROOT, assert_resumes_to_the_same_bit, load_script, saved, within, write_npz
+from test_noise_as_a_resource import quick  # noqa: F401
 
 import common
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import within, write_npz
-from test_noise_as_a_resource import TINY, assert_resumes_to_the_same_bit, log_softmax, quick, saved  # noqa: F401
+from conftest import assert_resumes_to_the_same_bit, saved, within, write_npz
+from test_noise_as_a_resource import TINY, log_softmax, quick  # noqa: F401
 from torch.utils._pytree import tree_leaves
 
 import common

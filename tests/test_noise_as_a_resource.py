@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import within, write_npz
-from torch.utils._pytree import tree_leaves
+from conftest import assert_resumes_to_the_same_bit, assert_same, saved, within, write_npz
 
 import common
 import fickle_teacher as ft
@@ -35,41 +34,6 @@ def distillation_loss(S, T, y, alpha, tau):
     log_s, log_t = log_softmax(S / tau), log_softmax(T / tau)
     kl = (np.exp(log_t) * (log_t - log_s)).sum(1).mean()
     return (1 - alpha) * -log_softmax(S)[np.arange(len(y)), y].mean() + alpha * tau**2 * kl
-
-
-def saved(folder):
-    """The checkpoint of a run folder, without its config and without what a clock measured."""
-    checkpoint = common.load_checkpoint(Path(folder) / "checkpoint.pt")
-    for record in checkpoint["metrics"]:
-        del record["seconds"], record["images_per_second"]
-    return {key: value for key, value in checkpoint.items() if key != "config"}
-
-
-def assert_same(a, b):
-    """Two dicts with tensors are the same to the bit."""
-    assert a.keys() == b.keys()
-    for key in a:
-        pairs = zip(tree_leaves(a[key]), tree_leaves(b[key]), strict=True)
-        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y for x, y in pairs), key
-
-
-def assert_resumes_to_the_same_bit(cli, script, *flags, stops):
-    """A run that Ctrl-C stops after each epoch, of its teacher too, ends as one that nobody disturbed."""
-    end_epoch = common.Run.end_epoch
-
-    def interrupt(run, *losses, **metrics):
-        end_epoch(run, *losses, **metrics)
-        raise KeyboardInterrupt
-
-    assert cli(script, *flags, "--out", "whole")[::2] == (0, "")
-    if Path("runs").exists():
-        Path("runs").rename("kept")  # so that a teacher is trained again
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Run, "end_epoch", interrupt)
-        assert [cli(script, *flags, "--out", "broken", "--resume")[0] for _ in range(stops)] == [130] * stops
-    status, out, err = cli(script, *flags, "--out", "broken", "--resume")
-    assert (status, err) == (0, "") and "\nepoch " not in out
-    assert_same(saved("whole"), saved("broken"))
 
 
 # ----------------------------------------------------------------------------------------------------------------- loss

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import within, write_npz
+from conftest import assert_resumes_to_the_same_bit, assert_same, saved, within, write_npz
 from PIL import Image
-from test_noise_as_a_resource import TINY, assert_resumes_to_the_same_bit, assert_same, log_softmax, quick, saved  # noqa: F401
+from test_noise_as_a_resource import TINY, log_softmax, quick  # noqa: F401
 
 import common
 import noise_data_free_kd as dfkd

@@ -15,7 +15,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, load_script
+from conftest import ROOT, TINY, assert_same, load_script, saved
 
 import common
 import nrd
@@ -24,31 +24,8 @@ FILES = ["checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"]
 SCRIPTS = ("nrd", "fickle_teacher", "soft_randomization", "messy_collaboration", "kd_zoo", "cmd", "noise_data_free_kd")
 
 
-def without_times(metrics):
-    return [{k: v for k, v in record.items() if k not in ("images_per_second", "seconds")} for record in metrics]
-
-
 def assert_same_run(a, b):
-    """Two run folders hold the same state to the bit, but for what a clock measured and where they lie."""
-    a, b = (common.load_checkpoint(folder / "checkpoint.pt") for folder in (a, b))
-    assert a.keys() == b.keys() and without_times(a["metrics"]) == without_times(b["metrics"])
-
-    def same(x, y, path):
-        assert type(x) is type(y), path
-        if isinstance(x, dict):
-            assert x.keys() == y.keys(), path
-            for key in x:
-                same(x[key], y[key], f"{path}.{key}")
-        elif torch.is_tensor(x):
-            assert torch.equal(x, y), path
-        elif isinstance(x, list):
-            for i, (p, q) in enumerate(zip(x, y, strict=True)):
-                same(p, q, f"{path}[{i}]")
-        else:
-            assert x == y, path
-
-    for part in a.keys() - {"config", "metrics"}:
-        same(a[part], b[part], part)
+    assert_same(saved(a), saved(b))
 
 
 def metrics_of(folder):
