@@ -213,7 +213,7 @@ def distances(e):
     """Euclidean distances between rows of e [B, K], divided by the mean of those above 0: [B, B]."""
     squares = (e.unsqueeze(0) - e.unsqueeze(1)).square().sum(2)
     d = torch.where(squares > 0, squares.clamp(min=1e-12).sqrt(), 0)
-    return d * (d > 0).sum() / d.sum()
+    return d * (d > 0).sum() / d.sum().clamp(min=1e-12)  # where all rows are equal: 0, not 0 / 0
 
 
 def rkd_distance_loss(s, t):
