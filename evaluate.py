@@ -161,7 +161,7 @@ SEVERITIES = {  # severity 1 … 5
     "defocus_blur": ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1)),  # disc radius, its own blur
     "glass_blur": ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),  # blur, shift, rounds
     "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),  # radius, standard deviation
-    "zoom_blur": (1.05, 1.10, 1.15, 1.20, 1.25),  # largest zoom
+    "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),  # end of np.arange(1, end, 0.01)
     # mean and deviation of the flakes, zoom, threshold, radius and deviation of their trails, weight of the image
     "snow": ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
              (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
@@ -195,7 +195,7 @@ def corrupt(images, name, severity, seed=0):
     parts = []
     for i, part in enumerate(images.split(1000)):
         x = function(to_float(part), constants, torch.Generator(images.device).manual_seed(seed + i))
-        parts.append((x * 255).round().clamp(0, 255).byte())
+        parts.append((x * 255 + 1e-3).clamp(0, 255).byte())  # cut off, as CIFAR-C's files; 1e-3 is float32's error
     return torch.cat(parts)
 
 
@@ -205,6 +205,11 @@ def normal(like, generator):
 
 def uniform(low, high, shape, like, generator):
     return low + (high - low) * torch.rand(shape, device=like.device, generator=generator)
+
+
+def whole(x):
+    """Round to the 256 levels that a picture has."""
+    return (x * 255).round() / 255
 
 
 def gaussian_noise(x, sigma, generator):
@@ -293,7 +298,7 @@ def trail(x, radius, sigma, degrees):
 
 
 def motion_blur(x, constants, generator):
-    return trail(x, *constants, uniform(-45, 45, len(x), x, generator))
+    return whole(trail(x, *constants, uniform(-45, 45, len(x), x, generator)))
 
 
 def middle(x, size):
@@ -309,9 +314,9 @@ def zoomed(x, factor):
     return middle(F.interpolate(middle(x, inner), large, mode="bilinear", align_corners=True), x.shape[2:])
 
 
-def zoom_blur(x, largest, generator):
+def zoom_blur(x, end, generator):
     x = x.contiguous(memory_format=torch.channels_last)  # faster to interpolate
-    zooms = [1 + 0.01 * i for i in range(round((largest - 1) * 100) + 1)]
+    zooms = np.arange(1, end, 0.01).tolist()  # numpy's rounding decides whether `end` is one of them
     return (x + sum(zoomed(x, zoom) for zoom in zooms)).contiguous() / (len(zooms) + 1)
 
 
@@ -440,7 +445,7 @@ def box_matrix(size, new):
 def pixelate(x, share, generator):
     sides = [(side, int(side * share)) for side in x.shape[2:]]
     height, width = ((box_matrix(b, a) @ box_matrix(a, b)).to(x.device) for a, b in sides)
-    return torch.einsum("bkhw,ih,jw->bkij", x, height, width)
+    return whole(torch.einsum("bkhw,ih,jw->bkij", x, height, width))
 
 
 JPEG_TABLES = """
@@ -478,11 +483,12 @@ def jpeg_compression(x, quality, generator):
     return rgb[..., :height, :width] / 255
 
 
-def sampled(x, points):
-    """x [B, K, H, W] at `points` [B, H, W, 2], (x, y) in pixels, linearly, mirrored at its border pixels."""
+def sampled(x, points, repeat):
+    """x [B, K, H, W] at `points` [B, H, W, 2], (x, y) in pixels, linearly. Beyond its border x is mirrored: c b a b c,
+    or with `repeat` the border pixel comes twice: b a a b."""
     size = torch.tensor([x.shape[3], x.shape[2]], device=x.device)
-    grid = points * 2 / (size - 1) - 1
-    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=True)
+    grid = (2 * points + 1) / size - 1 if repeat else 2 * points / (size - 1) - 1
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=not repeat)
 
 
 def elastic_transform(x, constants, generator):
@@ -496,11 +502,11 @@ def elastic_transform(x, constants, generator):
     before = third + torch.tensor([width // 2, height // 2], device=x.device)
     after = before + uniform(-jitter, jitter, (count, 3, 2), x, generator)
     inverse = torch.linalg.solve(F.pad(after, (0, 1), value=1.0), before.expand(count, 3, 2))  # after -> before
-    x = sampled(x, torch.einsum("hwi,bij->bhwj", F.pad(points, (0, 1), value=1.0), inverse))
+    x = sampled(x, torch.einsum("hwi,bij->bhwj", F.pad(points, (0, 1), value=1.0), inverse), repeat=False)
     if amount == 0:
         return x
     shift = amount * blur(uniform(-1, 1, (count, 2, height, width), x, generator), smoothness, 3, True)
-    return sampled(x, points + shift.permute(0, 2, 3, 1))
+    return sampled(x, points + shift.permute(0, 2, 3, 1), repeat=True)
 
 
 CORRUPTIONS = {
