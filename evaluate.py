@@ -492,7 +492,7 @@ def jpeg_compression(x, quality, generator):
     chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear") - 128
     cb, cr = chroma.split(1, 1)
     rgb = torch.cat([luma + 1.402 * cr, luma - 0.344136 * cb - 0.714136 * cr, luma + 1.772 * cb], 1)
-    return rgb[..., :height, :width] / 255
+    return rgb[..., :height, :width].round() / 255
 
 
 def sampled(x, points, repeat):

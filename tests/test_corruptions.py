@@ -69,6 +69,45 @@ def drawn(monkeypatch):
     return draws
 
 
+DISTANCES = """
+gaussian_noise      8.02 11.97 15.89 17.83 19.74
+shot_noise          6.12  8.62 13.55 15.60 19.01
+impulse_noise       1.27  2.55  3.80  6.38  8.91
+speckle_noise       5.92  9.78 11.71 15.49 19.19
+gaussian_blur       3.39 12.45 15.37 17.59 21.02
+defocus_blur        3.44  8.47 12.46 17.65 21.10
+glass_blur         19.56 19.62 19.62 29.59 28.18
+motion_blur        11.83 16.69 20.30 20.34 22.68
+zoom_blur          13.96 16.17 18.57 20.90 23.11
+snow               10.88 24.25 26.02 37.83 53.09
+frost               30.4  44.8  48.6  43.8  42.1
+fog                 9.84 19.65 25.25 30.00 36.32
+spatter             1.07  2.85  6.98  3.10  5.22
+brightness          9.42 19.14 28.52 37.53 53.74
+contrast            9.46 18.90 22.68 26.45 32.12
+saturate           17.34 22.38 11.97 28.05 38.33
+pixelate            3.39  6.05  7.50 11.19 15.38
+jpeg_compression   11.38 13.25 13.92 14.61 15.54
+elastic_transform  30.07 28.35 25.88 24.76 22.11"""
+
+
+@pytest.mark.parametrize("line", DISTANCES.split("\n")[1:], ids=lambda line: line.split()[0])
+def test_mean_pixel_distance_is_that_of_the_published_generator(line):
+    """DISTANCES are what CIFAR-C's own make_cifar_c.py gave on 200 images of `shapes`, the mean of five seeds.
+
+    It ran with numpy 1.26, scikit-image 0.26, scipy 1.17, OpenCV 4.11, Pillow 13.0 and ImageMagick 6.9. Its photographs
+    of frost do not ship: the line of frost is measured on CIFAR-10-C's files, so on other images.
+    The tolerance is 5 %: affine maps drawn for 200 images change the mean by 2 %, the largest chance of all. It is 15 %
+    for spatter, whose drops have another relief, and for frost.
+    """
+    name, *published = line.split()
+    images = common.load_dataset("shapes", limit_test=200).test_images
+    tolerance = 0.15 if name in ("frost", "spatter") else 0.05
+    for severity, distance in enumerate(published, 1):
+        found = (corrupt(images, name, severity).float() - images.float()).abs().mean().item()
+        assert found == pytest.approx(float(distance), rel=tolerance), f"severity {severity}"
+
+
 @pytest.mark.parametrize("name", SEVERITIES)
 def test_form_and_seed(name):
     """The same seed gives the same pixels; where there is chance, another seed gives others, as does another image."""
@@ -114,10 +153,10 @@ def zoomed(plane, factor):
     return large[top : top + height, left : left + width]
 
 
-@by_severity("largest", 5, 10, 15, 20, 25)
-def test_zoom_blur_is_scipy_s(x, severity, largest):
+@by_severity("end", 1.06, 1.11, 1.16, 1.21, 1.26)
+def test_zoom_blur_is_scipy_s(x, severity, end):
     planes = x.double().numpy().reshape(-1, *x.shape[2:])
-    zooms = [1 + percent / 100 for percent in range(largest + 1)]
+    zooms = np.arange(1, end, 0.01)
     expected = [(plane + sum(zoomed(plane, zoom) for zoom in zooms)) / (len(zooms) + 1) for plane in planes]
     assert_close(applied("zoom_blur", severity, x), np.reshape(expected, x.shape))
 
@@ -141,7 +180,8 @@ def test_motion_blur_is_a_loop_over_the_pixels_of_a_trail(x, severity, constants
     ((low, high, *_), degrees) = drawn[0]
     assert (low, high) == (-45, 45) and degrees.shape == (len(x),)
     for image, result, angle in zip(x.double().numpy(), out, degrees.tolist()):
-        assert_close(result, np.stack([trailed(plane, *constants, angle) for plane in image]))
+        expected = np.stack([trailed(plane, *constants, angle) for plane in image])
+        assert_close(result, expected, 0.501 / 255)  # ImageMagick rounds
 
 
 @by_severity("constants", (0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2))
@@ -183,7 +223,7 @@ def test_pixelate_is_pillow_s_box_filter(severity, share):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
         small = picture.resize((int(40 * share), int(48 * share)), Image.BOX)
         expected = np.asarray(small.resize((40, 48), Image.BOX)).astype(int)
-        assert_close(result.permute(1, 2, 0).int(), expected, 1.5)
+        assert_close(result.permute(1, 2, 0).int(), expected, 1.5)  # Pillow rounds each axis for itself
 
 
 @pytest.mark.parametrize("name, channel, constants", [
@@ -205,10 +245,10 @@ def test_contrast_shrinks_about_each_channel_s_mean(x, severity, factor):
     assert_close(applied("contrast", severity, x), mean + factor * (x.double().numpy() - mean))
 
 
-def mapped(image, points):
+def mapped(image, points, mode):
     """scipy's reading of image [K, H, W] at points [H, W, 2], (x, y)."""
     where = points[..., 1], points[..., 0]
-    return np.stack([scipy.ndimage.map_coordinates(plane, where, order=1, mode="mirror") for plane in image])
+    return np.stack([scipy.ndimage.map_coordinates(plane, where, order=1, mode=mode) for plane in image])
 
 
 @by_severity("constants", (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03))
@@ -223,10 +263,10 @@ def test_elastic_transform_is_scipy_s(x, severity, constants, drawn):
     for k, image in enumerate(x.double().numpy()):
         after = before + drawn[0][1][k].double().numpy()
         forward = np.linalg.solve(np.c_[before, np.ones(3)], after)  # [3, 2]: (x, y, 1) -> (x', y')
-        expected = mapped(image, (points - forward[2]) @ np.linalg.inv(forward[:2]))
+        expected = mapped(image, (points - forward[2]) @ np.linalg.inv(forward[:2]), "mirror")
         if amount:
             shift = gaussian(drawn[1][1][k].double().numpy(), smooth * side, mode="reflect", truncate=3)
-            expected = mapped(expected, points + amount * side * shift.transpose(1, 2, 0))
+            expected = mapped(expected, points + amount * side * shift.transpose(1, 2, 0), "reflect")
         assert_close(out[k], expected, 1e-3)
 
 
