@@ -1,25 +1,25 @@
 """Evaluate any checkpoint: PGD, CIFAR-C, CINIC-10, calibration and the transferability of adversarial examples.
 
-    python evaluate.py CKPT                                          # clean accuracy, ECE, PGD-20
-    python evaluate.py CKPT … --pgd 1 5 10 15 20 100 200 1000 --eps 8/255   # Table 4: more and more steps
-    python evaluate.py CKPT … --pgd 20 --eps 1/255 2/255 10/255 20/255 25/255 50/255 100/255 200/255      # Table 5
-    python evaluate.py CKPT … --cifar-c CIFAR-10-C --cinic CINIC-10  # mCA and CINIC columns, Figure 3
-    python evaluate.py CKPT … --transfer --teacher TEACHER_CKPT      # Figure 1 of KD Beyond Model Compression
-    python evaluate.py --show-corruptions --dataset cifar10          # what --cifar-c does without a folder
+    python evaluate.py CKPT …                       # accuracy, ECE, NLL, Brier score: Tables 7 and 8
+    python evaluate.py CKPT … --cifar-c CIFAR-10-C --cinic CINIC-10          # Tables 1, 3 and 9, Figure 3
+    python evaluate.py CKPT … --pgd 1 5 10 15 20 100 200 1000 --eps 8/255    # Table 4: more and more steps
+    python evaluate.py CKPT … --pgd 20 --eps 1/255 2/255 10/255 20/255 25/255 50/255 100/255 200/255    # Table 5
+    python evaluate.py CKPT … --pgd 20 --plot-by sigma                       # Table 6, Figure 2
+    python evaluate.py CKPT … --cinic CINIC-10 --plot-by target-noise rate   # Figures 4 and 5
+    python evaluate.py CKPT … --transfer --teacher  # Figure 1 of KD Beyond Model Compression
+    python evaluate.py CKPT … --ece                 # Figure 5 of Neural Vicinal Risk Minimization
+    python evaluate.py --show-corruptions --dataset cifar10    # what --cifar-c does without a folder
 
-CKPT is the checkpoint.pt of a run folder; put checkpoints first. Those that differ only in their seed are one row of a
-table: mean ± sample standard deviation (n). A row is named by every flag in which it differs from another row. The
-results of a checkpoint stay beside it, in evaluation.json, and are not measured again. Pictures and summary.json, the
-numbers of the tables, go to --out.
+CKPT is the checkpoint.pt of a run or of a teacher, or its folder; put checkpoints first. Those that differ only in
+their seed are one row of a table: mean ± sample standard deviation (n). A row is named by every flag in which it
+differs from another row. The results of a checkpoint stay beside it, in evaluation.json, and are not measured again.
+Pictures and summary.json, the numbers of the tables, go to --out. Without flags nothing is attacked: that table takes
+seconds, PGD takes minutes or hours.
 
-Arani, Sarfraz, Zonooz: Noise as a Resource for Learning in Knowledge Distillation (sections 2.2-2.4, Tables 1-6,
-Figures 2 and 3). Sarfraz, Arani, Zonooz: Knowledge Distillation Beyond Model Compression (section IV-D, Figure 1).
-Shon et al.: Neural Vicinal Risk Minimization (Figure 5: calibration).
-
-Other people's weights need --dataset. `weights.pt --arch NAME` is a state_dict for common.build_model, `weights.pt
---torchvision NAME` one for a torchvision model; `--torchvision NAME` alone has the weights that torchvision publishes.
-
-Everything is float32 in evaluation mode with deterministic convolutions, on CUDA as on the CPU.
+Tables and figures without another name: Arani, Sarfraz, Zonooz: Noise as a Resource for Learning in Knowledge
+Distillation. Others: Sarfraz, Arani, Zonooz: Knowledge Distillation Beyond Model Compression (section IV-D); Shon et
+al.: Neural Vicinal Risk Minimization. Weights of other projects: evaluate.pgd and evaluate.corrupt take any model and
+any images. Everything is float32 in evaluation mode with deterministic convolutions, on CUDA as on the CPU.
 """
 
 import argparse
@@ -28,10 +28,10 @@ import dataclasses
 import fractions
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
-import re
 import statistics
 import sys
 import textwrap
@@ -41,11 +41,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
 
 import common
 from common import UsageError, evenly_spaced, evenly_split, predict, to_float
-
-# torchvision, matplotlib and Pillow are imported where they are used: --help should not wait for them.
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
@@ -58,56 +57,40 @@ def fraction(text):
     return value
 
 
-def positive(text):
-    """argparse type: an int from 1 up."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return int(text)
-
-
 def parse_args():
     parser = argparse.ArgumentParser("evaluate.py", description=__doc__, formatter_class=common.HelpFormatter)
     add = parser.add_argument
     add("checkpoints", nargs="*", type=Path, default=[], metavar="CKPT", help="checkpoint.pt, or the folder, of runs")
     add("--part", default="model", help="the weights in CKPT: model, ema, …")
 
-    add = parser.add_argument_group("what to run (none of these: --ece --pgd 20)").add_argument
+    add = parser.add_argument_group("what to run (none of these: accuracy, ECE, NLL, Brier score)").add_argument
     add("--ece", action="store_true", help="ECE (15 equal-width bins), NLL, Brier score, reliability diagram")
-    add("--pgd", nargs="+", type=positive, default=[], metavar="N", help="l∞ PGD of N steps; several: a sweep")
+    add("--pgd", nargs="+", type=int, default=[], metavar="N", help="l∞ PGD of N steps; several: a sweep")
     add("--eps", nargs="+", type=fraction, default=[0.031], help="radius in [0, 1], 0.031 or 8/255; several: a sweep")
     add("--step-size", type=fraction, default=0.003, help="in [0, 1]")
-    add("--restarts", type=positive, default=5, help="random starts, the worst counts")
+    add("--restarts", type=int, default=5, help="runs of PGD from random starts; the worst run counts")
+    add("--worst-start", action="store_true", help="instead of the worst run, the worst start of each sample counts")
     add("--cifar-c", nargs="?", const="", metavar="DIR", help="19 corruptions: the official .npy files, else generated")
     add("--cinic", type=Path, metavar="DIR", help="the ImageNet images of CINIC-10, 2,100 a class")
     add("--transfer", action="store_true", help="PGD-20 images of each checkpoint on each other, of the smallest --eps")
-    add("--teacher", type=Path, metavar="CKPT", help="--transfer: one more source, in a column of its own")
+    add("--teacher", nargs="?", const="", metavar="CKPT", help="--transfer from it too; no CKPT: whom students name")
+    add("--plot-by", nargs="+", default=[], metavar="FLAG", help="curves over a flag of training, as sigma; two: maps")
     add("--show-corruptions", action="store_true", help="write corruptions.png, a contact sheet")
 
     add = parser.add_argument_group("data, machine and output").add_argument
     add("--dataset", metavar="NAME", help="as in the training scripts; None: what CKPT was trained on")
     add("--data-dir", type=Path, metavar="DIR", help="where data sets are kept; None: as in training")
-    add("--limit-test", type=positive, metavar="N", help="use N evenly spaced test samples")
+    add("--limit-test", type=int, metavar="N", help="use N evenly spaced test samples")
     add("--seed", type=int, default=0, help="of random starts, corruptions, CINIC's choice")
-    add("--batch-size", type=positive, help="images a forward pass; None: 125 on a CPU, else 500")
+    add("--batch-size", type=int, help="images a forward pass; None: 125 on a CPU, else 500")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--out", type=Path, metavar="DIR", help="of pictures and summary.json; None: the folder of the first CKPT")
-
-    add = parser.add_argument_group("other people's weights").add_argument
-    add("--arch", metavar="NAME", help="CKPT is a state_dict for this architecture of common.build_model")
-    add("--torchvision", metavar="NAME", help="CKPT is a state_dict for this model; no CKPT: its published weights")
-    add("--num-classes", type=positive, metavar="N", help="outputs of the model; None: the classes of --dataset")
-    add("--mean", nargs=3, type=float, default=[0, 0, 0], help="what it subtracts from each channel in [0, 1] …")
-    add("--std", nargs=3, type=float, default=[1, 1, 1], help="… and then divides by")
     args = parser.parse_intermixed_args()
 
-    if not (args.checkpoints or args.torchvision or args.show_corruptions):
+    if not (args.checkpoints or args.show_corruptions):
         raise UsageError("CKPT: name the checkpoint.pt of a run folder, before the other flags")
-    if (args.arch or args.torchvision) and not args.dataset:
-        raise UsageError("--dataset: weights do not tell what to evaluate on; add --dataset NAME")
     args.checkpoints = [path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints]
-    asked = args.ece or args.pgd or args.cinic or args.transfer or args.show_corruptions
-    if not asked and args.cifar_c is None:
-        args.ece, args.pgd = True, [20]
+    args.plot_by = [flag.replace("-", "_") for flag in args.plot_by]
     args.pgd, args.eps = sorted(set(args.pgd)), sorted(set(args.eps))
     args.out = args.out or (args.checkpoints[0].parent if args.checkpoints else Path("runs/evaluation"))
     return args
@@ -207,11 +190,6 @@ def uniform(low, high, shape, like, generator):
     return low + (high - low) * torch.rand(shape, device=like.device, generator=generator)
 
 
-def whole(x):
-    """Round to the 256 levels that a picture has."""
-    return (x * 255).round() / 255
-
-
 def gaussian_noise(x, sigma, generator):
     return x + sigma * normal(x, generator)
 
@@ -298,20 +276,19 @@ def trail(x, radius, sigma, degrees):
 
 
 def motion_blur(x, constants, generator):
-    return whole(trail(x, *constants, uniform(-45, 45, len(x), x, generator)))
-
-
-def middle(x, size):
-    """The middle of [B, K, H, W], `size` = [H', W'] of it."""
-    top, left = ((large - small) // 2 for large, small in zip(x.shape[2:], size))
-    return x[..., top : top + size[0], left : left + size[1]]
+    x = trail(x, *constants, uniform(-45, 45, len(x), x, generator))
+    return (x * 255).round() / 255  # as ImageMagick
 
 
 def zoomed(x, factor):
     """The middle of [B, K, H, W] enlarged `factor` times, linearly, to the same size."""
-    inner = [math.ceil(side / factor) for side in x.shape[2:]]
-    large = [round(side * factor) for side in inner]
-    return middle(F.interpolate(middle(x, inner), large, mode="bilinear", align_corners=True), x.shape[2:])
+    height, width = x.shape[2:]
+    h, w = math.ceil(height / factor), math.ceil(width / factor)
+    top, left = (height - h) // 2, (width - w) // 2
+    size = round(h * factor), round(w * factor)
+    x = F.interpolate(x[..., top : top + h, left : left + w], size, mode="bilinear", align_corners=True)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return x[..., top : top + height, left : left + width]
 
 
 def zoom_blur(x, end, generator):
@@ -393,16 +370,9 @@ def fog(x, constants, generator):
     return (x + amount * plasma(x, decay, generator)) * (brightest / (brightest + amount))
 
 
-def mean_of_nine(x):
-    return F.avg_pool2d(F.pad(x, (1,) * 4, mode="replicate"), 3, 1)
-
-
 def spatter(x, constants, generator):
-    """Drops of water that catch the light, or mud.
-
-    CIFAR-C takes the drops' height from an edge detector and a distance transform; here a drop is as high as the number
-    of times that a pixel of rim can be taken off.
-    """
+    """Drops of water that catch the light, or mud. CIFAR-C takes the drops' height from an edge detector and a distance
+    transform; here it is the number of times that a pixel of rim can be taken off."""
     mean, std, sigma, threshold, amount, mud = constants
     liquid = blur(mean + std * normal(x[:, :1], generator), sigma)
     wet = (liquid > threshold).float()
@@ -410,6 +380,7 @@ def spatter(x, constants, generator):
         cover = blur(wet, amount)
         cover = cover.masked_fill(cover < 0.8, 0)
         return x * (1 - cover) + cover * torch.tensor([63, 42, 20], device=x.device).view(3, 1, 1) / 255
+    mean_of_nine = nn.AvgPool2d(3, 1, padding=1, count_include_pad=False)
     height = inside = wet
     for _ in range(3):
         inside = 1 - F.max_pool2d(1 - inside, 3, 1, padding=1)
@@ -445,54 +416,26 @@ def saturate(x, constants, generator):
     return value * (1 - below * (factor * saturation + plus).clamp(0, 1))
 
 
-def box_matrix(size, new):
-    """[new, size]: an axis resampled with Pillow's box filter, the mean of the pixels whose centres lie in the box."""
-    scale = size / new
-    distance = torch.arange(size) + 0.5 - (torch.arange(new) + 0.5).view(-1, 1) * scale
-    half = max(scale, 1) / 2
-    weights = ((distance > -half) & (distance <= half)).float()
-    return weights / weights.sum(1, keepdim=True)
+def by_picture(x, change):
+    """change(picture) of each image of x [B, 3, H, W]; picture: of Pillow."""
+    arrays = (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    changed = [np.asarray(change(Image.fromarray(array))) for array in arrays]
+    return to_float(torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).to(x.device))
 
 
 def pixelate(x, share, generator):
-    sides = [(side, int(side * share)) for side in x.shape[2:]]
-    height, width = ((box_matrix(b, a) @ box_matrix(a, b)).to(x.device) for a, b in sides)
-    return whole(torch.einsum("bkhw,ih,jw->bkij", x, height, width))
-
-
-JPEG_TABLES = """
-16 11 10 16 24 40 51 61  12 12 14 19 26 58 60 55  14 13 16 24 40 57 69 56  14 17 22 29 51 87 80 62
-18 22 37 56 68 109 103 77  24 35 55 64 81 104 113 92  49 64 78 87 103 121 120 101  72 92 95 98 112 100 103 99
-17 18 24 47 99 99 99 99  18 21 26 66 99 99 99 99  24 26 56 99 99 99 99 99  47 66 99 99 99 99 99 99
-99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99"""
+    height, width = x.shape[2:]
+    small = int(width * share), int(height * share)
+    return by_picture(x, lambda picture: picture.resize(small, Image.BOX).resize((width, height), Image.BOX))
 
 
 def jpeg_compression(x, quality, generator):
-    """The lossy half of JPEG: YCbCr, chroma at half resolution, DCT of 8×8 pixels, rounding to the tables' grain."""
-    scale = 5000 / quality if quality < 50 else 200 - 2 * quality
-    tables = torch.tensor([int(v) for v in JPEG_TABLES.split()], device=x.device).view(2, 8, 8)
-    grain = ((tables * scale + 50) / 100).floor().clamp(1, 255)
-    k = torch.arange(8.0, device=x.device)
-    dct = torch.cos((2 * k + 1) * k.view(-1, 1) * (math.pi / 16)) / 2
-    dct[0] /= math.sqrt(2)
+    def saved(picture):
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=quality)
+        return Image.open(buffer)
 
-    def coded(plane, grain):
-        blocks = plane.unfold(2, 8, 8).unfold(3, 8, 8) - 128
-        frequencies = torch.einsum("bkmnij,ui,vj->bkmnuv", blocks, dct, dct)
-        frequencies = (frequencies / grain).round() * grain
-        blocks = torch.einsum("bkmnuv,ui,vj->bkminj", frequencies, dct, dct)
-        return blocks.reshape(plane.shape).add(128).round().clamp(0, 255)
-
-    height, width = x.shape[2:]
-    x = F.pad((x * 255).round(), (0, -width % 16, 0, -height % 16), mode="replicate")
-    red, green, blue = x.split(1, 1)
-    luma = (0.299 * red + 0.587 * green + 0.114 * blue).round()
-    chroma = torch.cat([(blue - luma) / 1.772, (red - luma) / 1.402], 1) + 128
-    luma, chroma = coded(luma, grain[0]), coded(F.avg_pool2d(chroma, 2).round(), grain[1])
-    chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear") - 128
-    cb, cr = chroma.split(1, 1)
-    rgb = torch.cat([luma + 1.402 * cr, luma - 0.344136 * cb - 0.714136 * cr, luma + 1.772 * cb], 1)
-    return rgb[..., :height, :width].round() / 255
+    return by_picture(x, saved)
 
 
 def sampled(x, points, repeat):
@@ -522,28 +465,26 @@ def elastic_transform(x, constants, generator):
 
 
 CORRUPTIONS = {
-    "gaussian_noise": gaussian_noise, "shot_noise": shot_noise, "impulse_noise": impulse_noise,
-    "speckle_noise": speckle_noise, "gaussian_blur": gaussian_blur, "defocus_blur": defocus_blur,
-    "glass_blur": glass_blur, "motion_blur": motion_blur, "zoom_blur": zoom_blur, "snow": snow, "frost": frost,
-    "fog": fog, "spatter": spatter, "brightness": brightness, "contrast": contrast, "saturate": saturate,
-    "pixelate": pixelate, "jpeg_compression": jpeg_compression, "elastic_transform": elastic_transform,
+    function.__name__: function
+    for function in (
+        gaussian_noise, shot_noise, impulse_noise, speckle_noise, gaussian_blur, defocus_blur, glass_blur, motion_blur,
+        zoom_blur, snow, frost, fog, spatter, brightness, contrast, saturate, pixelate, jpeg_compression,
+        elastic_transform,
+    )
 }  # fmt: skip
 
 
 def read_cifar_c(folder, subjects):
     """The official CIFAR-10-C: {corruption: memory map uint8 [50000, 32, 32, 3]}, severities in blocks of 10,000.
 
-    Raises UsageError for a file of `folder` that is missing or of another shape, and where labels.npy does not repeat
-    the labels of every subject's test set.
+    Raises UsageError for a missing file, and where labels.npy does not repeat the labels of every subject's test set.
     """
     arrays = {}
     for name in [*CORRUPTIONS, "labels"]:
-        path, shape = folder / f"{name}.npy", (50000,) if name == "labels" else (50000, 32, 32, 3)
+        path = folder / f"{name}.npy"
         if not path.exists():
             raise UsageError(f"--cifar-c: no file {path}; --cifar-c without a folder generates the corruptions")
-        arrays[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        if arrays[name].shape != shape:
-            raise UsageError(f"--cifar-c: {path} is {list(arrays[name].shape)}, not {list(shape)}")
+        arrays[name] = np.load(path, mmap_mode="r")
     for subject in subjects:
         labels = subject.data.test_labels.cpu().numpy()
         blocks = arrays["labels"].reshape(5, 10000)[:, evenly_spaced(10000, len(labels)).numpy()]
@@ -557,28 +498,21 @@ def read_cifar_c(folder, subjects):
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def load_cinic(folder, data_dir, seed, per_class=2100):
+def load_cinic(folder, seed, per_class=2100):
     """The ImageNet images of CINIC-10 (Darlow et al. 2018): uint8 [N, 3, 32, 32], and int64 [N] in CIFAR-10's order.
 
     The seed draws `per_class` PNG files of each class below `folder`, in whatever split, whose names do not start with
-    "cifar10-". They stay in data_dir as .npz, which is read the next time, whatever `folder` is then.
-    Raises UsageError for a class with too few images.
+    "cifar10-". Raises UsageError for a class with too few.
     """
-    path = data_dir / f"cinic10-imagenet-{per_class}-seed{seed}.npz"
-    if not path.exists():
-        from PIL import Image
-
-        random, files = np.random.default_rng(seed), []
-        for name in CIFAR10:
-            found = sorted(f for f in folder.glob(f"**/{name}/*.png") if not f.name.startswith("cifar10-"))
-            if len(found) < per_class:
-                raise UsageError(f"--cinic: {folder} has {len(found)} images of ImageNet for {name}, not {per_class}")
-            files += [found[i] for i in random.permutation(len(found))[:per_class]]
-        images = [np.asarray(Image.open(file).convert("RGB")) for file in common.progress(files, "reading CINIC-10")]
-        with common.atomic_write(path) as partial:
-            np.savez(partial, images=np.stack(images).transpose(0, 3, 1, 2))
-    with np.load(path) as saved:
-        return torch.from_numpy(saved["images"]), torch.arange(len(CIFAR10)).repeat_interleave(per_class)
+    random, files = np.random.default_rng(seed), []
+    for name in CIFAR10:
+        found = sorted(f for f in folder.glob(f"**/{name}/*.png") if not f.name.startswith("cifar10-"))
+        if len(found) < per_class:
+            raise UsageError(f"--cinic: {folder} has {len(found)} images of ImageNet for {name}, not {per_class}")
+        files += [found[i] for i in random.permutation(len(found))[:per_class]]
+    images = [np.asarray(Image.open(file).convert("RGB")) for file in common.progress(files, "reading CINIC-10")]
+    images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    return images, torch.arange(len(CIFAR10)).repeat_interleave(per_class)
 
 
 # ---------------------------------------------------------------------------------------------------- what is evaluated
@@ -588,15 +522,16 @@ def load_cinic(folder, data_dir, seed, per_class=2100):
 class Subject:
     """A trained model, the test set it is evaluated on, and what has been measured."""
 
-    path: str  # of the file of weights; the name of published ones
+    path: str  # of the checkpoint
     file: Path  # the JSON that keeps the results …
-    key: str  # … under this: the sha256 of the weights, and what else decides the model's answers
+    key: str  # … under this: a digest of the checkpoint, and what else decides the model's answers
     config: dict  # the flags of training
     model: nn.Module  # in evaluation mode, without gradients
     dataset: str
     data: common.Dataset
     batch_size: int
     by_batch: bool = False  # BatchNorm normalises by the batch at hand
+    teacher: str | None = None  # the path of its teacher's checkpoint, as training named it
     numbers: dict = dataclasses.field(default_factory=dict)  # {column of the tables: number}
     results: dict = dataclasses.field(default_factory=dict)  # {"clean", a corruption or "transfer": what is measured}
 
@@ -615,7 +550,7 @@ class Subject:
 
 def digest(path):
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def load_run(path, part, args, device, load_dataset, flag="CKPT"):
@@ -630,79 +565,35 @@ def load_run(path, part, args, device, load_dataset, flag="CKPT"):
     data_dir = args.data_dir or config["data_dir"]
     sizes = config.get("resize", 256), config.get("image_size", 224)
     data = load_dataset(dataset, data_dir, 1, args.limit_test, device, *sizes)
-    for theirs, ours in itertools.zip_longest(checkpoint["classes"], data.classes, fillvalue="none"):
-        if theirs != ours:
-            raise UsageError(f"--dataset: {dataset} has class {ours!r} where {path} has {theirs!r}")
+    if list(data.classes) != checkpoint["classes"]:
+        raise UsageError(f"--dataset: {dataset} has other classes than {path}, or has them in another order")
     model = common.load_model(checkpoint, part, device).requires_grad_(False)
     key, by_batch = f"{digest(path)} {part}", checkpoint.get("batch_norm") == "current"
     batch_size = args.batch_size or common.EVAL_BATCH[device.type]
     if by_batch:
         batch_size = args.batch_size or 500  # on every device: the answers depend on it
         key += f", batches of {batch_size}"
-        print(f"{path}: BatchNorm normalises by the batch at hand, --batch-size {batch_size}")
         for layer in model.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                layer.track_running_stats = False
-                layer.running_mean = layer.running_var = layer.num_batches_tracked = None
-    results = path.with_name("evaluation.json")
-    return Subject(str(path), results, key, config, model, dataset, data, batch_size, by_batch)
+                layer.running_mean = layer.running_var = None
+    results, teacher = path.with_name("evaluation.json"), checkpoint.get("teacher")
+    return Subject(str(path), results, key, config, model, dataset, data, batch_size, by_batch, teacher)
 
 
-def load_weights(path, args, device, load_dataset):
-    """The Subject in other people's weights, the state_dict at `path`; None: in those that torchvision publishes.
-
-    Raises UsageError for an unknown architecture, weights that do not fit it, and another number of classes.
-    """
-    data = load_dataset(args.dataset, args.data_dir or "data", 1, args.limit_test, device)
-    num_classes, mean, std = args.num_classes or len(data.classes), args.mean, args.std
-    name, state = args.arch or args.torchvision, read_weights(path) if path else None
-    try:
-        if args.arch:
-            model = common.build_model(name, num_classes, 0.0, mean, std, data.image_size)
-            state = {"mean": model.mean, "std": model.std} | state  # a file from elsewhere has none
-        else:
-            from torchvision import models, transforms
-
-            if path:
-                model = models.get_model(name, num_classes=num_classes)
-            else:
-                weights = models.get_model_weights(name).DEFAULT
-                mean, std = weights.transforms().mean, weights.transforms().std
-                model = models.get_model(name, weights=weights)
-        if path:
-            model.load_state_dict(state)
-    except (ValueError, RuntimeError, OSError) as error:  # an unknown name; other shapes or keys; no network
-        raise UsageError(f"CKPT: {path or 'no file'} as {name}: {textwrap.shorten(str(error), 400)}") from None
-    if args.torchvision:
-        model = nn.Sequential(transforms.Normalize(mean, std), model)
-    model = model.to(device).eval().requires_grad_(False)
-    outputs = predict(model, data.test_images[:1]).shape[1]
-    if outputs != len(data.classes):
-        raise UsageError(f"--dataset: {args.dataset} has {len(data.classes)} classes, {path or name} has {outputs}")
-    results = path.with_suffix(".evaluation.json") if path else args.out / f"{name}.evaluation.json"
-    key = f"{digest(path) if path else 'published'} {name}, mean {mean}, std {std}"
-    config = {"script": path.stem if path else name, "weights": str(path), "seed": None}
-    batch_size = args.batch_size or common.EVAL_BATCH[device.type]
-    return Subject(str(path or name), results, key, config, model, args.dataset, data, batch_size)
+def teacher_of(subjects):
+    """The path of the one teacher that the subjects' checkpoints name. Baselines, ONE and DML name none."""
+    named = sorted({subject.teacher for subject in subjects if subject.teacher})
+    if len(named) != 1:
+        raise UsageError(f"--teacher: the checkpoints name {', '.join(named) or 'no teacher'}; add the path of one")
+    return Path(named[0])
 
 
-def read_weights(path):
-    """The state_dict in a file, wherever a training script, DataParallel or torch.compile have put it."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # no file, or whatever a foreign one makes the unpickler raise
-        raise UsageError(f"CKPT: {path} is no file of weights that loads safely ({type(error).__name__})") from None
-    for key in ("state_dict", "model_state_dict", "model", "net"):
-        state = state.get(key, state)
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
-
-
-def grouped(subjects):
-    """[(name, subjects that differ in their seed alone)]: the rows of the tables.
+def grouped(subjects, leave_out=()):
+    """[(name, subjects that differ in their seed and the flags `leave_out` alone)]: the rows of the tables.
 
     A name is the script and every flag that has another value in another row: "nrd loss=ce rate=0.8".
     """
-    apart = ("seed", "out", "resume", "device", "data_dir", "name", "commit", "torch")
+    apart = ("seed", "out", "resume", "device", "data_dir", "name", "commit", "torch", *leave_out)
     groups = {}
     for subject in subjects:
         flags = {flag: value for flag, value in subject.config.items() if flag not in apart}
@@ -720,23 +611,18 @@ def grouped(subjects):
 # ----------------------------------------------------------------------------------------------------- what is measured
 
 
-def measured(subject, settings, needed, function, *arguments):
-    """The result of a measurement, a dict with the keys `needed`: from subject.file, or function(subject, *arguments).
+def measured(subject, settings, function, *arguments):
+    """The result of a measurement: from subject.file, or function(subject, *arguments), which is then kept there.
 
     The file is JSON, {subject.key: {settings: result}}.
     """
     name = json.dumps({"data": subject.test_set, **settings}, ensure_ascii=False)
-    result = read_json(subject.file).get(subject.key, {}).get(name, {})
-    if any(key not in result for key in needed):
-        result |= function(subject, *arguments)
-        saved = read_json(subject.file)  # again: another process may have written meanwhile
-        saved.setdefault(subject.key, {})[name] = result
-        write_json(subject.file, saved)
-    return result
-
-
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    content = json.loads(subject.file.read_text(encoding="utf-8")) if subject.file.exists() else {}
+    results = content.setdefault(subject.key, {})
+    if name not in results:
+        results[name] = function(subject, *arguments)
+        write_json(subject.file, content)
+    return results[name]
 
 
 def write_json(path, content):
@@ -761,19 +647,18 @@ def evaluate_images(subject, images, labels):
     }
 
 
-BLOCK = 2**26  # values that are attacked at once: 256 MB, more than all of CIFAR's
-
-
 def evaluate_pgd(subject, eps, args):
-    """Accuracy in percent under PGD of each number of steps in args.pgd, in the worst of args.restarts random starts.
+    """Accuracy in percent under PGD of each number of steps in args.pgd, from args.restarts random starts.
 
-    A sample is lost to PGD-k if any point visited in the first k steps, the start included, is misclassified; so one
-    trajectory serves all step counts. It leaves the work as soon as no step to come could change its result, except
-    where it is part of its batch's statistics. Returns {column of the tables: accuracy}.
+    A run loses a sample to PGD-k if any point visited in its first k steps, the start included, is misclassified; so
+    one trajectory serves all step counts. A sample leaves a run as soon as no step to come could change its result,
+    except where it is part of its batch's statistics. Returns two lists in the order of args.pgd: {"worst run": the
+    accuracy of the run with the lowest, "worst start": the accuracy where a sample is lost if any run has lost it}.
     """
     images, labels, model = subject.data.test_images, subject.data.test_labels, subject.model
-    longest, size = max(args.pgd), max(1, BLOCK // images[0].numel())
-    withstood = longest * subject.right.long()  # int64 [N]: the largest of the step counts that a sample withstands
+    longest, size = max(args.pgd), max(1, 2**26 // images[0].numel())  # images attacked at once: 256 MB
+    # int64 [restarts, N]: the largest of the step counts that a sample withstands in a run
+    withstood = longest * subject.right.long().repeat(args.restarts, 1)
     below = [max((k for k in args.pgd if k < step), default=0) for step in range(longest + 1)]
     turns = list(itertools.product(range(0, len(labels), size), range(args.restarts), range(longest + 1)))
     for start, restart, step in common.progress(turns, f"PGD, ε {eps_name(eps)}, on {subject.path}"):
@@ -782,7 +667,7 @@ def evaluate_pgd(subject, eps, args):
             clean = to_float(images[block].to(labels.device))
             seed = args.seed + restart + args.restarts * (start // size)
             x = random_start(clean, eps, torch.Generator(clean.device).manual_seed(seed))
-        true, left = labels[block], withstood[block]  # views
+        true, left = labels[block], withstood[restart, block]  # views
         at_stake = (left >= max(step, 1)) | subject.by_batch
         for rows in evenly_split(at_stake.nonzero().squeeze(1), subject.batch_size):
             if step < longest:
@@ -792,35 +677,35 @@ def evaluate_pgd(subject, eps, args):
                     logits = model(x[rows])
             lost = logits.argmax(1) != true[rows]
             left[rows] = torch.where(lost, left[rows].clamp(max=below[step]), left[rows])
-    return {pgd_column(k, eps): 100 * (withstood >= k).double().mean().item() for k in args.pgd}
+    runs = [[100 * (run >= k).double().mean().item() for run in withstood] for k in args.pgd]
+    starts = [100 * (withstood.amin(0) >= k).double().mean().item() for k in args.pgd]
+    return {"worst run": [min(accuracies) for accuracies in runs], "worst start": starts}
 
 
-def corrupted_images(test_sets, official, name, seed, test_set, severity):
-    """test_sets[test_set] corrupted, uint8 [N, 3, H, W]: from the arrays of read_cifar_c, or generated (None)."""
-    images = test_sets[test_set]
-    if official is None:
-        return corrupt(images, name, severity, seed)
-    rows = 10000 * (severity - 1) + evenly_spaced(10000, len(images)).numpy()
-    return torch.from_numpy(official[name][rows]).permute(0, 3, 1, 2).to(images.device)
-
-
-def evaluate_corruption(subject, corrupted):
+def evaluate_corruption(subject, name, seed, official, made):
     """Accuracy in percent on images corrupted with severity 1 … 5, and natural robustness: two lists of 5.
 
     Natural robustness is the accuracy among the samples classified correctly when clean (Gu et al. 2019), NaN if there
-    are none. corrupted: a function of the name of the test set and the severity that gives the images.
+    are none. official: of read_cifar_c; None generates the images. made: {(test set, severity): images uint8} are those
+    that another subject has needed before.
     """
+    images, labels = subject.data.test_images, subject.data.test_labels
     result = {"accuracy": [], "natural_robustness": []}
     for severity in range(1, 6):
-        images = corrupted(subject.test_set, severity)
-        hit = predict(subject.model, images, batch_size=subject.batch_size).argmax(1) == subject.data.test_labels
+        key = subject.test_set, severity
+        if key not in made and official:
+            rows = 10000 * (severity - 1) + evenly_spaced(10000, len(images)).numpy()
+            made[key] = torch.from_numpy(official[name][rows]).permute(0, 3, 1, 2).to(images.device)
+        elif key not in made:
+            made[key] = corrupt(images, name, severity, seed)
+        hit = predict(subject.model, made[key], batch_size=subject.batch_size).argmax(1) == labels
         result["accuracy"].append(100 * hit.double().mean().item())
         result["natural_robustness"].append(100 * hit[subject.right].double().mean().item())
     return result
 
 
 def evaluate_transfer(source, targets, args):
-    """Success rate in percent on each target of PGD-20 on `source`: {target.key: rate}, NaN where nothing counts.
+    """Success rate in percent on each of `targets` of PGD-20 on `source`: a list, NaN where nothing counts.
 
     What counts are the samples that source and target both classify correctly. The attack succeeds where the target
     misclassifies the adversarial image. On the source itself that is the white-box success rate.
@@ -835,44 +720,42 @@ def evaluate_transfer(source, targets, args):
         for i, target in enumerate(targets):
             with torch.no_grad():
                 missed[i, rows] = target.model(adversarial).argmax(1) != labels[rows]
-    rates = {}
-    for i, target in enumerate(targets):
-        both = source.right & target.right
-        rates[target.key] = 100 * missed[i, both].double().mean().item()
-    return rates
+    return [100 * missed[i, source.right & t.right].double().mean().item() for i, t in enumerate(targets)]
 
 
-def measure_corruptions(subjects, args, official):
-    """CIFAR-C of all subjects; those of one test set share the corrupted images, which are made once."""
-    source = "official" if official else "generated"
-    test_sets = {subject.test_set: subject.data.test_images for subject in subjects}
-    for name in common.progress(list(CORRUPTIONS), f"CIFAR-C, {source}"):
-        corrupted = functools.cache(functools.partial(corrupted_images, test_sets, official, name, args.seed))
-        settings = {"measure": name, "source": source, "seed": None if official else args.seed}
-        for subject in subjects:
-            subject.results[name] = measured(subject, settings, ["accuracy"], evaluate_corruption, corrupted)
+def measure(subjects, teacher, args, official, cinic):
+    """Put what the flags ask for into `numbers` and `results` of the subjects. teacher: a list, empty without one."""
     for subject in subjects:
-        subject.numbers[f"mCA, {source} (%)"] = averages(subject, "accuracy")["mean"]
-        subject.numbers["natural robustness (%)"] = averages(subject, "natural_robustness")["mean"]
-
-
-def measure(subject, args, cinic):
-    """Put what the flags ask for, but CIFAR-C and transferability, into subject.numbers and subject.results."""
-    data = subject.data
-    clean = measured(subject, {"measure": "clean"}, ["accuracy"], evaluate_images, data.test_images, data.test_labels)
-    subject.results["clean"], subject.numbers["accuracy (%)"] = clean, clean["accuracy"]
-    if args.ece:
-        subject.numbers |= {"ECE": clean["ece"], "NLL": clean["nll"], "Brier": clean["brier"]}
-    if cinic:
-        settings = {"measure": "CINIC", "images": len(cinic[1]), "seed": args.seed}
-        subject.numbers["CINIC (%)"] = measured(subject, settings, ["accuracy"], evaluate_images, *cinic)["accuracy"]
-    if args.pgd:
-        for eps in args.eps:
-            settings = {"measure": "PGD", "eps": eps, "step_size": args.step_size}
-            settings |= {"restarts": args.restarts, "seed": args.seed}
-            columns = [pgd_column(steps, eps) for steps in args.pgd]
-            result = measured(subject, settings, columns, evaluate_pgd, eps, args)
-            subject.numbers |= {column: result[column] for column in columns}
+        images, labels = subject.data.test_images, subject.data.test_labels
+        clean = measured(subject, {"measure": "clean"}, evaluate_images, images, labels)
+        subject.results["clean"], subject.numbers["accuracy (%)"] = clean, clean["accuracy"]
+        if args.ece or not (args.pgd or cinic or args.transfer or args.cifar_c is not None):
+            subject.numbers |= {"ECE": clean["ece"], "NLL": clean["nll"], "Brier": clean["brier"]}
+        if cinic:
+            settings = {"measure": "CINIC", "images": len(cinic[1]), "seed": args.seed}
+            subject.numbers["CINIC (%)"] = measured(subject, settings, evaluate_images, *cinic)["accuracy"]
+        if args.pgd:
+            for eps in args.eps:
+                settings = {"measure": "PGD", "steps": args.pgd, "eps": eps, "step_size": args.step_size}
+                settings |= {"restarts": args.restarts, "seed": args.seed}
+                result = measured(subject, settings, evaluate_pgd, eps, args)
+                for k, accuracy in zip(args.pgd, result["worst start" if args.worst_start else "worst run"]):
+                    subject.numbers[f"PGD-{k}, ε {eps_name(eps)} (%)"] = accuracy
+    if args.cifar_c is not None:
+        source = "official" if official else "generated"
+        for name in common.progress(list(CORRUPTIONS), f"CIFAR-C, {source}"):
+            settings, made = {"measure": name, "source": source, "seed": None if official else args.seed}, {}
+            more = name, args.seed, official, made
+            for subject in subjects:
+                subject.results[name] = measured(subject, settings, evaluate_corruption, *more)
+        for subject in subjects:
+            subject.numbers[f"mCA, {source} (%)"] = averages(subject, "accuracy")["mean"]
+            subject.numbers["natural robustness (%)"] = averages(subject, "natural_robustness")["mean"]
+    if args.transfer:
+        settings = {"measure": "transfer", "eps": args.eps[0], "step_size": args.step_size, "seed": args.seed}
+        settings["targets"] = [target.key for target in subjects]
+        for source in subjects + teacher:
+            source.results["transfer"] = measured(source, settings, evaluate_transfer, subjects, args)
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
@@ -883,13 +766,9 @@ def eps_name(eps):
     return f"{eps * 255:.0f}/255" if math.isclose(eps * 255, round(eps * 255), abs_tol=1e-6) else f"{eps:.4g}"
 
 
-def pgd_column(steps, eps):
-    return f"PGD-{steps}, ε {eps_name(eps)} (%)"
-
-
-def averages(subject, kind, severities=(1, 2, 3, 4, 5)):
+def averages(subject, kind):
     """{corruption: mean over severities}, and last their mean, which for kind "accuracy" is mCA."""
-    means = {name: statistics.fmean(subject.results[name][kind][k - 1] for k in severities) for name in CORRUPTIONS}
+    means = {name: statistics.fmean(subject.results[name][kind]) for name in CORRUPTIONS}
     return means | {"mean": statistics.fmean(means.values())}
 
 
@@ -908,32 +787,30 @@ def cell(members, column):
 
 
 def print_table(heading, columns, rows):
-    """heading: of the first column. columns: names. rows: [(name, a text for each column)]. Nine columns at a time."""
-    lines = [(heading, columns), *rows]
-    first = max(len(name) for name, _ in lines)
-    for start in range(0, len(columns), 9):
-        texts = [line[start : start + 9] for _, line in lines]
-        widths = [max(len(text) for text in column) for column in zip(*texts)]
-        print()
-        for (name, _), line in zip(lines, texts):
-            print(name.ljust(first), *(text.rjust(width) for text, width in zip(line, widths)), sep="  ")
+    """heading: of the first column. columns: names. rows: [(name, a text for each column)]."""
+    lines = [[heading, *columns], *([name, *texts] for name, texts in rows)]
+    first, *widths = [max(len(text) for text in column) for column in zip(*lines)]
+    print()
+    for name, *texts in lines:
+        print(name.ljust(first), *(text.rjust(width) for text, width in zip(texts, widths)), sep="  ")
 
 
-def report(args, groups, teacher):
-    """Print the tables, draw the pictures and return the summary. groups: of `grouped`. teacher: a list."""
-    subjects = [subject for _, members in groups for subject in members]
-    test_sets = "; ".join(sorted({subject.test_set for subject in subjects}))
-    columns = list(subjects[0].numbers)
-    print_table(test_sets, columns, [(name, [cell(members, c) for c in columns]) for name, members in groups])
-    summary = {"test_set": test_sets, "models": {}}
+def report(args, subjects, teacher):
+    """Print the tables, draw the pictures and return the summary. teacher: a list, empty without one."""
+    groups, columns = grouped(subjects), list(subjects[0].numbers)
+    test_sets = heading = "; ".join(sorted({subject.test_set for subject in subjects}))
+    if args.pgd:
+        heading += f"; PGD: worst {'start of each sample' if args.worst_start else 'run'} of {args.restarts}"
+    print_table(heading, columns, [(name, [cell(members, c) for c in columns]) for name, members in groups])
+    summary = {"test_set": test_sets, "heading": heading, "models": {}}
     for name, members in groups:
         numbers = {column: statistic(members, column) for column in columns}
         summary["models"][name] = {"checkpoints": [subject.path for subject in members], **numbers}
 
     if args.ece:
         draw_reliability(args.out / "reliability.png", groups)
-    if len(args.pgd) * len(args.eps) > 1:
-        draw_pgd(args.out / "pgd.png", groups, args.pgd, args.eps)
+    if args.plot_by:
+        draw_by(args.out / f"by-{'-'.join(args.plot_by)}.png", subjects, args.plot_by, heading)
     if args.cifar_c is not None:
         draw_corruptions(args.out / "cifar-c.png", groups, args.cifar_c or "generated here")
     if args.transfer:
@@ -942,21 +819,18 @@ def report(args, groups, teacher):
 
 
 def report_transfer(args, groups, teacher):
-    """The matrix of KD Beyond's Figure 1: targets in rows, sources in columns, the teacher after the mean."""
-    names, subjects = [], []
-    for name, members in groups:
-        for subject in members:
-            names.append(name if len(members) == 1 else f"{name} seed {subject.config['seed']}")
-            subjects.append(subject)
-    values = []
-    for target in subjects:
-        rates = [source.results["transfer"][target.key] for source in subjects]
-        own = [source.results["transfer"][target.key] for source in teacher]
-        values.append([*rates, statistics.fmean(rates), *own])
-    values.append([statistics.fmean(column) for column in zip(*values)])
-    numbers = [str(i) for i in range(1, len(names) + 1)]
-    rows = [*(f"{number}: {name}" for number, name in zip(numbers, names)), "mean"]
-    columns = [*numbers, "mean", *("teacher" for _ in teacher)]
+    """The matrix of KD Beyond's Figure 1: targets in rows, sources in columns, the teacher after the mean.
+
+    ONE and DML have no teacher and are not in that figure: they have a row and a column, but no part in the means.
+    """
+    subjects = [subject for _, members in groups for subject in members]
+    names = [f"{name} seed {subject.config['seed']}" for name, members in groups for subject in members]
+    counted = [i for i, subject in enumerate(subjects) if subject.config.get("method") not in ("one", "dml")]
+    rates = np.array([source.results["transfer"] for source in subjects + teacher]).T  # [targets, sources]
+    rates = np.insert(rates, len(subjects), rates[:, counted].mean(1), axis=1)
+    values = np.vstack([rates, rates[counted].mean(0)]).tolist()
+    rows = [*(f"{i}: {name}" for i, name in enumerate(names, 1)), "mean"]
+    columns = [*(str(i) for i in range(1, len(names) + 1)), "mean", *("teacher" for _ in teacher)]
     heading = f"{subjects[0].test_set}: success rate (%), source → / target ↓"
     print_table(heading, columns, [(name, [f"{v:.2f}" for v in row]) for name, row in zip(rows, values)])
     with picture(args.out / "transfer.png", 6 + 0.8 * len(columns), 2.5 + 0.45 * len(rows)) as figure:
@@ -972,17 +846,13 @@ def report_transfer(args, groups, teacher):
 @contextlib.contextmanager
 def picture(path, width, height):
     """Yield an empty figure of that size in inches, which is written to `path` at the end of the block."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # half a second to import, and only here
 
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
     with common.atomic_write(path) as partial:
         figure.savefig(partial, dpi=110)
     print(f"wrote {path}")
-
-
-def wrapped(text, width):
-    return "\n".join(textwrap.wrap(text, width))
 
 
 def heat_map(axes, values, rows, columns, title):
@@ -993,10 +863,49 @@ def heat_map(axes, values, rows, columns, title):
     for (i, j), v in np.ndenumerate(values):
         if not math.isnan(v):
             dark = v < (known.min() + known.max()) / 2
-            axes.text(j, i, f"{v:.1f}", ha="center", va="center", color="w" if dark else "k")
+            axes.text(j, i, f"{v:.3g}", ha="center", va="center", color="w" if dark else "k")
     axes.set_title(title, parse_math=False)
-    axes.set_yticks(range(len(rows)), [wrapped(name, 50) for name in rows], parse_math=False)
-    axes.set_xticks(range(len(columns)), [wrapped(name, 25) for name in columns], parse_math=False, rotation=90)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    axes.set_xticks(range(len(columns)), columns, parse_math=False, rotation=90)
+
+
+def ordered(subjects, flag):
+    """The values of a flag of training, None last."""
+    values = {subject.config.get(flag) for subject in subjects}
+    return sorted(values, key=lambda value: (value is None, isinstance(value, str), value))
+
+
+def draw_by(path, subjects, flags, heading):
+    """Each column of the tables over one flag of training: mean ± standard deviation, a curve for each value of the
+    other flags. Over two flags: heat maps of the means, the first flag down, the second across.
+
+    Runs without the (second) flag are left out, as a teacher without sigma.
+    """
+    subjects = [subject for subject in subjects if subject.config.get(flags[-1]) is not None]
+    groups, columns, across = grouped(subjects, flags), list(subjects[0].numbers), ordered(subjects, flags[-1])
+    cells = {}  # {(group, value of each flag): subjects}
+    for name, members in groups:
+        for subject in members:
+            cells.setdefault((name, *(subject.config.get(flag) for flag in flags)), []).append(subject)
+    panels = 1 if len(flags) == 1 else len(groups)
+    with picture(path, 7 * panels, 4.5 * len(columns)) as figure:
+        figure.suptitle(heading, parse_math=False)
+        for axes, column in zip(figure.subplots(len(columns), panels, squeeze=False), columns):
+            found = {key: statistic(members, column) for key, members in cells.items()}
+            for i, (name, members) in enumerate(groups):
+                if len(flags) == 1:
+                    places = [place for place, value in enumerate(across) if (name, value) in found]
+                    points = [found[name, across[place]] for place in places]
+                    means, deviations = [p["mean"] for p in points], [p["std"] or 0 for p in points]
+                    axes[0].errorbar(places, means, deviations, marker=".", capsize=3, label=name)
+                    axes[0].set_xticks(range(len(across)), across)
+                    axes[0].set(xlabel=flags[0], ylabel=column)
+                    axes[0].legend(fontsize="small")
+                else:
+                    down, empty = ordered(members, flags[0]), {"mean": math.nan}
+                    values = [[found.get((name, a, b), empty)["mean"] for b in across] for a in down]
+                    heat_map(axes[i], values, down, across, f"{column}, {name}")
+                    axes[i].set(xlabel=flags[1], ylabel=flags[0])
 
 
 def draw_reliability(path, groups):
@@ -1013,62 +922,26 @@ def draw_reliability(path, groups):
             edges, width = np.linspace(0, 1, len(share) + 1), 1 / len(share)
             axes.bar(edges[:-1], acc, width, align="edge", color="tab:blue", edgecolor="w", label="accuracy")
             gap = {"color": "none", "edgecolor": "tab:red", "hatch": "////", "label": "gap to confidence"}
-            axes.bar(edges[:-1], conf - acc, width, bottom=acc, align="edge", **gap)
+            axes.bar(edges[:-1], conf - acc, width, acc, align="edge", **gap)
             axes.stairs(share, edges, color="k", label="share of samples")
             axes.plot([0, 1], [0, 1], "k--", lw=1)
             axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-            axes.set_title(wrapped(f"{name}, ECE {cell(members, 'ECE')}", 45), fontsize="medium", parse_math=False)
+            title = textwrap.fill(f"{name}, ECE {cell(members, 'ECE')}", 45)
+            axes.set_title(title, fontsize="medium", parse_math=False)
         panels[0].legend(loc="upper left", fontsize="small")
         for axes in panels[len(groups) :]:
             axes.axis("off")
 
 
-def draw_pgd(path, groups, steps, eps):
-    """Accuracy under attack against the number of steps, for each ε, and against ε, for the largest number of steps."""
-    import matplotlib
-
-    sweeps = []  # x axis, its ticks, their names, {end of a line's name: the line's columns in the tables}
-    if len(steps) > 1:
-        lines = {f", ε {eps_name(e)}": [pgd_column(k, e) for k in steps] for e in eps}
-        sweeps.append(("PGD steps", steps, steps, lines))
-    if len(eps) > 1:
-        lines = {"": [pgd_column(steps[-1], e) for e in eps]}
-        sweeps.append((f"ε of PGD-{steps[-1]}", eps, [eps_name(e) for e in eps], lines))
-    colours = matplotlib.colormaps["tab10" if len(groups) <= 10 else "tab20"].colors
-    entries = len(groups) * max(len(lines) for *_, lines in sweeps)
-    with picture(path, 8.5 * len(sweeps), max(4.5, 0.3 * entries)) as figure:
-        for axes, (label, ticks, names, lines) in zip(figure.subplots(1, len(sweeps), squeeze=False).flat, sweeps):
-            for (name, members), colour in zip(groups, itertools.cycle(colours)):
-                for (end, columns), style in zip(lines.items(), itertools.cycle(("-", "--", "-.", ":"))):
-                    stats = [statistic(members, column) for column in columns]
-                    means, deviations = [s["mean"] for s in stats], [s["std"] or 0 for s in stats]
-                    options = {"color": colour, "linestyle": style, "marker": ".", "label": wrapped(name + end, 30)}
-                    axes.errorbar(ticks, means, deviations, capsize=3 if len(members) > 1 else 0, **options)
-            axes.set(ylim=(0, None), ylabel="accuracy under attack (%)", xlabel=label)
-            axes.set_xscale("symlog", linthresh=min(tick for tick in ticks if tick > 0))
-            axes.set_xticks(ticks, names, rotation=45)
-            axes.minorticks_off()
-            axes.grid(alpha=0.3)
-            for text in axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1)).get_texts():
-                text.set_parse_math(False)
-
-
 def draw_corruptions(path, groups, source):
-    """Figure 3 of Noise as a Resource: corruption by model; for a single model, corruption by severity."""
+    """Figure 3 of Noise as a Resource: corruption by model."""
     with picture(path, 5 + 1.6 * max(5, len(groups)), 9) as figure:
         figure.suptitle(f"CIFAR-C, {source}", parse_math=False)
-        robust = "natural robustness: accuracy (%) where\nthe clean image is classified right"
-        titles = {"accuracy": "accuracy (%)", "natural_robustness": robust}
-        for axes, (kind, title) in zip(figure.subplots(1, 2, sharey=True), titles.items()):
-            columns = {}
-            if len(groups) == 1:
-                for k in range(1, 6):
-                    columns[f"severity {k}"] = [averages(subject, kind, [k]) for subject in groups[0][1]]
-            for name, members in groups:
-                columns["mean" if len(groups) == 1 else name] = [averages(subject, kind) for subject in members]
+        for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("accuracy", "natural_robustness")):
+            means = [[averages(subject, kind) for subject in members] for _, members in groups]
             rows = [*CORRUPTIONS, "mean"]
-            values = [[statistics.fmean(of[row] for of in column) for column in columns.values()] for row in rows]
-            heat_map(axes, values, rows, list(columns), title)
+            values = [[statistics.fmean(of[row] for of in column) for column in means] for row in rows]
+            heat_map(axes, values, rows, [name for name, _ in groups], f"{kind.replace('_', ' ')} (%)")
 
 
 def show_corruptions(path, images, seed):
@@ -1099,39 +972,30 @@ def main(args):
     torch.backends.cudnn.allow_tf32 = False
     load_dataset = functools.cache(common.load_dataset)
 
-    if args.arch or args.torchvision:
-        subjects = [load_weights(path, args, device, load_dataset) for path in args.checkpoints or [None]]
-    else:
-        subjects = [load_run(path, args.part, args, device, load_dataset) for path in args.checkpoints]
+    subjects = [load_run(path, args.part, args, device, load_dataset) for path in args.checkpoints]
+    subjects = [subject for _, members in grouped(subjects) for subject in members]
+    if args.plot_by and all(subject.config.get(args.plot_by[-1]) is None for subject in subjects):
+        raise UsageError(f"--plot-by: no checkpoint has the flag {args.plot_by[-1]}; name one of its config.json")
     teacher = []
-    if args.teacher:
-        teacher.append(load_run(args.teacher, "model", args, device, load_dataset, "--teacher"))
+    if args.transfer and args.teacher is not None:
+        path = Path(args.teacher) if args.teacher else teacher_of(subjects)
+        teacher.append(load_run(path, "model", args, device, load_dataset, "--teacher"))
     if args.transfer and len({subject.test_set for subject in subjects + teacher}) > 1:
         raise UsageError("--transfer: the checkpoints have different test sets; --dataset NAME takes one for all")
     official = read_cifar_c(Path(args.cifar_c), subjects) if args.cifar_c else None
     cinic = None
     if args.cinic:
-        for subject in subjects:
-            if list(subject.data.classes) != CIFAR10:
-                raise UsageError(f"--cinic: has the classes of cifar10, not those of {subject.test_set}")
-        cinic = [part.to(device) for part in load_cinic(args.cinic, args.data_dir or Path("data"), args.seed)]
+        if any(list(subject.data.classes) != CIFAR10 for subject in subjects):
+            raise UsageError("--cinic: has the classes of cifar10, and a checkpoint has other ones")
+        cinic = [part.to(device) for part in load_cinic(args.cinic, args.seed)]
 
     if args.show_corruptions:
-        own = subjects[0].data if subjects else load_dataset(args.dataset or "shapes", args.data_dir or "data")
-        images = own.test_images
+        images = load_dataset(args.dataset or "shapes", args.data_dir or "data").test_images
         show_corruptions(args.out / "corruptions.png", images[evenly_spaced(len(images), 2)], args.seed)
     if not subjects:
         return {}
-    for subject in subjects:
-        measure(subject, args, cinic)
-    if args.cifar_c is not None:
-        measure_corruptions(subjects, args, official)
-    if args.transfer:
-        keys = [target.key for target in subjects]
-        settings = {"measure": "transfer", "eps": args.eps[0], "step_size": args.step_size, "seed": args.seed}
-        for source in subjects + teacher:
-            source.results["transfer"] = measured(source, settings, keys, evaluate_transfer, subjects, args)
-    summary = report(args, grouped(subjects), teacher)
+    measure(subjects, teacher, args, official, cinic)
+    summary = report(args, subjects, teacher)
     write_json(args.out / "summary.json", summary)
     print(f"wrote {args.out / 'summary.json'}")
     return summary
@@ -1143,6 +1007,3 @@ if __name__ == "__main__":
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with what is not measured yet", file=sys.stderr)
-        sys.exit(130)
