@@ -1,7 +1,7 @@
 """Evaluate any checkpoint: PGD, CIFAR-C, CINIC-10, calibration and the transferability of adversarial examples.
 
     python evaluate.py CKPT …                       # accuracy, ECE, NLL, Brier score: Tables 7 and 8
-    python evaluate.py CKPT … --cifar-c CIFAR-10-C --cinic CINIC-10          # Tables 1, 3 and 9, Figure 3
+    python evaluate.py CKPT … --cifar-c CIFAR-10-C --cinic CINIC-10          # Tables 1-3 and 9, Figure 3
     python evaluate.py CKPT … --pgd 1 5 10 15 20 100 200 1000 --eps 8/255    # Table 4: more and more steps
     python evaluate.py CKPT … --pgd 20 --eps 1/255 2/255 10/255 20/255 25/255 50/255 100/255 200/255    # Table 5
     python evaluate.py CKPT … --pgd 20 --plot-by sigma                       # Table 6, Figure 2
@@ -13,13 +13,11 @@
 CKPT is the checkpoint.pt of a run or of a teacher, or its folder; put checkpoints first. Those that differ only in
 their seed are one row of a table: mean ± sample standard deviation (n). A row is named by every flag in which it
 differs from another row. The results of a checkpoint stay beside it, in evaluation.json, and are not measured again.
-Pictures and summary.json, the numbers of the tables, go to --out. Without flags nothing is attacked: that table takes
-seconds, PGD takes minutes or hours.
+Pictures and summary.json, the numbers of the tables, go to --out. Only --pgd and --transfer attack.
 
-Tables and figures without another name: Arani, Sarfraz, Zonooz: Noise as a Resource for Learning in Knowledge
-Distillation. Others: Sarfraz, Arani, Zonooz: Knowledge Distillation Beyond Model Compression (section IV-D); Shon et
-al.: Neural Vicinal Risk Minimization. Weights of other projects: evaluate.pgd and evaluate.corrupt take any model and
-any images. Everything is float32 in evaluation mode with deterministic convolutions, on CUDA as on the CPU.
+Tables and figures without another name are those of Noise as a Resource for Learning in Knowledge Distillation (Arani,
+Sarfraz, Zonooz). evaluate.pgd takes any model, evaluate.corrupt any images. Everything is float32 in evaluation mode
+with deterministic convolutions, on CUDA as on the CPU.
 """
 
 import argparse
@@ -178,7 +176,7 @@ def corrupt(images, name, severity, seed=0):
     parts = []
     for i, part in enumerate(images.split(1000)):
         x = function(to_float(part), constants, torch.Generator(images.device).manual_seed(seed + i))
-        parts.append((x * 255 + 1e-3).clamp(0, 255).byte())  # cut off, as CIFAR-C's files; 1e-3 is float32's error
+        parts.append((x * 255 + 1e-3).clamp(0, 255).byte())  # cut off, as CIFAR-C's; 1e-3: float32's own error
     return torch.cat(parts)
 
 
@@ -562,9 +560,8 @@ def load_run(path, part, args, device, load_dataset, flag="CKPT"):
     if part not in checkpoint["built_as"]:
         raise UsageError(f"--part: {path} has no {part!r}; it has {', '.join(checkpoint['built_as'])}")
     config, dataset = checkpoint["config"], args.dataset or checkpoint["dataset"]
-    data_dir = args.data_dir or config["data_dir"]
     sizes = config.get("resize", 256), config.get("image_size", 224)
-    data = load_dataset(dataset, data_dir, 1, args.limit_test, device, *sizes)
+    data = load_dataset(dataset, args.data_dir or config["data_dir"], 1, args.limit_test, device, *sizes)
     if list(data.classes) != checkpoint["classes"]:
         raise UsageError(f"--dataset: {dataset} has other classes than {path}, or has them in another order")
     model = common.load_model(checkpoint, part, device).requires_grad_(False)
@@ -578,14 +575,6 @@ def load_run(path, part, args, device, load_dataset, flag="CKPT"):
                 layer.running_mean = layer.running_var = None
     results, teacher = path.with_name("evaluation.json"), checkpoint.get("teacher")
     return Subject(str(path), results, key, config, model, dataset, data, batch_size, by_batch, teacher)
-
-
-def teacher_of(subjects):
-    """The path of the one teacher that the subjects' checkpoints name. Baselines, ONE and DML name none."""
-    named = sorted({subject.teacher for subject in subjects if subject.teacher})
-    if len(named) != 1:
-        raise UsageError(f"--teacher: the checkpoints name {', '.join(named) or 'no teacher'}; add the path of one")
-    return Path(named[0])
 
 
 def grouped(subjects, leave_out=()):
@@ -602,7 +591,8 @@ def grouped(subjects, leave_out=()):
     for flags, members in groups.values():
         name = flags["script"]
         for flag, value in flags.items():
-            if flag != "script" and any(other.get(flag, value) != value for other, _ in groups.values()):
+            differs = any(other.get(flag, value) != value for other, _ in groups.values())
+            if differs and flag != "script" and value is not None:
                 name += f" {flag}={value}"
         rows.append((name, members))
     return rows
@@ -682,7 +672,7 @@ def evaluate_pgd(subject, eps, args):
     return {"worst run": [min(accuracies) for accuracies in runs], "worst start": starts}
 
 
-def evaluate_corruption(subject, name, seed, official, made):
+def evaluate_corruption(subject, name, args, official, made):
     """Accuracy in percent on images corrupted with severity 1 … 5, and natural robustness: two lists of 5.
 
     Natural robustness is the accuracy among the samples classified correctly when clean (Gu et al. 2019), NaN if there
@@ -697,7 +687,7 @@ def evaluate_corruption(subject, name, seed, official, made):
             rows = 10000 * (severity - 1) + evenly_spaced(10000, len(images)).numpy()
             made[key] = torch.from_numpy(official[name][rows]).permute(0, 3, 1, 2).to(images.device)
         elif key not in made:
-            made[key] = corrupt(images, name, severity, seed)
+            made[key] = corrupt(images, name, severity, args.seed)
         hit = predict(subject.model, made[key], batch_size=subject.batch_size).argmax(1) == labels
         result["accuracy"].append(100 * hit.double().mean().item())
         result["natural_robustness"].append(100 * hit[subject.right].double().mean().item())
@@ -745,9 +735,8 @@ def measure(subjects, teacher, args, official, cinic):
         source = "official" if official else "generated"
         for name in common.progress(list(CORRUPTIONS), f"CIFAR-C, {source}"):
             settings, made = {"measure": name, "source": source, "seed": None if official else args.seed}, {}
-            more = name, args.seed, official, made
             for subject in subjects:
-                subject.results[name] = measured(subject, settings, evaluate_corruption, *more)
+                subject.results[name] = measured(subject, settings, evaluate_corruption, name, args, official, made)
         for subject in subjects:
             subject.numbers[f"mCA, {source} (%)"] = averages(subject, "accuracy")["mean"]
             subject.numbers["natural robustness (%)"] = averages(subject, "natural_robustness")["mean"]
@@ -859,10 +848,9 @@ def heat_map(axes, values, rows, columns, title):
     """Numbers in coloured cells; NaN leaves a cell empty."""
     values = np.array(values)
     axes.imshow(values, cmap="viridis", aspect="auto")
-    known = values[~np.isnan(values)]
     for (i, j), v in np.ndenumerate(values):
         if not math.isnan(v):
-            dark = v < (known.min() + known.max()) / 2
+            dark = v < (np.nanmin(values) + np.nanmax(values)) / 2
             axes.text(j, i, f"{v:.3g}", ha="center", va="center", color="w" if dark else "k")
     axes.set_title(title, parse_math=False)
     axes.set_yticks(range(len(rows)), rows, parse_math=False)
@@ -877,35 +865,36 @@ def ordered(subjects, flag):
 
 def draw_by(path, subjects, flags, heading):
     """Each column of the tables over one flag of training: mean ± standard deviation, a curve for each value of the
-    other flags. Over two flags: heat maps of the means, the first flag down, the second across.
+    other flags. Over two flags: a heat map of the means, the first flag and all others down, the second across.
 
     Runs without the (second) flag are left out, as a teacher without sigma.
     """
     subjects = [subject for subject in subjects if subject.config.get(flags[-1]) is not None]
     groups, columns, across = grouped(subjects, flags), list(subjects[0].numbers), ordered(subjects, flags[-1])
-    cells = {}  # {(group, value of each flag): subjects}
+    cells, rows = {}, []  # {(group, value of each flag): subjects}; [(group, value of the first flag)]
     for name, members in groups:
+        rows += [(name, value) for value in ordered(members, flags[0])]
         for subject in members:
             cells.setdefault((name, *(subject.config.get(flag) for flag in flags)), []).append(subject)
-    panels = 1 if len(flags) == 1 else len(groups)
-    with picture(path, 7 * panels, 4.5 * len(columns)) as figure:
+    height = 4.5 if len(flags) == 1 else 1.5 + 0.35 * len(rows)
+    with picture(path, 9, height * len(columns)) as figure:
         figure.suptitle(heading, parse_math=False)
-        for axes, column in zip(figure.subplots(len(columns), panels, squeeze=False), columns):
+        for axes, column in zip(figure.subplots(len(columns), squeeze=False).flat, columns):
             found = {key: statistic(members, column) for key, members in cells.items()}
-            for i, (name, members) in enumerate(groups):
-                if len(flags) == 1:
-                    places = [place for place, value in enumerate(across) if (name, value) in found]
-                    points = [found[name, across[place]] for place in places]
-                    means, deviations = [p["mean"] for p in points], [p["std"] or 0 for p in points]
-                    axes[0].errorbar(places, means, deviations, marker=".", capsize=3, label=name)
-                    axes[0].set_xticks(range(len(across)), across)
-                    axes[0].set(xlabel=flags[0], ylabel=column)
-                    axes[0].legend(fontsize="small")
-                else:
-                    down, empty = ordered(members, flags[0]), {"mean": math.nan}
-                    values = [[found.get((name, a, b), empty)["mean"] for b in across] for a in down]
-                    heat_map(axes[i], values, down, across, f"{column}, {name}")
-                    axes[i].set(xlabel=flags[1], ylabel=flags[0])
+            if len(flags) == 2:
+                means = [[found[*row, b]["mean"] if (*row, b) in found else math.nan for b in across] for row in rows]
+                names = [name if value is None else f"{name} {flags[0]}={value}" for name, value in rows]
+                heat_map(axes, means, names, across, column)
+                axes.set(xlabel=flags[1])
+                continue
+            for name, _ in groups:
+                places = [i for i, value in enumerate(across) if (name, value) in found]
+                points = [found[name, across[i]] for i in places]
+                means, deviations = [point["mean"] for point in points], [point["std"] or 0 for point in points]
+                axes.errorbar(places, means, deviations, marker=".", capsize=3, label=name)
+            axes.set_xticks(range(len(across)), across)
+            axes.set(xlabel=flags[0], ylabel=column)
+            axes.legend(fontsize="small")
 
 
 def draw_reliability(path, groups):
@@ -926,15 +915,15 @@ def draw_reliability(path, groups):
             axes.stairs(share, edges, color="k", label="share of samples")
             axes.plot([0, 1], [0, 1], "k--", lw=1)
             axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-            title = textwrap.fill(f"{name}, ECE {cell(members, 'ECE')}", 45)
-            axes.set_title(title, fontsize="medium", parse_math=False)
+            title = f"{name}, ECE {cell(members, 'ECE')}"
+            axes.set_title(textwrap.fill(title, 45), fontsize="medium", parse_math=False)
         panels[0].legend(loc="upper left", fontsize="small")
         for axes in panels[len(groups) :]:
             axes.axis("off")
 
 
 def draw_corruptions(path, groups, source):
-    """Figure 3 of Noise as a Resource: corruption by model."""
+    """Figure 3: corruption by model."""
     with picture(path, 5 + 1.6 * max(5, len(groups)), 9) as figure:
         figure.suptitle(f"CIFAR-C, {source}", parse_math=False)
         for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("accuracy", "natural_robustness")):
@@ -978,8 +967,10 @@ def main(args):
         raise UsageError(f"--plot-by: no checkpoint has the flag {args.plot_by[-1]}; name one of its config.json")
     teacher = []
     if args.transfer and args.teacher is not None:
-        path = Path(args.teacher) if args.teacher else teacher_of(subjects)
-        teacher.append(load_run(path, "model", args, device, load_dataset, "--teacher"))
+        named = [args.teacher] if args.teacher else sorted({s.teacher for s in subjects if s.teacher})
+        if len(named) != 1:  # baselines, ONE and DML name none
+            raise UsageError(f"--teacher: the checkpoints name {', '.join(named) or 'no teacher'}; add the path of one")
+        teacher.append(load_run(Path(named[0]), "model", args, device, load_dataset, "--teacher"))
     if args.transfer and len({subject.test_set for subject in subjects + teacher}) > 1:
         raise UsageError("--transfer: the checkpoints have different test sets; --dataset NAME takes one for all")
     official = read_cifar_c(Path(args.cifar_c), subjects) if args.cifar_c else None

@@ -15,8 +15,9 @@ With r = 0 MC is Hinton's method.
     python messy_collaboration.py --dataset cifar10 --rate 0.25 --target-noise 0.1    # a cell of Table 7
 
     Tables 7, 8, Figure 4   --dataset {cifar10,svhn} --rate {0,0.05,0.1,0.15,0.25,0.5} --method baseline;
-                            --target-noise {0,0.05,0.1,0.15,0.25,0.5} --teacher-seeds 5; --seed 0 1 2 3 4
-    Table 9, Figure 5       evaluate.py runs/messy_collaboration-cifar10-* --cinic CINIC-10
+                            --target-noise {0,0.05,0.1,0.15,0.25,0.5} --teacher-seeds 5; --seed 0 1 2 3 4; then
+                            evaluate.py TEACHERS runs/messy_collaboration-cifar10-* --plot-by target-noise rate
+    Table 9, Figure 5       … --cinic CINIC-10          TEACHERS: the folders in runs/teachers that the runs name
 
 Attained by the first and third command: 89.6 ± 0.6 and 92.6 ± 0.4 % test accuracy (teacher 91.0), last epoch, n = 3, on
 a CPU: in 15 epochs the student alone memorises nothing, and the claim does not show. Not yet run at the paper's size

@@ -16,7 +16,7 @@ section 4.2. GA is cross-entropy on x + delta alone.
                         --teacher-seeds 5 --seed 0 1 2 3 4, then evaluate.py runs/soft_randomization-* --cinic CINIC-10
     Table 4             evaluate.py runs/soft_randomization-* --pgd 1 5 10 15 20 100 200 1000 --eps 8/255
     Table 5             … --pgd 20 --eps 1/255 2/255 10/255 20/255 25/255 50/255 100/255 200/255
-    Table 6, Figure 2   … --pgd 20
+    Table 6, Figure 2   … --pgd 20 --plot-by sigma
     Figure 3            … --cifar-c CIFAR-10-C
 
 Attained by the first two commands: 97.3 ± 0.1 and 97.4 ± 0.7 % test accuracy (teacher 99.0), last epoch, n = 3, a CPU.
