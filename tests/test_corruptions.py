@@ -1,6 +1,5 @@
 """CIFAR-C's corruptions against its own generator in the mean, against scipy, Pillow and numpy pixel by pixel."""
 
-import io
 import math
 
 import matplotlib.colors
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from PIL import Image
 
 import common
 import evaluate
@@ -91,8 +89,13 @@ jpeg_compression   11.38 13.25 13.92 14.61 15.54
 elastic_transform  30.07 28.35 25.88 24.76 22.11"""
 
 
+@pytest.fixture(scope="module")
+def shapes():
+    return common.load_dataset("shapes", limit_test=200).test_images
+
+
 @pytest.mark.parametrize("line", DISTANCES.split("\n")[1:], ids=lambda line: line.split()[0])
-def test_mean_pixel_distance_is_that_of_the_published_generator(line):
+def test_mean_pixel_distance_is_that_of_the_published_generator(shapes, line):
     """DISTANCES are what CIFAR-C's own make_cifar_c.py gave on 200 images of `shapes`, the mean of five seeds.
 
     It ran with numpy 1.26, scikit-image 0.26, scipy 1.17, OpenCV 4.11, Pillow 13.0 and ImageMagick 6.9. Its photographs
@@ -101,10 +104,9 @@ def test_mean_pixel_distance_is_that_of_the_published_generator(line):
     largest chance of all. It is 15 % for spatter, whose drops have another relief, and for frost.
     """
     name, *published = line.split()
-    images = common.load_dataset("shapes", limit_test=200).test_images
     tolerance = 0.15 if name in ("frost", "spatter") else 0.05 if name in RANDOM else 0.01
     for severity, distance in enumerate(published, 1):
-        found = (corrupt(images, name, severity).float() - images.float()).abs().mean().item()
+        found = (corrupt(shapes, name, severity).float() - shapes.float()).abs().mean().item()
         assert found == pytest.approx(float(distance), rel=tolerance), f"severity {severity}"
 
 
@@ -185,29 +187,15 @@ def test_glass_blur_moves_pixels_as_the_published_loop_does(severity, constants)
     assert_close(out, gaussian(expected.transpose(0, 3, 1, 2), sigma))
 
 
-@by_severity("constants", (80, 0.95), (65, 0.9), (58, 0.85), (50, 0.75), (40, 0.65))
-def test_jpeg_and_pixelate_are_pillow_s(severity, constants):
-    images, (quality, share) = textured((48, 40)), constants
-    coded, pixelated = (corrupt(images, name, severity) for name in ("jpeg_compression", "pixelate"))
-    for image, code, pixels in zip(images, coded, pixelated):
-        picture, buffer = Image.fromarray(image.permute(1, 2, 0).numpy()), io.BytesIO()
-        picture.save(buffer, "JPEG", quality=quality)
-        assert np.array_equal(code.permute(1, 2, 0), Image.open(buffer))
-        small = picture.resize((int(40 * share), int(48 * share)), Image.BOX)
-        assert np.array_equal(pixels.permute(1, 2, 0), small.resize((40, 48), Image.BOX))
-
-
-@pytest.mark.parametrize("name, channel, constants", [
-    ("brightness", 2, [(1, 0.05), (1, 0.1), (1, 0.15), (1, 0.2), (1, 0.3)]),
-    ("saturate", 1, [(0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)]),
-])  # fmt: skip
-def test_hsv(x, name, channel, constants):
+def test_hsv(x):
     """A channel of HSV times, plus. The pictures hold black, gray and white pixels too, which have no hue."""
-    for severity, (factor, plus) in enumerate(constants, 1):
-        hsv = matplotlib.colors.rgb_to_hsv(x.permute(0, 2, 3, 1).double().numpy())
-        hsv[..., channel] = factor * hsv[..., channel] + plus
-        expected = matplotlib.colors.hsv_to_rgb(hsv.clip(0, 1)).transpose(0, 3, 1, 2)
-        assert_close(applied(name, severity, x), expected)
+    for name, channel in (("brightness", 2), ("saturate", 1)):
+        for severity, constants in enumerate(SEVERITIES[name], 1):
+            factor, plus = constants if name == "saturate" else (1, constants)
+            hsv = matplotlib.colors.rgb_to_hsv(x.permute(0, 2, 3, 1).double().numpy())
+            hsv[..., channel] = factor * hsv[..., channel] + plus
+            expected = matplotlib.colors.hsv_to_rgb(hsv.clip(0, 1)).transpose(0, 3, 1, 2)
+            assert_close(applied(name, severity, x), expected)
 
 
 def mapped(image, points, mode):
@@ -262,14 +250,6 @@ def test_fog_is_midpoint_displacement_added_and_scaled_back(severity, constants,
         cloud = midpoint_displacement(32, decay, draws)[:, :20]
         assert_close(out[k], (image + amount * cloud) * image.max() / (image.max() + amount), 2e-5)
     assert all(-arguments[0] == arguments[1] for arguments, _ in drawn) and not out[3].any()
-
-
-def test_frost_lays_another_crop_of_the_texture_over_each_image():
-    x = common.to_float(textured((32, 32)))
-    crops = evaluate.frost(torch.zeros_like(x), (1, 1), torch.Generator().manual_seed(0))
-    assert len(crops.flatten(1).unique(dim=0)) == len(x) and 0.6 < crops.mean() < 0.7
-    for severity, (keep, amount) in enumerate(((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)), 1):
-        assert_close(applied("frost", severity, x), keep * x + amount * crops)
 
 
 @by_severity("constants", (0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
