@@ -131,7 +131,8 @@ def pgd(model, images, labels, eps=0.031, step_size=0.003, steps=20, generator=N
 
 # ---------------------------------------------------------------------------------------------------------- corruptions
 # CIFAR-C (Hendrycks and Dietterich 2019), batched: each function takes x float [B, 3, H, W] in [0, 1], the constants of
-# its severity and a generator, and gives x corrupted, not yet clipped. The constants are those of 32×32 pixels.
+# its severity, made for 32×32 pixels, and a generator, and gives x corrupted, not yet clipped. All repeat the published
+# generator but frost and spatter, which have its mean pixel distances on CIFAR-10 to 15 %.
 
 SEVERITIES = {  # severity 1 … 5
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation
@@ -383,7 +384,7 @@ def spatter(x, constants, generator):
     for _ in range(3):
         inside = 1 - F.max_pool2d(1 - inside, 3, 1, padding=1)
         height = height + inside
-    # From the upper left. With 0.9 in the middle the mean distances are CIFAR-C's to 15 %; CIFAR-C itself has 1.
+    # From the upper left. CIFAR-C has 1 in the middle; 0.9 comes nearer to its mean distances.
     light = torch.tensor([[-2, -1, 0], [-1, 0.9, 1], [0, 1, 2]], device=x.device)[None, None]
     relief = F.conv2d(F.pad(mean_of_nine(height), (1,) * 4, mode="replicate"), light).clamp(min=0)
     drops = liquid * wet * mean_of_nine(relief)
@@ -415,7 +416,7 @@ def saturate(x, constants, generator):
 
 
 def by_picture(x, change):
-    """change(picture) of each image of x [B, 3, H, W]; picture: of Pillow."""
+    """change(picture) of each image of x [B, 3, H, W], one by one; picture: of Pillow, so the results are CIFAR-C's."""
     arrays = (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     changed = [np.asarray(change(Image.fromarray(array))) for array in arrays]
     return to_float(torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).to(x.device))
@@ -963,8 +964,8 @@ def main(args):
 
     subjects = [load_run(path, args.part, args, device, load_dataset) for path in args.checkpoints]
     subjects = [subject for _, members in grouped(subjects) for subject in members]
-    if args.plot_by and all(subject.config.get(args.plot_by[-1]) is None for subject in subjects):
-        raise UsageError(f"--plot-by: no checkpoint has the flag {args.plot_by[-1]}; name one of its config.json")
+    if args.plot_by and (len(args.plot_by) > 2 or all(s.config.get(args.plot_by[-1]) is None for s in subjects)):
+        raise UsageError(f"--plot-by: name one or two flags of the runs' config.json, not {' '.join(args.plot_by)}")
     teacher = []
     if args.transfer and args.teacher is not None:
         named = [args.teacher] if args.teacher else sorted({s.teacher for s in subjects if s.teacher})

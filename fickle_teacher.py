@@ -14,7 +14,8 @@ Without dropout FT is Hinton's method.
     python fickle_teacher.py --dataset cifar10 --dropout 0.4   # a row of Table 1
 
     Table 1   --dataset {cifar10,svhn} --method baseline; --dropout {0,0.1,0.2,0.3,0.4,0.5} --teacher-seeds 5
-              --seed 0 1 2 3 4, then evaluate.py runs/fickle_teacher-cifar10-* --cifar-c CIFAR-10-C --cinic CINIC-10
+              --seed 0 1 2 3 4, then evaluate.py TEACHERS runs/fickle_teacher-cifar10-* --cifar-c CIFAR-10-C
+              --cinic CINIC-10     TEACHERS: the folders in runs/teachers that the runs name
 
 Attained by the first and third command: 95.2 ± 0.4 and 92.3 ± 2.6 % test accuracy (teacher 84.7), last epoch, n = 3, on
 a CPU. Not yet run at the paper's size (94.67, baseline 93.95); tests/RESULTS.md has runs of the size of a CPU.

@@ -363,7 +363,7 @@ BAD = [
     ("a.pt other.pt --transfer", "--transfer: the checkpoints have different test sets"),
     ("a.pt --cinic nowhere", "--cinic: has the classes of cifar10"),
     ("a.pt --cifar-c nowhere", "--cifar-c: no file nowhere/gaussian_noise.npy"),
-    ("a.pt --plot-by sigma", "--plot-by: no checkpoint has the flag sigma"),
+    ("a.pt --plot-by sigma", "--plot-by: name one or two flags of the runs' config.json, not sigma"),
     ("a.pt --transfer --teacher", "--teacher: the checkpoints name no teacher; add the path of one"),
     ("taught.pt other.pt --transfer --teacher", "--teacher: the checkpoints name t1.pt, t2.pt; add the path of one"),
 ]
