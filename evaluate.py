@@ -567,9 +567,8 @@ def load_run(path, part, args, device, load_dataset, flag="CKPT"):
         raise UsageError(f"--dataset: {dataset} has other classes than {path}, or has them in another order")
     model = common.load_model(checkpoint, part, device).requires_grad_(False)
     key, by_batch = f"{digest(path)} {part}", checkpoint.get("batch_norm") == "current"
-    batch_size = args.batch_size or common.EVAL_BATCH[device.type]
-    if by_batch:
-        batch_size = args.batch_size or 500  # on every device: the answers depend on it
+    batch_size = args.batch_size or (500 if by_batch else common.EVAL_BATCH[device.type])
+    if by_batch:  # the answers depend on the size of batches
         key += f", batches of {batch_size}"
         for layer in model.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -855,6 +854,7 @@ def heat_map(axes, values, rows, columns, title):
             axes.text(j, i, f"{v:.3g}", ha="center", va="center", color="w" if dark else "k")
     axes.set_title(title, parse_math=False)
     axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    columns = [textwrap.fill(str(name), 25) for name in columns]
     axes.set_xticks(range(len(columns)), columns, parse_math=False, rotation=90)
 
 
@@ -872,7 +872,7 @@ def draw_by(path, subjects, flags, heading):
     """
     subjects = [subject for subject in subjects if subject.config.get(flags[-1]) is not None]
     groups, columns, across = grouped(subjects, flags), list(subjects[0].numbers), ordered(subjects, flags[-1])
-    cells, rows = {}, []  # {(group, value of each flag): subjects}; [(group, value of the first flag)]
+    cells, rows = {}, []  # {(group, value of each flag): subjects}; (group, value of the first flag)
     for name, members in groups:
         rows += [(name, value) for value in ordered(members, flags[0])]
         for subject in members:
@@ -947,7 +947,6 @@ def show_corruptions(path, images, seed):
         axes.set_yticks([(i + 0.5) * side for i in range(len(CORRUPTIONS))], list(CORRUPTIONS))
         axes.set_xticks([(i + 0.5) * side for i in range(6 * len(images))], ["clean", *"12345"] * len(images))
         axes.xaxis.tick_top()
-        axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
 
 
