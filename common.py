@@ -1471,8 +1471,8 @@ class Run:
             act_as_one(parts["optimizer"], modules)
         self.began = time.perf_counter()
 
-    def save(self):
-        """Write checkpoint.pt, then metrics.jsonl, which is always the checkpoint's list of metrics."""
+    def save(self, path=None):
+        """Write checkpoint.pt, or `path`, then metrics.jsonl, which is always the checkpoint's list of metrics."""
         began = time.perf_counter()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         built_as = {name: part.built_as for name, part in self.parts.items() if hasattr(part, "built_as")}
@@ -1481,7 +1481,7 @@ class Run:
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         progress = {"metrics": self.metrics, "epoch": self.epoch, "rng": rng}
         if rank() == 0:
-            with atomic_write(self.path) as partial:
+            with atomic_write(path or self.path) as partial:
                 torch.save({**self.header, "built_as": built_as, **state, **progress}, partial)
             with atomic_write(self.folder / "metrics.jsonl") as partial:
                 partial.write_text("".join(json.dumps(record) + "\n" for record in self.metrics), encoding="utf-8")

@@ -35,15 +35,16 @@ def preset(args):
     """The flags that are left out, from sections 3 and 4.1 of the paper; on shapes, small nets for a CPU.
 
     The more fickle the teacher, the longer the student listens: 200 epochs without dropout, 250 up to a rate of 0.2,
-    300 up to 0.3, 350 above.
+    300 up to 0.3, 350 above. The teacher always has 200, or that share of other --epochs.
     """
     rate = args.dropout if args.method == "ft" else 0
     epochs = 200 if rate == 0 else 250 if rate <= 0.2 else 300 if rate <= 0.3 else 350
     values = {"noise": "none", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "epochs": epochs}
+    values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2"}
     if args.dataset == "shapes":
         values |= {"teacher_arch": "wrn-10-2", "student_arch": "wrn-10-1"}
-        return values | {"epochs": epochs // 25, "batch_size": 32, "lr": 0.05}
-    return values | {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2"}
+        values |= {"epochs": epochs // 25, "batch_size": 32, "lr": 0.05}
+    return values | {"teacher_epochs": round((args.epochs or values["epochs"]) * 200 / epochs)}
 
 
 def parse_args():
@@ -52,6 +53,7 @@ def parse_args():
     add = parser.add_argument_group("method (equation 1, section 4.1)").add_argument
     add("--method", default="ft", choices=("ft", "baseline"), help="baseline: cross-entropy, no teacher")
     add("--dropout", default=0.4, type=share, help="of the teacher, in training and teaching")
+    add("--teacher-epochs", type=int, help="of the teacher that is trained")
     add("--alpha", default=0.9, type=share, help="weight of the teacher")
     add("--tau", default=4.0, type=float, help="temperature")
     return common.parse(parser, preset)
@@ -95,7 +97,10 @@ def main(args):
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
     run = common.Run(args, device, data.classes)
     if args.method == "ft":
-        teacher, run.header["teacher"] = common.load_teacher(args, device, data, labels, milestones, args.dropout)
+        standard = [round(part * args.teacher_epochs) for part in (0.3, 0.6, 0.75)]
+        teacher, run.header["teacher"] = common.load_teacher(
+            args, device, data, labels, standard, args.dropout, epochs=args.teacher_epochs
+        )
         teacher = fickle(teacher)
     run.checkpoint(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:

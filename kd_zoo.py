@@ -26,11 +26,12 @@ Resource for Learning in Knowledge Distillation (Arani, Sarfraz, Zonooz, WACV 20
 Attained by the first command: 99.2 ± 0.5 % test accuracy (teacher 99.8, baseline 98.5 ± 1.1), last epoch, n = 3, on a
 CPU. Not yet run at the paper's size (Hinton 94.28, baseline 93.95); tests/RESULTS.md has all twelve at a CPU's size.
 
-Our choices where the paper is silent: the distillation terms of BSS and DML are Hinton's loss with its factor tau². BSS
-attacks the teacher and moves no pixel further than 16/255. FSP's matrices relate a group's input, max-pooled to the
-output's size, to its output, and their squared differences are averaged over the entries. RKD's embedding is block 3's
-output, pooled. ONE keeps to its own paper: 300 epochs, lr ×0.1 at half and three quarters. ONE's and DML's checkpoint
-has the better branch or student as its model, and all of them as parts. Stage 2 starts without momentum.
+Our choices where the paper is silent: DML's distillation terms are Hinton's loss with its factor tau²; those of BSS
+have no such factor, as in its code. BSS attacks the teacher and moves no pixel further than 16/255. FSP's matrices
+relate a group's input, max-pooled to the output's size, to its output, and their squared differences are averaged over
+the entries. RKD's embedding is block 3's output, pooled. ONE keeps to its own paper: 300 epochs, lr ×0.1 at half and
+three quarters. ONE's and DML's checkpoint has the better branch or student as its model, and all of them as parts.
+Stage 2 starts without momentum.
 """
 
 import math
@@ -359,7 +360,7 @@ def main(args):
             x, y = common.crop_flip(data.batch(index), mode="reflect", size=size), labels[index]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 if method == "one":
-                    ramp = min((epoch + 1) / args.epochs * 300 / 80, 1)  # up to epoch 80 of 300
+                    ramp = min(epoch / args.epochs * 300 / 80, 1)  # from 0 up to epoch 80 of 300
                     logits, ensemble = parts["one"].logits(x)
                     loss = one_loss(logits, ensemble, y, tau, ramp)
                 elif method == "dml":
@@ -376,11 +377,11 @@ def main(args):
                     if epoch < args.init_epochs:
                         loss = fitnet_loss(parts["regressor"], s, t) if method == "fitnet" else fsp_loss(s, t)
                     elif method == "bss":
-                        done = (epoch + 1) / args.epochs
-                        loss = loss + (1 + 3 * (1 - done)) * hinton_loss(S, T, tau)
+                        done = (epoch + 1) / args.epochs  # divided by tau²: without that factor, as in the code of BSS
+                        loss = loss + (1 + 3 * (1 - done)) * hinton_loss(S, T, tau) / tau**2
                         moved = boundary_samples(teacher, x, y, S.detach(), T)
                         if len(moved):
-                            bss = hinton_loss(student(moved).float(), teacher(moved).float(), tau)
+                            bss = hinton_loss(student(moved).float(), teacher(moved).float(), tau) / tau**2
                             loss = loss + 2 * max(1 - 4 / 3 * done, 0) * bss
                     elif args.alpha is not None:  # hinton, stage 2 of fitnet and fsp, and --add
                         loss = (1 - args.alpha) * loss + args.alpha * hinton_loss(S, T, tau)

@@ -14,14 +14,16 @@ Workshop. Equations 19 and 24-27, Algorithm 1.
     python nrd.py --dataset cifar10 --noise sym --rate 0.8    # a cell of Table 2
     python nrd.py --dataset cifar10 --noise human-worse       # the annotators of CIFAR-10N
 
-    Table 1, Figures 1, 2   --dataset cifar10 --loss ce --rate {0.2,0.5,0.8} --student-augment crop, then
+    Table 1, Figures 1, 2b  --dataset cifar10 --loss ce --student-augment crop --rate {0.2,0.5,0.8}, then
                             --analyze runs/nrd-cifar10-sym0.5-loss=ce-student_augment=crop-seed0/checkpoint.pt
+    Figure 2a, Table 6      the same with --rate 0.4 --keep 40 70 100 150, then --analyze RUN/checkpoint*.pt
     Table 2                 --dataset {cifar10,cifar100} --loss {ce,bs,ls,sce,gce,nce+rce,js,gjs,nrd} --seed 0 1 2 3 4
                             --noise sym --rate {0.2,0.4,0.6,0.8}; --noise asym --rate {0.2,0.4}
     Table 3                 --dataset webvision --loss {ce,js,gjs,nrd}
     Table 4                 --dataset {cifar10,cifar100} --loss {ce,gce,gjs,nrd} --noise none
     Table 5                 TABLE_5 below
     Figure 4                --dataset cifar100 --loss {gjs,nrd} --rate {0.2,0.4,0.6,0.8} --epochs 1000
+    Figure 5                --dataset cifar10 --loss {ce,nrd} --rate {0.2,0.5,0.8}, then evaluate.py RUN … --ece
 
 Attained by the first two commands: 68.6 ± 2.3 % and 49.9 ± 2.3 % test accuracy (last epoch, n = 3, --seed 0 1 2), in
 0:58 and 0:39 minutes a run on two CPU cores. Not yet run at the paper's size (sym 80 %: 85.32, cross-entropy 66.51).
@@ -29,11 +31,13 @@ Attained by the first two commands: 68.6 ± 2.3 % and 49.9 ± 2.3 % test accurac
 Our choices where the paper is silent. A rate between two columns of Table 5 takes the nearer one (50 % that of 40 %).
 No noise takes the lr and weight decay of symmetric noise. sym-other counts as symmetric; pair and human-* count as
 asymmetric, of 40 % for human-worse and human-noisy, else of 20 %. Other data sets than CIFAR-100 take CIFAR-10's rows.
-Any photographs are treated as WebVision. On shapes a run has 1,240 steps, the paper's has 156,000: hence a small net, a
+Any photographs are treated as WebVision, where JS and GJS have the settings of GJS's code: pi1 = 0.1, not divided by Z,
+lr 0.2 for JS, batches of 32 for GJS. On shapes a run has 1,240 steps, the paper's has 156,000: hence a small net, a
 faster EMA, a larger lr for NRD's smaller gradients, and no augmentation for the student, against which such a net would
 need far longer to memorise anything. The EMA averages BatchNorm's running statistics as it averages the weights.
 """
 
+import argparse
 import copy
 import json
 import math
@@ -102,10 +106,13 @@ def preset(args):
     values |= {"arch": "preact_resnet34", "epochs": 400, "batch_size": 128, "beta": 0.99, "student_augment": "paper"}
     if common.of_photographs(args.dataset):  # appendix A.2, and the text's weight decay
         values |= {"arch": "resnet50", "epochs": 300, "batch_size": 64, "lr": 0.1, "weight_decay": 1e-4}
-        values |= {"loss_params": [0.1, 0.8, 0.1]} if args.loss == "nrd" else {}
+        of_loss = {"nrd": {"loss_params": [0.1, 0.8, 0.1]}, "js": {"loss_params": [0.1], "lr": 0.2}}
+        of_loss["gjs"] = {"loss_params": [0.1], "batch_size": 32}
+        values |= of_loss.get(args.loss, {})
     if args.dataset == "shapes":
         values |= {"arch": "wrn-10-1", "epochs": 20, "batch_size": 32, "beta": 0.95, "student_augment": "none"}
         values |= {"lr": 0.3} if args.loss == "nrd" else {}
+    values["jsd_scale"] = args.loss in ("js", "gjs") and not common.of_photographs(args.dataset)
     return values | {"views": 10 if args.analyze else 1}
 
 
@@ -119,8 +126,11 @@ def parse_args():
     add("--beta", type=share, help="decay of the EMA, equation 24")
     add("--views", type=int, metavar="K", help="views averaged in equation 27, and by --analyze")
     add("--student-augment", choices=("paper", "crop", "none"), help="crop: crops and flips alone, as in Figure 2")
-    add("--jsd-scale", action="store_true", help="divide nrd by -(1-pi1) log(1-pi1), as the code of GJS does")
-    add("--analyze", type=Path, metavar="CKPT", help="Table 1, Figures 1 and 2 of a trained model; no training")
+    scale = "divide nrd, js, gjs by Z = -(1-pi1) log(1-pi1), as the code of GJS does"
+    add("--jsd-scale", action=argparse.BooleanOptionalAction, help=scale)
+    add("--keep", nargs="+", type=int, default=[], metavar="EPOCH", help="keep these epochs' checkpoints too")
+    analyze = "Table 1, Figures 1 and 2 of trained models, of several Table 6; no training"
+    add("--analyze", nargs="+", type=Path, metavar="CKPT", help=analyze)
     args = common.parse(parser, preset)
     names, given = HYPERPARAMETERS[args.loss], len(args.loss_params)
     if given != len(names):
@@ -172,10 +182,11 @@ def js_scale(pi1):
     return -(1 - pi1) * math.log(1 - pi1)
 
 
-def robust_loss(name, logits, y, params):
+def robust_loss(name, logits, y, params, jsd_scale=True):
     """The losses that NRD is compared with (section 5.1), mean over the batch; logits [B, C], y one-hot [B, C].
 
-    In gjs the logits are [2B, C]: of one augmented view of the batch, then of another.
+    In gjs the logits are [2B, C]: of one augmented view of the batch, then of another. jsd_scale: js and gjs are
+    divided by js_scale.
     """
     if not y.is_floating_point() or y.ndim != 2:
         raise ValueError(f"y is {y.dtype} {list(y.shape)}, not one-hot float [B, C]")
@@ -184,7 +195,7 @@ def robust_loss(name, logits, y, params):
     if name == "gjs":
         (pi1,) = params
         half = (1 - pi1) / 2
-        return (js_divergence((y, *p.chunk(2)), (pi1, half, half)) / js_scale(pi1)).mean()
+        return js_divergence((y, *p.chunk(2)), (pi1, half, half)).mean() / (js_scale(pi1) if jsd_scale else 1)
     log_p_y = (y * log_p).sum(1)
     p_y = log_p_y.exp()
     rce = -math.log(1e-4) * (1 - p_y)  # reverse cross-entropy, log 0 taken as log 1e-4
@@ -207,7 +218,7 @@ def robust_loss(name, logits, y, params):
         loss = alpha * log_p_y / log_p.sum(1) + beta * rce
     elif name == "js":
         (pi1,) = params
-        loss = js_divergence((y, p), (pi1, 1 - pi1)) / js_scale(pi1)
+        loss = js_divergence((y, p), (pi1, 1 - pi1)) / (js_scale(pi1) if jsd_scale else 1)
     return loss.mean()
 
 
@@ -262,7 +273,7 @@ def main(args):
                 else:
                     views = [student_view(x, args.student_augment, size) for _ in range(2 if args.loss == "gjs" else 1)]
                     logits = model(torch.cat(views)).float()
-                    loss = robust_loss(args.loss, logits, y, args.loss_params)
+                    loss = robust_loss(args.loss, logits, y, args.loss_params, args.jsd_scale)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -278,6 +289,8 @@ def main(args):
             ema_test_acc=accuracy(predict(ema, data.test_images, args.amp), data.test_labels),
             **common.label_accuracies(predicted, labels, data.train_labels),
         )
+        if run.epoch in args.keep:
+            run.save(run.folder / f"checkpoint{run.epoch}.pt")
     return run.finish()
 
 
@@ -285,67 +298,98 @@ def main(args):
 
 
 def analyze(args, device):
-    """The paper's look inside a model that has memorised noise (section 3.5), for any checkpoint of this script.
+    """The paper's look inside models that have memorised noise (section 3.5, appendix B): checkpoints of this script.
 
     Predictions on the training images as they are, and averaged over --views views by AutoAugment and random erasing,
-    which the model has not trained on. Writes analysis.json and analysis.png into the checkpoint's folder.
+    which the model has not trained on. Writes analysis.json and analysis.png beside each checkpoint; of several epochs
+    of one run, also confidence.png.
     """
     from scipy.stats import mannwhitneyu  # a second to import, and only here
 
-    checkpoint = common.load_checkpoint(args.analyze, "--analyze")
-    config, noise = checkpoint["config"], checkpoint["noise"]
-    data = common.load_dataset(config["dataset"], args.data_dir, config["limit_train"], 1, device)
-    given = common.corrupt_labels(
-        data.train_labels, noise["kind"], noise["rate"], len(data.classes), noise["seed"], data.classes, args.data_dir
-    )
-    true, wrong = data.train_labels, given != data.train_labels
-    if min(wrong.sum(), (~wrong).sum()) < 4:
-        raise UsageError(f"--analyze: {args.analyze}: {wrong.sum()} of its labels are wrong; train it with --noise")
-    model = common.load_model(checkpoint, "model", device)
+    confidence = {}  # epoch: of the true class, float [2 policies, 4 mislabelled samples, 40 views]
+    for path in args.analyze:
+        checkpoint = common.load_checkpoint(path, "--analyze")
+        config, noise = checkpoint["config"], checkpoint["noise"]
+        data = common.load_dataset(config["dataset"], args.data_dir, config["limit_train"], 1, device)
+        kind, rate, seed = noise["kind"], noise["rate"], noise["seed"]
+        true, classes = data.train_labels, data.classes
+        given = common.corrupt_labels(true, kind, rate, len(classes), seed, classes, args.data_dir)
+        wrong = given != true
+        if min(wrong.sum(), (~wrong).sum()) < 4:
+            raise UsageError(f"--analyze: {path}: {wrong.sum()} of its labels are wrong; train it with --noise")
+        model = common.load_model(checkpoint, "model", device)
 
-    def unseen(x):
-        return common.random_erasing(common.auto_augment(x))
+        views = [predict_views(model, data.train_images, "unseen") for _ in range(args.views)]
+        predictions = {
+            "not transformed": predict(model, data.train_images).softmax(1),
+            "transformed": sum(views) / args.views,
+        }
+        table, nll, reliability = {}, {}, {}
+        for name, p in predictions.items():
+            # Table 1: accuracy for the true label
+            masks = {"clean": ~wrong, "mislabelled": wrong, "overall": wrong | ~wrong}
+            table[name] = {subset: accuracy(p[mask], true[mask]) for subset, mask in masks.items()}
+            # Figure 1: cross-entropy with the true label of the mislabelled samples
+            nll[name] = -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu().numpy()
+            # Figure 2b
+            reliability[name] = common.calibration(p, true)
+            accuracies = "  ".join(f"{subset} {value:.2f} %" for subset, value in table[name].items())
+            print(f"{name:>15}: {accuracies}  ECE {reliability[name][0]:.3f}")
+        auroc = float(mannwhitneyu(*nll.values()).statistic) / int(wrong.sum()) ** 2
+        print(f"AUROC {auroc:.4f}")
 
-    def usual(x):
-        return student_view(x, config["student_augment"], data.image_size)
+        # Figure 2a and Table 6: four clean and four mislabelled samples, 40 views of each
+        rows = [mask.nonzero().squeeze(1) for mask in (~wrong, wrong)]
+        chosen = torch.cat([some[common.evenly_spaced(len(some), 4)] for some in rows])
+        repeated = data.train_images[chosen].repeat_interleave(40, 0)
+        clouds = [predict_views(model, repeated, policy) for policy in (config["student_augment"], "unseen")]
+        clouds = torch.stack(clouds).unflatten(1, (8, 40)).cpu()
+        of_true = true[chosen].cpu().view(1, -1, 1, 1).expand(2, -1, 40, 1)  # class indices for gather
+        confidence[checkpoint["epoch"]] = clouds.gather(3, of_true).squeeze(3)[:, 4:]
 
-    @torch.no_grad()
-    def predicted(images, view):
-        """Softmax [N, C] of one view of each uint8 image."""
-        parts = images.split(common.EVAL_BATCH[device.type])
-        return torch.cat([model(view(to_float(part))).softmax(1) for part in parts])
+        folder, name = args.out or path.parent, path.stem.replace("checkpoint", "analysis")
+        ece = {name: values[0] for name, values in reliability.items()}
+        result = {"views": args.views, "accuracy_for_true_label": table, "auroc": auroc, "ece": ece}
+        with common.atomic_write(folder / f"{name}.json") as partial:
+            partial.write_text(json.dumps(result, indent=2) + "\n")
+        draw_analysis(folder / f"{name}.png", nll, auroc, reliability, clouds, given[chosen], true[chosen], classes)
+        print(f"wrote {folder / name}.json and {name}.png")
+    if len(confidence) > 1:
+        draw_confidence(folder / "confidence.png", confidence)
+        print(f"wrote {folder / 'confidence.png'}")
 
-    predictions = {
-        "not transformed": predict(model, data.train_images).softmax(1),
-        "transformed": sum(predicted(data.train_images, unseen) for _ in range(args.views)) / args.views,
-    }
-    table, nll, reliability = {}, {}, {}
-    for name, p in predictions.items():
-        # Table 1: accuracy for the true label
-        masks = {"clean": ~wrong, "mislabelled": wrong, "overall": wrong | ~wrong}
-        table[name] = {subset: accuracy(p[mask], true[mask]) for subset, mask in masks.items()}
-        # Figure 1: cross-entropy with the true label of the mislabelled samples
-        nll[name] = -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu().numpy()
-        # Figure 2b
-        reliability[name] = common.calibration(p, true)
-        accuracies = "  ".join(f"{subset} {value:.2f} %" for subset, value in table[name].items())
-        print(f"{name:>15}: {accuracies}  ECE {reliability[name][0]:.3f}")
-    auroc = float(mannwhitneyu(*nll.values()).statistic) / int(wrong.sum()) ** 2
-    print(f"AUROC {auroc:.4f}")
 
-    # Figure 2a: four clean and four mislabelled samples, 40 views of each
-    rows = [mask.nonzero().squeeze(1) for mask in (~wrong, wrong)]
-    chosen = torch.cat([some[common.evenly_spaced(len(some), 4)] for some in rows])
-    repeated = data.train_images[chosen].repeat_interleave(40, 0)
-    clouds = [predicted(repeated, view).view(len(chosen), 40, -1).cpu() for view in (usual, unseen)]
+@torch.no_grad()
+def predict_views(model, images, policy):
+    """Softmax [N, C] of one view of each of the uint8 images [N, 3, H, W]. policy: of student_view, or "unseen"."""
+    p = []
+    for part in images.split(common.EVAL_BATCH[images.device.type]):
+        x = to_float(part)
+        if policy == "unseen":
+            x = common.random_erasing(common.auto_augment(x))
+        else:
+            x = student_view(x, policy, model.built_as["image_size"])
+        p.append(model(x).softmax(1))
+    return torch.cat(p)
 
-    folder = args.out or args.analyze.parent
-    ece = {name: values[0] for name, values in reliability.items()}
-    result = {"views": args.views, "accuracy_for_true_label": table, "auroc": auroc, "ece": ece}
-    with common.atomic_write(folder / "analysis.json") as partial:
-        partial.write_text(json.dumps(result, indent=2) + "\n")
-    draw_analysis(folder / "analysis.png", nll, auroc, reliability, clouds, given[chosen], true[chosen], data.classes)
-    print(f"wrote {folder / 'analysis.json'} and analysis.png")
+
+def draw_confidence(path, confidence):
+    """Table 6, left: probability of the true class of four mislabelled samples over the epochs, mean and quartiles."""
+    from matplotlib.figure import Figure
+
+    epochs = sorted(confidence)
+    figure = Figure(figsize=(14, 3.4), layout="constrained")
+    for k, axes in enumerate(figure.subplots(1, 4, sharey=True)):
+        for policy, (label, colour) in enumerate((("views as in training", "r"), ("unseen views", "b"))):
+            p = torch.stack([confidence[epoch][policy, k] for epoch in epochs])
+            low, high = p.quantile(torch.tensor([0.25, 0.75]), 1)
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.2)
+            axes.plot(epochs, p.mean(1), f"{colour}.-", label=label)
+        axes.set(title=f"mislabelled sample {k + 1}", xlabel="epoch", ylim=(0, 1))
+    axes.legend()
+    figure.supylabel("probability of the true class")
+    with common.atomic_write(path) as partial:
+        figure.savefig(partial, dpi=100)
 
 
 def draw_analysis(path, nll, auroc, reliability, clouds, given, true, classes):

@@ -69,10 +69,14 @@ def test_refined_labels_by_hand_and_in_numpy(draw, self_kd, by_hand):
     virtual = softmax(np.where(q_64 == 1, 0.99, 0.01 / (C - 1)) / 20)
     other = {"ls": np.full((B, C), 1 / C), "cp": -p_64, "tf-kd-reg": virtual}.get(self_kd, p_64)
     label = cmd.refined_label(self_kd, q, p, epsilon)
-    assert np.allclose(label, (1 - eps_64) * q_64 + eps_64 * other, atol=1e-6) and not label.requires_grad
-    if self_kd not in ("ls", "tf-kd-reg"):  # what the docstring says of the gradient: (1 - eps) (p - q)
-        F.cross_entropy(S, label, reduction="none").sum().backward()
-        assert np.allclose(S.grad, (1 - eps_64) * (p_64 - q_64), atol=1e-6)
+    label_64 = (1 - eps_64) * q_64 + eps_64 * other
+    assert np.allclose(label.detach(), label_64, atol=1e-6)
+    F.cross_entropy(S, label, reduction="none").sum().backward()
+    gradient = p_64 * label_64.sum(1, keepdims=True) - label_64
+    if self_kd not in ("ce", "ls", "tf-kd-reg"):  # what the prediction in the label adds: that of ± eps H(p)
+        sign = -1 if self_kd == "cp" else 1
+        gradient -= sign * eps_64 * p_64 * (np.log(p_64) + entropy(p_64)[:, None])
+    assert np.allclose(S.grad, gradient, atol=1e-5)
 
 
 @pytest.mark.parametrize("chi", [-1.0, 0.4, 0.8, 1.2, 10.0])
@@ -89,12 +93,15 @@ def test_losses_in_numpy(draw, chi):
             L_A -= (q_B[i].numpy() * np.log(p_A[i])).sum() / B
         if entropy(p_A[i : i + 1])[0] < chi:
             L_B -= (q_A[i].numpy() * np.log(p_B[i])).sum() / B
-    loss_A, loss_B, sure = cmd.cmd_losses(q_A, q_B, S_A.requires_grad_(), S_B.requires_grad_(), chi)
+    for tensor in (S_A, S_B, q_A, q_B):
+        tensor.requires_grad_()
+    loss_A, loss_B, sure = cmd.cmd_losses(q_A, q_B, S_A, S_B, chi)
     assert (loss_A.item(), loss_B.item()) == pytest.approx((L_A, L_B), abs=1e-5)
     assert sure.tolist() == [(entropy(p) < chi).tolist() for p in (p_A, p_B)]
-    assert torch.autograd.grad(loss_A, S_B, retain_graph=True, allow_unused=True) == (None,)
-    assert torch.autograd.grad(loss_B, S_A, retain_graph=True, allow_unused=True) == (None,)
-    (gradient,) = torch.autograd.grad(loss_A, S_A)
+    assert torch.autograd.grad(loss_A, (S_B, q_B), retain_graph=True, allow_unused=True) == (None, None)
+    assert torch.autograd.grad(loss_B, (S_A, q_A), retain_graph=True, allow_unused=True) == (None, None)
+    gradient, of_label = torch.autograd.grad(loss_A, (S_A, q_A))
+    assert torch.allclose(of_label, -S_A.log_softmax(1) / B)  # the own label is no constant
     target = q_A + sure[1].unsqueeze(1) * q_B
     expected = (S_A.softmax(1) * target.sum(1, keepdim=True) - target) / B
     assert torch.allclose(gradient, expected, atol=1e-6)
@@ -135,7 +142,7 @@ def test_kdcl_by_hand_and_in_numpy(draw):
     (["--dataset", "tiny.npz"], ("resnet34", 100, 128, 0.1, 5e-4, False), (50, 80), 0.1),
     (["--dataset", "tiny.npz", "--epochs", 50], ("resnet34", 50, 128, 0.1, 5e-4, False), (25, 40), 0.1),
     (["--dataset", "tiny.npz", "--arch", "resnet18"], ("resnet18", 200, 128, 0.1, 5e-4, False), (60, 120, 160), 0.2),
-    (["--dataset", "tiny.npz", "--arch", "resnet50"], ("resnet50", 100, 64, 0.01, 1e-3, False), (40, 80), 0.1),
+    (["--dataset", "tiny.npz", "--arch", "resnet50"], ("resnet50", 200, 64, 0.01, 1e-3, False), (40, 80), 0.1),
     (["--dataset", "food101"], ("resnet50", 100, 32, 0.01, 5e-4, True), (50, 80), 0.1),
     (["--dataset", "webvision"], ("inception_resnet_v2", 80, 32, 0.01, 5e-4, False), tuple(range(40, 80)), 0.1),
 ])  # fmt: skip
@@ -154,7 +161,7 @@ def test_the_schedules_of_the_supplement(cli, monkeypatch, flags, values, drops,
     args = told["args"]
     assert (args.arch, args.epochs, args.batch_size, args.lr, args.weight_decay, args.pretrained) == values
     assert (told["drops"], told["gamma"]) == (drops, pytest.approx(gamma)) and args.arch_b == args.arch
-    assert (args.self_kd, args.select, args.eta, args.b2, args.b1) == ("proselflc", "progressive", 2, -8, 16)
+    assert (args.self_kd, args.select, args.eta, args.b2, args.b1) == ("proselflc", "progressive", 4, -8, 16)
     assert (args.noise, args.rate, args.augment) == ("none", None, "crop")
     if args.dataset == "webvision":
         assert (args.resize, args.image_size) == (320, 299)

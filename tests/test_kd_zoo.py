@@ -313,8 +313,8 @@ SUMS = {  # what the loop makes of them, epoch by epoch, cross-entropy being 2
     "baseline": [2], "hinton": [0.1 * 2 + 0.9 * 3], "at": [2 + 1000 * 5], "sp": [2 + 3000 * 7], "rkd-d": [2 + 25 * 11],
     "rkd-a": [2 + 50 * 13], "rkd-da": [2 + 25 * 11 + 50 * 13], "fitnet": [17, 2.9], "fsp": [19, 2.9],
     "at --add hinton": [2.9 + 1000 * 5], "sp --add ft": [2.9 + 3000 * 7], "dml": [2 * 2 + 2 * 3],
-    "one": [4 * 2 + np.exp(-5 * (1 - min(300 / 80 * e / 4, 1)) ** 2) * 3 * 3 for e in (1, 2, 3, 4)],
-    "bss": [2 + (4 - 3 * e / 4) * 3 + max(2 - 8 / 3 * e / 4, 0) * 3 for e in (1, 2, 3, 4)],
+    "one": [4 * 2 + np.exp(-5 * (1 - min(300 / 80 * e / 4, 1)) ** 2) * 3 * 3 for e in (0, 1, 2, 3)],
+    "bss": [2 + (4 - 3 * e / 4) * 3 / 16 + max(2 - 8 / 3 * e / 4, 0) * 3 / 16 for e in (1, 2, 3, 4)],
 }  # fmt: skip
 
 

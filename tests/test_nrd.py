@@ -67,6 +67,9 @@ def test_gjs_equals_numpy():
     second, _, p2, _ = case(seed=5)
     loss = robust_loss("gjs", torch.cat([first, second]), y, (0.3,))
     assert loss.item() == pytest.approx(np_js([y64, p1, p2], [0.3, 0.35, 0.35]).mean() / np_z(0.3), rel=1e-4)
+    for name, logits, p in (("gjs", torch.cat([first, second]), [y64, p1, p2]), ("js", first, [y64, p1])):
+        loss = robust_loss(name, logits, y, (0.3,), jsd_scale=False)
+        assert loss.item() == pytest.approx(np_js(p, [0.3, *[0.7 / (len(p) - 1)] * (len(p) - 1)]).mean(), rel=1e-4)
 
 
 def test_losses_by_hand():
@@ -240,6 +243,16 @@ def test_presets_are_table_5(flags, lr, weight_decay, params):
     got = preset(**flags)
     assert (got["lr"], got["weight_decay"], got["loss_params"]) == (lr, weight_decay, params)
     assert (got["arch"], got["epochs"], got["batch_size"], got["beta"]) == ("preact_resnet34", 400, 128, 0.99)
+
+
+@pytest.mark.parametrize("loss, lr, batch_size, params", [
+    ("nrd", 0.1, 64, [0.1, 0.8, 0.1]), ("js", 0.2, 64, [0.1]), ("gjs", 0.1, 32, [0.1]), ("ce", 0.1, 64, []),
+])  # fmt: skip
+def test_presets_of_webvision(loss, lr, batch_size, params):
+    got = preset(dataset="webvision", noise=None, rate=None, loss=loss)
+    assert (got["lr"], got["batch_size"], got["loss_params"], got["weight_decay"]) == (lr, batch_size, params, 1e-4)
+    assert (got["epochs"], got["arch"], got["noise"], got["jsd_scale"]) == (300, "resnet50", "none", False)
+    assert preset(loss=loss)["jsd_scale"] == (loss in ("js", "gjs"))
 
 
 def test_every_row_of_table_5_fits_its_loss():
