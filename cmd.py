@@ -209,8 +209,8 @@ def main(args):
     wrong = (labels != data.train_labels)[kept].float().mean().item()
     print(f"{len(kept):,} training images, {100 * wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
     stats = common.channel_stats(data.train_images)
-    A = common.build_model(args.arch, num_classes, 0.0, *stats, size, args.pretrained).to(device)
-    B = common.build_model(args.arch_b, num_classes, 0.0, *stats, size, args.pretrained).to(device)
+    A = common.build_model(args.arch, num_classes, 0.0, *stats, size, args.pretrained, args.amp).to(device)
+    B = common.build_model(args.arch_b, num_classes, 0.0, *stats, size, args.pretrained, args.amp).to(device)
     parameters = [*A.parameters(), *B.parameters()]
     optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     row = schedule(args, args.arch)
@@ -243,25 +243,24 @@ def main(args):
             if args.augment == "crop":
                 x = common.crop_flip(x, size=size)
             q = F.one_hot(y, num_classes).float()
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                S_A, S_B = A(x).float(), B(x).float()
-                p_A, p_B = S_A.softmax(1), S_B.softmax(1)
-                if args.mutual == "cmd":
-                    if self_trusting:
-                        epsilon = self_trust(p_A, trust[0]), self_trust(p_B, trust[1])
-                    q_A = refined_label(args.self_kd, q, p_A, epsilon[0])
-                    q_B = refined_label(args.self_kd, q, p_B, epsilon[1])
-                    loss_A, loss_B, confident = cmd_losses(q_A, q_B, S_A, S_B, chi)
-                    sent += confident.sum(1)
-                elif args.mutual == "kdcl":
-                    T = kdcl_teacher(S_A, S_B, y)
-                    loss_A, loss_B = (F.cross_entropy(S, y) + 4 * kl_divergence(S / 2, T / 2) for S in (S_A, S_B))
-                else:  # equations 2-4: the peer's prediction is mixed into the label
-                    loss_A = F.cross_entropy(S_A, (1 - args.epsilon) * q + args.epsilon * p_B.detach())
-                    loss_B = F.cross_entropy(S_B, (1 - args.epsilon) * q + args.epsilon * p_A.detach())
-                loss = loss_A + loss_B
-                if args.mutual == "async":  # one network learns at a time
-                    loss = loss_A if (epoch + step) % 2 == 1 else loss_B
+            S_A, S_B = A(x), B(x)
+            p_A, p_B = S_A.softmax(1), S_B.softmax(1)
+            if args.mutual == "cmd":
+                if self_trusting:
+                    epsilon = self_trust(p_A, trust[0]), self_trust(p_B, trust[1])
+                q_A = refined_label(args.self_kd, q, p_A, epsilon[0])
+                q_B = refined_label(args.self_kd, q, p_B, epsilon[1])
+                loss_A, loss_B, confident = cmd_losses(q_A, q_B, S_A, S_B, chi)
+                sent += confident.sum(1)
+            elif args.mutual == "kdcl":
+                T = kdcl_teacher(S_A, S_B, y)
+                loss_A, loss_B = (F.cross_entropy(S, y) + 4 * kl_divergence(S / 2, T / 2) for S in (S_A, S_B))
+            else:  # equations 2-4: the peer's prediction is mixed into the label
+                loss_A = F.cross_entropy(S_A, (1 - args.epsilon) * q + args.epsilon * p_B.detach())
+                loss_B = F.cross_entropy(S_B, (1 - args.epsilon) * q + args.epsilon * p_A.detach())
+            loss = loss_A + loss_B
+            if args.mutual == "async":  # one network learns at a time
+                loss = loss_A if (epoch + step) % 2 == 1 else loss_B
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -271,12 +270,12 @@ def main(args):
             seen += len(index)
         scheduler.step()
 
-        of_A, of_B = (common.test_metrics(net, data, args.amp) for net in (A, B))
+        of_A, of_B = (common.test_metrics(net, data) for net in (A, B))
         metrics = {key: (of_A[key] + of_B[key]) / 2 for key in of_A}
         metrics |= {"test_acc_A": of_A["test_acc"], "test_acc_B": of_B["test_acc"]}
         if held_out:
             images, true = data.train_images[held.to(data.train_images.device)], data.train_labels[held]
-            metrics["val_acc"] = sum(accuracy(predict(net, images, args.amp), true) for net in (A, B)) / 2
+            metrics["val_acc"] = sum(accuracy(predict(net, images), true) for net in (A, B)) / 2
         sent, uncertainty, seen = common.all_reduce(torch.stack([sent, uncertainty, seen]))
         if args.mutual == "cmd":
             metrics |= {"threshold": chi, "communication": int(sent.sum())}

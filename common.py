@@ -83,7 +83,7 @@ def argument_parser(file, doc):
 
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; on where the device is CUDA")
+    add("--amp", action=argparse.BooleanOptionalAction, help="models compute in bfloat16; on where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the models")
     add("--out", type=Path, metavar="DIR", help="run folder; None: runs/, named by every flag that is not the preset's")
     add("--resume", action="store_true", help="continue the run in the run folder, or start it")
@@ -109,7 +109,7 @@ def parse(parser, preset):
     script, the data set, the noise, and every flag that differs from the preset. Two commands never share a folder.
     """
     given = parser.parse_known_args()[0]
-    parser.set_defaults(amp=given.device.startswith("cuda"), **preset(given))
+    parser.set_defaults(amp=multiplies_bfloat16(given.device), **preset(given))
     parser.add_argument("-h", "--help", action="help", help="show this and exit")
     args = parser.parse_args()
     if args.rate is not None and args.noise in ("none", *HUMAN):
@@ -118,6 +118,14 @@ def parse(parser, preset):
     told = {k: v for k, v in changed.items() if k not in ("dataset", "noise", "rate", "seed", *MACHINE)}
     args.name = folder_name(args.script, args.dataset, args.noise, args.rate, told)
     return args
+
+
+def multiplies_bfloat16(device):
+    """Whether the hardware of `device`, a text, multiplies bfloat16 itself, without emulation."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = torch.cpu.get_capabilities()
+    return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
 def folder_name(script, dataset, noise, rate, flags):
@@ -1011,22 +1019,24 @@ class Classifier(nn.Module):
 
     model(x) takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C];
     model(x, features=True) gives (logits, [output of the stem, of block 1, of block 2, …]), each [B, K, H', W'].
+    All are float32. amp: between them it computes in bfloat16 (autocast), but for weights and BatchNorm's statistics.
     """
 
-    def __init__(self, stem, blocks, head, mean=(0, 0, 0), std=(1, 1, 1)):
+    def __init__(self, stem, blocks, head, mean=(0, 0, 0), std=(1, 1, 1), amp=False):
         super().__init__()
-        self.stem, self.blocks, self.head = stem, nn.ModuleList(blocks), head
+        self.stem, self.blocks, self.head, self.amp = stem, nn.ModuleList(blocks), head, amp
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
 
     def forward(self, images, features=False):
-        x = self.stem((images - self.mean) / self.std)
-        outputs = [x]
-        for block in self.blocks:
-            x = block(x)
-            outputs.append(x)
-        logits = self.head(x)
-        return (logits, outputs) if features else logits
+        with torch.autocast("cuda" if images.is_cuda else "cpu", torch.bfloat16, enabled=self.amp):
+            x = self.stem((images - self.mean) / self.std)
+            outputs = [x]
+            for block in self.blocks:
+                x = block(x)
+                outputs.append(x)
+            logits = self.head(x).float()
+        return (logits, [output.float() for output in outputs]) if features else logits
 
 
 class PreActBlock(nn.Module):
@@ -1160,7 +1170,9 @@ def library_model(arch, num_classes, pretrained, **options):
     return net
 
 
-def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), image_size=32, pretrained=False):
+def build_model(
+    arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), image_size=32, pretrained=False, amp=False
+):
     """A Classifier, randomly initialised, in channels_last memory format.
 
     arch: wrn-D-K (any depth D = 6n + 4, width K), resnetD and resnetDx4 (D = 6n + 2; widths 16-32-64 and 64-128-256),
@@ -1171,6 +1183,7 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), i
     image_size: of the images in pixels; any from 16 up runs. Below 128 torchvision's architectures take their CIFAR
         forms: 3×3 stem of stride 1, no max-pooling, mobilenet_v2's second downsampling left out too.
     pretrained: torchvision's ImageNet weights instead, for image_size from 128 up.
+    amp: compute in bfloat16.
     The model's `built_as` holds arch, num_classes, dropout and image_size, from which `load_model` builds it again.
     Raises UsageError for an unknown arch, dropout where the architecture has none, and where weights or size don't fit.
     """
@@ -1228,7 +1241,7 @@ def build_model(arch, num_classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), i
     else:
         known = "wrn-D-K, resnetD and resnetDx4 of CIFAR, preact_resnet18, preact_resnet34, shufflenet_v2"
         raise UsageError(f"--arch: unknown {arch!r}; known are {known}, {', '.join(of_library)}, inception_resnet_v2")
-    model = Classifier(stem, blocks, head, mean, std)
+    model = Classifier(stem, blocks, head, mean, std, amp)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and not pretrained:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -1249,7 +1262,7 @@ def evenly_split(rows, batch_size):
 
 
 @torch.no_grad()
-def predict(model, images, amp=False, batch_size=None):
+def predict(model, images, batch_size=None):
     """Logits float32 [N, C], on the model's device, of uint8 images [N, 3, H, W]; the model is in evaluation mode.
 
     batch_size: None takes that of EVAL_BATCH. Under torchrun every process has the logits of the first.
@@ -1259,8 +1272,7 @@ def predict(model, images, amp=False, batch_size=None):
     device, training, logits = next(model.parameters()).device, model.training, None
     model.eval()
     for rows in evenly_split(torch.arange(len(images), device=images.device), batch_size or EVAL_BATCH[device.type]):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            part = model(to_float(images[rows].to(device))).float()
+        part = model(to_float(images[rows].to(device)))
         logits = part.new_empty(len(images), part.shape[1]) if logits is None else logits
         logits[rows.to(device)] = part
     model.train(training)
@@ -1276,12 +1288,12 @@ def accuracy(scores, labels, k=1):
     return 100 * (scores.topk(k).indices == labels.unsqueeze(1)).any(1).double().mean().item()
 
 
-def test_metrics(model, data, amp):
+def test_metrics(model, data):
     """{"test_acc": …}; with more than ten classes "test_top5" too; for webvision both on ILSVRC12, "imagenet_…"."""
     metrics, tests = {}, {"test": (data.test_images, data.test_labels), "imagenet": data.imagenet}
     for name, test in tests.items():
         if test:
-            logits = predict(model, test[0], amp)
+            logits = predict(model, test[0])
             metrics[f"{name}_acc"] = accuracy(logits, test[1])
             if len(data.classes) > 10:
                 metrics[f"{name}_top5"] = accuracy(logits, test[1], k=5)
@@ -1363,9 +1375,9 @@ def load_checkpoint(path, flag="checkpoint"):
     return checkpoint
 
 
-def load_model(checkpoint, part="model", device="cpu"):
+def load_model(checkpoint, part="model", device="cpu", amp=False):
     """Rebuild the model whose weights are checkpoint[part] ("model", "ema", …), in evaluation mode on `device`."""
-    model = build_model(**checkpoint["built_as"][part])
+    model = build_model(**checkpoint["built_as"][part], amp=amp)
     model.load_state_dict(checkpoint[part])
     return model.to(device).eval()
 
@@ -1586,7 +1598,7 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
         else:
             teachers = [train_teacher(own, seed, device, data, labels) for seed in range(args.teacher_seeds)]
             path, checkpoint = max(teachers, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
-        teacher = load_model(checkpoint, "model", device).requires_grad_(False)
+        teacher = load_model(checkpoint, "model", device, args.amp).requires_grad_(False)
     print(f"teacher: {path}, test_acc {checkpoint['metrics'][-1]['test_acc']:.2f} %", flush=True)
     return teacher, str(path)
 
@@ -1606,7 +1618,8 @@ def train_teacher(own, seed, device, data, labels):
     print("training a teacher first; it stays for later runs", flush=True)
     torch.manual_seed(seed)
     run = Run(args, device, data.classes, wait=True)
-    model = build_model(args.arch, len(data.classes), args.dropout, image_size=data.image_size).to(device)
+    classes, size = len(data.classes), data.image_size
+    model = build_model(args.arch, classes, args.dropout, image_size=size, amp=args.amp).to(device)
     algorithm = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam}[args.optimizer]
     optimizer = algorithm(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     if args.milestones:
@@ -1621,13 +1634,12 @@ def train_teacher(own, seed, device, data, labels):
         lr, losses = optimizer.param_groups[0]["lr"], []
         for index in run.batches(len(labels), args.batch_size):
             x = crop_flip(data.batch(index), mode="reflect", size=data.image_size)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                loss = F.cross_entropy(model(x).float(), labels[index])
+            loss = F.cross_entropy(model(x), labels[index])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        logits = predict(model, data.test_images, args.amp)
+        logits = predict(model, data.test_images)
         if args.milestones:
             scheduler.step()
         else:

@@ -90,7 +90,7 @@ def main(args):
         data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir,
         per_sample=True,
     )  # fmt: skip
-    student = common.build_model(args.student_arch, num_classes, image_size=size).to(device)
+    student = common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     last = 0.8 if args.method == "ft" and args.dropout > 0 else 0.75
     milestones = [round(part * args.epochs) for part in (0.3, 0.6, last)]  # 105, 210, 280 of 350; 60, 120, 150 of 200
@@ -112,20 +112,19 @@ def main(args):
         lr, losses = scheduler.get_last_lr()[0], []
         for index in run.batches(len(labels), args.batch_size):
             x, y = common.crop_flip(data.batch(index), mode="reflect", size=size), labels[index]
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                S = student(x).float()
-                if args.method == "ft":  # equation 1
-                    with torch.no_grad():
-                        T = teacher(x).float()  # another answer every time
-                    loss = (1 - alpha) * F.cross_entropy(S, y) + alpha * tau**2 * kl_divergence(S / tau, T / tau)
-                else:
-                    loss = F.cross_entropy(S, y)
+            S = student(x)
+            if args.method == "ft":  # equation 1
+                with torch.no_grad():
+                    T = teacher(x)  # another answer every time
+                loss = (1 - alpha) * F.cross_entropy(S, y) + alpha * tau**2 * kl_divergence(S / tau, T / tau)
+            else:
+                loss = F.cross_entropy(S, y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
         scheduler.step()
-        run.end_epoch(losses, lr=lr, **common.test_metrics(student, data, args.amp))
+        run.end_epoch(losses, lr=lr, **common.test_metrics(student, data))
     return run.finish()
 
 

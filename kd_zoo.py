@@ -160,7 +160,7 @@ def boundary_samples(teacher, x, y, S, T, size=32, steps=10, step_size=0.3, max_
     for _ in range(steps):
         with torch.enable_grad():
             moved.requires_grad_()
-            scores = teacher(moved).float()
+            scores = teacher(moved)
             gap = (scores.gather(1, y.unsqueeze(1)) - scores.gather(1, target)).squeeze(1)
             (gradient,) = torch.autograd.grad(-gap.sum(), moved)
         length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
@@ -252,11 +252,12 @@ class ONE(nn.Module):
     def logits(self, x):
         """Of each branch, a list of [B, C], and of the gated ensemble [B, C]. The trunk is computed once."""
         first = self.branches[0]
-        shared = first.stem((x - first.mean) / first.std)
-        for block in first.blocks[:-1]:
-            shared = block(shared)
-        logits = [branch.head(branch.blocks[-1](shared)).float() for branch in self.branches]
-        weights = self.gate(shared).float().unsqueeze(2)  # [B, branches, 1]; the weights of a row sum to 1
+        with torch.autocast("cuda" if x.is_cuda else "cpu", torch.bfloat16, enabled=first.amp):
+            shared = first.stem((x - first.mean) / first.std)
+            for block in first.blocks[:-1]:
+                shared = block(shared)
+            logits = [branch.head(branch.blocks[-1](shared)).float() for branch in self.branches]
+        weights = self.gate(shared.float()).unsqueeze(2)  # [B, branches, 1]; the weights of a row sum to 1
         return logits, (weights * torch.stack(logits, 1)).sum(1)
 
     def forward(self, x):
@@ -321,7 +322,9 @@ def main(args):
         per_sample=True,
     )  # fmt: skip
     count = {"one": 3, "dml": 2}.get(method, 1)  # of networks that learn
-    nets = [common.build_model(args.student_arch, num_classes, image_size=size).to(device) for _ in range(count)]
+    nets = []
+    for _ in range(count):
+        nets.append(common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device))
     student, parts = nets[0], {"model": nets[0]}
     if not args.teacher:  # before one is trained
         check_features(args, args.teacher_arch, data)
@@ -358,46 +361,45 @@ def main(args):
             group["lr"] = lr
         for index in run.batches(len(labels), args.batch_size):
             x, y = common.crop_flip(data.batch(index), mode="reflect", size=size), labels[index]
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                if method == "one":
-                    ramp = min(epoch / args.epochs * 300 / 80, 1)  # from 0 up to epoch 80 of 300
-                    logits, ensemble = parts["one"].logits(x)
-                    loss = one_loss(logits, ensemble, y, tau, ramp)
-                elif method == "dml":
-                    first, second = (net(x).float() for net in nets)
-                    loss = dml_loss(first, second, y, tau)
-                else:
-                    S, s = student(x, features=True)
-                    S, s = S.float(), [f.float() for f in s]
-                    loss = F.cross_entropy(S, y)
-                    if teacher:
-                        with torch.no_grad():
-                            T, t = teacher(x, features=True)
-                            T, t = T.float(), [f.float() for f in t]
-                    if epoch < args.init_epochs:
-                        loss = fitnet_loss(parts["regressor"], s, t) if method == "fitnet" else fsp_loss(s, t)
-                    elif method == "bss":
-                        done = (epoch + 1) / args.epochs  # divided by tau²: without that factor, as in the code of BSS
-                        loss = loss + (1 + 3 * (1 - done)) * hinton_loss(S, T, tau) / tau**2
-                        moved = boundary_samples(teacher, x, y, S.detach(), T)
-                        if len(moved):
-                            bss = hinton_loss(student(moved).float(), teacher(moved).float(), tau) / tau**2
-                            loss = loss + 2 * max(1 - 4 / 3 * done, 0) * bss
-                    elif args.alpha is not None:  # hinton, stage 2 of fitnet and fsp, and --add
-                        loss = (1 - args.alpha) * loss + args.alpha * hinton_loss(S, T, tau)
-                    if args.beta:
-                        loss = loss + args.beta * attention_loss(s, t)
-                    if args.gamma:
-                        loss = loss + args.gamma * similarity_loss(s, t)
-                    if args.lambda_d:
-                        loss = loss + args.lambda_d * rkd_distance_loss(s, t)
-                    if args.lambda_a:
-                        loss = loss + args.lambda_a * rkd_angle_loss(s, t)
+            if method == "one":
+                ramp = min(epoch / args.epochs * 300 / 80, 1)  # from 0 up to epoch 80 of 300
+                logits, ensemble = parts["one"].logits(x)
+                loss = one_loss(logits, ensemble, y, tau, ramp)
+            elif method == "dml":
+                first, second = (net(x) for net in nets)
+                loss = dml_loss(first, second, y, tau)
+            else:
+                S, s = student(x, features=True)
+                S, s = S.float(), [f.float() for f in s]
+                loss = F.cross_entropy(S, y)
+                if teacher:
+                    with torch.no_grad():
+                        T, t = teacher(x, features=True)
+                        T, t = T.float(), [f.float() for f in t]
+                if epoch < args.init_epochs:
+                    loss = fitnet_loss(parts["regressor"], s, t) if method == "fitnet" else fsp_loss(s, t)
+                elif method == "bss":
+                    done = (epoch + 1) / args.epochs  # divided by tau²: without that factor, as in the code of BSS
+                    loss = loss + (1 + 3 * (1 - done)) * hinton_loss(S, T, tau) / tau**2
+                    moved = boundary_samples(teacher, x, y, S.detach(), T)
+                    if len(moved):
+                        bss = hinton_loss(student(moved), teacher(moved), tau) / tau**2
+                        loss = loss + 2 * max(1 - 4 / 3 * done, 0) * bss
+                elif args.alpha is not None:  # hinton, stage 2 of fitnet and fsp, and --add
+                    loss = (1 - args.alpha) * loss + args.alpha * hinton_loss(S, T, tau)
+                if args.beta:
+                    loss = loss + args.beta * attention_loss(s, t)
+                if args.gamma:
+                    loss = loss + args.gamma * similarity_loss(s, t)
+                if args.lambda_d:
+                    loss = loss + args.lambda_d * rkd_distance_loss(s, t)
+                if args.lambda_a:
+                    loss = loss + args.lambda_a * rkd_angle_loss(s, t)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        logits = [predict(net, data.test_images, args.amp) for net in nets]
+        logits = [predict(net, data.test_images) for net in nets]
         each = [accuracy(S, data.test_labels) for S in logits]
         best = each.index(max(each))
         run.parts["model"] = nets[best]
@@ -405,7 +407,7 @@ def main(args):
         if count > 1:
             metrics["each_test_acc"] = each
         if method == "one":
-            ensemble = predict(parts["one"], data.test_images, args.amp)
+            ensemble = predict(parts["one"], data.test_images)
             metrics["ensemble_test_acc"] = accuracy(ensemble, data.test_labels)
         run.end_epoch(losses, **metrics)
     return run.finish()

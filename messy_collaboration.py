@@ -82,7 +82,7 @@ def main(args):
     )  # fmt: skip
     wrong = (labels != data.train_labels).float().mean().item()
     print(f"{len(labels):,} training images, {100 * wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
-    student = common.build_model(args.student_arch, num_classes, image_size=size).to(device)
+    student = common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]  # 60, 120, 150 of 200
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
@@ -99,15 +99,14 @@ def main(args):
         lr, losses, predicted = scheduler.get_last_lr()[0], [], torch.full_like(labels, -1)
         for index in run.batches(len(labels), args.batch_size):
             x, y = common.crop_flip(data.batch(index), mode="reflect", size=size), labels[index]
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                S = student(x).float()
-                if args.method == "mc":  # equation 1
-                    with torch.no_grad():
-                        T = teacher(x).float()
-                    y = messy(y, args.target_noise, num_classes)
-                    loss = (1 - alpha) * F.cross_entropy(S, y) + alpha * tau**2 * kl_divergence(S / tau, T / tau)
-                else:
-                    loss = F.cross_entropy(S, y)
+            S = student(x)
+            if args.method == "mc":  # equation 1
+                with torch.no_grad():
+                    T = teacher(x)
+                y = messy(y, args.target_noise, num_classes)
+                loss = (1 - alpha) * F.cross_entropy(S, y) + alpha * tau**2 * kl_divergence(S / tau, T / tau)
+            else:
+                loss = F.cross_entropy(S, y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -117,7 +116,7 @@ def main(args):
         run.end_epoch(
             losses,
             lr=lr,
-            **common.test_metrics(student, data, args.amp),
+            **common.test_metrics(student, data),
             **common.label_accuracies(predicted, labels, data.train_labels),
         )
     return run.finish()

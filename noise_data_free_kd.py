@@ -30,9 +30,9 @@ tests/RESULTS.md has Tables 1 and 2 in miniature. Not yet run at the paper's siz
 with running statistics).
 
 Learning rates, the teacher's too, fall where the loss on the test set stops falling, as the paper has it: that is to
-look at test data. --schedule cosine, for the student, does not. Our choices where the paper is silent: original data come in
-crops and flips; test batches are a fixed random order of the test set; re-estimated statistics are the plain mean over
-the batches of their means and variances.
+look at test data. --schedule cosine, for the student, does not. Our choices where the paper is silent: original data
+come in crops and flips; test batches are a fixed random order of the test set; re-estimated statistics are the plain
+mean over the batches of their means and variances.
 
 Dead leaves are the "shapes" of Baradad et al. 2021, each leaf laid behind those that are there. Their code lays it in
 front and stops once all is covered, which favours large leaves: the largest has 22 to 27 % of a picture, ours 16 %.
@@ -226,7 +226,7 @@ def use_current_statistics(layers):
 
 
 @torch.no_grad()
-def logits_by_statistics(student, images, batch_size, adjust_batches, amp=False):
+def logits_by_statistics(student, images, batch_size, adjust_batches):
     """Logits [M, C] of uint8 images, the student's BatchNorm on current, running and re-estimated statistics: a dict.
 
     current: of batches of about batch_size of these images. running: those that training left. adjusted: the plain mean
@@ -241,12 +241,11 @@ def logits_by_statistics(student, images, batch_size, adjust_batches, amp=False)
     for i, part in enumerate(order.tensor_split(max(1, round(len(images) / batch_size)))):
         for layer in batch_norms(probe):
             layer.track_running_stats = i < adjust_batches
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            current.append(probe(to_float(images[part].to(device))).float())
+        current.append(probe(to_float(images[part].to(device))))
     return {
         "current": torch.cat(current)[order.argsort().to(device)],
-        "running": predict(student, images, amp),
-        "adjusted": predict(probe, images, amp),
+        "running": predict(student, images),
+        "adjusted": predict(probe, images),
     }
 
 
@@ -269,7 +268,7 @@ def main(args):
         data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir,
         per_sample=True,
     )  # fmt: skip
-    student = common.build_model(args.student_arch, num_classes, image_size=data.image_size).to(device)
+    student = common.build_model(args.student_arch, num_classes, image_size=data.image_size, amp=args.amp).to(device)
     optimizer = torch.optim.Adam(student.parameters(), args.lr, weight_decay=args.weight_decay)
     if args.schedule == "plateau":
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=10)
@@ -292,16 +291,15 @@ def main(args):
         lr, losses = optimizer.param_groups[0]["lr"], []
         for index in run.batches(len(labels), args.batch_size):
             x = samples(args.source, index, data)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                with torch.no_grad():
-                    T = teacher(x).float()
-                S = student(x).float()
-                loss = F.cross_entropy(S, T.softmax(1))
+            with torch.no_grad():
+                T = teacher(x)
+            S = student(x)
+            loss = F.cross_entropy(S, T.softmax(1))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        logits = logits_by_statistics(student, data.test_images, args.eval_batch_size, args.adjust_batches, args.amp)
+        logits = logits_by_statistics(student, data.test_images, args.eval_batch_size, args.adjust_batches)
         scores = {f"test_acc_{name}": accuracy(S, data.test_labels) for name, S in logits.items()}
         test_loss = F.cross_entropy(logits[mode], data.test_labels)
         common.average([test_loss])  # so that the schedule decides the same in every process

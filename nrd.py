@@ -243,7 +243,7 @@ def main(args):
     wrong = (labels != data.train_labels).float().mean().item()
     print(f"{len(labels):,} training images, {100 * wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
     stats = common.channel_stats(data.train_images)
-    model = common.build_model(args.arch, num_classes, 0.0, *stats, image_size=size).to(device)
+    model = common.build_model(args.arch, num_classes, 0.0, *stats, image_size=size, amp=args.amp).to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     drops = (1 / 3, 2 / 3) if common.of_photographs(args.dataset) else (0.5, 0.75)  # appendix A
@@ -262,18 +262,17 @@ def main(args):
         lr, losses, predicted = scheduler.get_last_lr()[0], [], torch.full_like(labels, -1)
         for index in run.batches(len(labels), args.batch_size):
             x, y = data.batch(index), F.one_hot(labels[index], num_classes).float()
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                if args.loss == "nrd":
-                    logits = model(student_view(x, args.student_augment, size)).float()
-                    y_s = logits.softmax(1)  # equation 26
-                    with torch.no_grad():  # the stop-gradient of Figure 3
-                        views = [ema(teacher_view(x, size)).float().softmax(1) for _ in range(args.views)]
-                        y_t = sum(views) / args.views  # equation 27
-                    loss = js_divergence((y, y_s, y_t), args.loss_params).mean() / scale  # equation 25
-                else:
-                    views = [student_view(x, args.student_augment, size) for _ in range(2 if args.loss == "gjs" else 1)]
-                    logits = model(torch.cat(views)).float()
-                    loss = robust_loss(args.loss, logits, y, args.loss_params, args.jsd_scale)
+            if args.loss == "nrd":
+                logits = model(student_view(x, args.student_augment, size))
+                y_s = logits.softmax(1)  # equation 26
+                with torch.no_grad():  # the stop-gradient of Figure 3
+                    views = [ema(teacher_view(x, size)).softmax(1) for _ in range(args.views)]
+                    y_t = sum(views) / args.views  # equation 27
+                loss = js_divergence((y, y_s, y_t), args.loss_params).mean() / scale  # equation 25
+            else:
+                views = [student_view(x, args.student_augment, size) for _ in range(2 if args.loss == "gjs" else 1)]
+                logits = model(torch.cat(views))
+                loss = robust_loss(args.loss, logits, y, args.loss_params, args.jsd_scale)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -285,8 +284,8 @@ def main(args):
         run.end_epoch(
             losses,
             lr=lr,
-            **common.test_metrics(model, data, args.amp),
-            ema_test_acc=accuracy(predict(ema, data.test_images, args.amp), data.test_labels),
+            **common.test_metrics(model, data),
+            ema_test_acc=accuracy(predict(ema, data.test_images), data.test_labels),
             **common.label_accuracies(predicted, labels, data.train_labels),
         )
         if run.epoch in args.keep:

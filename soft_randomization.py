@@ -73,7 +73,7 @@ def main(args):
         data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir,
         per_sample=True,
     )  # fmt: skip
-    student = common.build_model(args.student_arch, num_classes, image_size=size).to(device)
+    student = common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]  # 60, 120, 150 of 200
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
@@ -93,20 +93,19 @@ def main(args):
             noisy = x + args.sigma * torch.randn_like(x)  # x + delta
             if args.clip:
                 noisy = noisy.clamp(0, 1)
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                S = student(noisy).float()
-                if args.method == "sr":  # equation 2
-                    with torch.no_grad():
-                        T = teacher(x).float()
-                    loss = (1 - alpha) * F.cross_entropy(S, y) + alpha * tau**2 * kl_divergence(S / tau, T / tau)
-                else:
-                    loss = F.cross_entropy(S, y)
+            S = student(noisy)
+            if args.method == "sr":  # equation 2
+                with torch.no_grad():
+                    T = teacher(x)
+                loss = (1 - alpha) * F.cross_entropy(S, y) + alpha * tau**2 * kl_divergence(S / tau, T / tau)
+            else:
+                loss = F.cross_entropy(S, y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
         scheduler.step()
-        run.end_epoch(losses, lr=lr, **common.test_metrics(student, data, args.amp))
+        run.end_epoch(losses, lr=lr, **common.test_metrics(student, data))
     return run.finish()
 
 

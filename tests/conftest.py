@@ -92,6 +92,14 @@ def tiny_npz(tmp_path):
     return write_npz(tmp_path / "tiny.npz")
 
 
+@pytest.fixture(autouse=True)
+def float32(monkeypatch):
+    """Whatever the machine: --amp has tests of its own."""
+    import common
+
+    monkeypatch.setattr(common, "multiplies_bfloat16", lambda device: False)
+
+
 @pytest.fixture
 def script(tmp_path):
     """script("nrd.py", "--epochs", 1, …) runs it in an empty folder and gives the CompletedProcess, output as text."""

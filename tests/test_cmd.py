@@ -155,7 +155,7 @@ def test_the_schedules_of_the_supplement(cli, monkeypatch, flags, values, drops,
         raise common.UsageError("far enough")
 
     monkeypatch.setattr(common, "load_data", lambda *_: data)
-    monkeypatch.setattr(common, "build_model", lambda arch, *rest: build("wrn-10-1", *rest[:-1]))
+    monkeypatch.setattr(common, "build_model", lambda arch, *rest: build("wrn-10-1", *rest[:-2]))
     monkeypatch.setattr(common.Run, "checkpoint", checkpoint)
     cli(cmd, *flags)
     args = told["args"]

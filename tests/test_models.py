@@ -110,7 +110,10 @@ def test_pretrained_weights_but_for_a_classifier_of_another_size(monkeypatch):
 def test_predict_is_the_model_in_evaluation_mode_row_by_row():
     model, images = build_model("wrn-10-1", 10).train(), torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    logits, half = common.predict(model, images, batch_size=7), common.predict(model, images, amp=True)
+    logits = common.predict(model, images, batch_size=7)
+    model.amp = True
+    half = common.predict(model, images)
+    model.amp = False
     assert model.training and all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert logits.dtype == half.dtype == torch.float32 and not logits.requires_grad
     assert torch.allclose(half, logits, atol=0.1) and not torch.equal(half, logits)  # bfloat16: to its precision
