@@ -23,6 +23,10 @@ Resource for Learning in Knowledge Distillation (Arani, Sarfraz, Zonooz, WACV 20
     Table VI     --dataset cifar10 --imbalance {0.2,0.6,1,2}
     Figure 1     evaluate.py runs/kd_zoo-cifar10-clean-* --transfer --teacher runs/teachers/…/checkpoint.pt
 
+    And of Noise as a Resource:
+    Table 1      --dataset {cifar10,svhn} --method {baseline,hinton,at,sp,rkd-d,rkd-a,rkd-da}
+    Table 2      --dataset cifar10 --method {at,sp,rkd-d,rkd-a,rkd-da}; --add hinton; --add ft
+
 Attained by the first command: 99.2 ± 0.5 % test accuracy (teacher 99.8, baseline 98.5 ± 1.1), last epoch, n = 3, on a
 CPU. Not yet run at the paper's size (Hinton 94.28, baseline 93.95); tests/RESULTS.md has all twelve at a CPU's size.
 
