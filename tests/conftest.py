@@ -1,7 +1,6 @@
-"""Shared by the tests: the scripts' folder on the path, and ways to run a script as a user would."""
+"""Shared by the tests: the scripts' folder on the path, tiny data, and a way to run a script as a user would."""
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -98,13 +97,6 @@ def float32(monkeypatch):
     import common
 
     monkeypatch.setattr(common, "multiplies_bfloat16", lambda device: False)
-
-
-@pytest.fixture
-def script(tmp_path):
-    """script("nrd.py", "--epochs", 1, …) runs it in an empty folder and gives the CompletedProcess, output as text."""
-    options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 180}
-    return lambda name, *flags: subprocess.run([sys.executable, ROOT / name, *map(str, flags)], **options)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """nrd.py as a user runs it: a run and its folder, resuming, stopping, several seeds, bad input, analysis."""
 
-import argparse
 import fcntl
 import json
 import re
@@ -24,16 +23,13 @@ FILES = ["checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"]
 SCRIPTS = ("nrd", "fickle_teacher", "soft_randomization", "messy_collaboration", "kd_zoo", "cmd", "noise_data_free_kd")
 
 
-def assert_same_run(a, b):
-    assert_same(saved(a), saved(b))
-
-
 def metrics_of(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_from_the_command_line(script, tmp_path):
-    result = script("nrd.py", *TINY)
+def test_a_run_from_the_command_line(tmp_path):
+    command = [sys.executable, ROOT / "nrd.py", *TINY]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert (result.returncode, result.stderr) == (0, "")
     folder = next((tmp_path / "runs").iterdir())
     assert folder.name == "nrd-shapes-sym0.5-limit_train=96-limit_test=40-epochs=2-seed0"
@@ -41,8 +37,6 @@ def test_a_run_from_the_command_line(script, tmp_path):
     lines, metrics = result.stdout.splitlines(), metrics_of(folder)
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == 2 and all("images/s" in line and "left" in line for line in epochs)
-    assert "loss_params=[0.2, 0.6, 0.2]" in result.stdout and "\r" not in result.stdout
-    assert [record["epoch"] for record in metrics] == [1, 2]
     names = {"lr", "train_loss", "test_acc", "ema_test_acc", "images_per_second", "seconds"}
     assert metrics[0].keys() >= {*names, "train_acc_right", "train_acc_wrong", "train_acc_wrong_true"}
     best = max(record["test_acc"] for record in metrics)
@@ -59,19 +53,6 @@ def test_a_run_from_the_command_line(script, tmp_path):
     for part, key in (("model", "test_acc"), ("ema", "ema_test_acc")):
         logits = common.predict(common.load_model(checkpoint, part), data.test_images)
         assert common.accuracy(logits, data.test_labels) == pytest.approx(metrics[-1][key], abs=0.01)
-
-
-def test_help_answers_without_slow_imports(tmp_path):
-    """torchvision and matplotlib take seconds to import; --help prints the preset of the cell that was asked for."""
-    code = (
-        "import sys; sys.argv[1:] = sys.argv[2:]; import nrd\n"
-        "try: nrd.parse_args()\n"
-        "finally: print('slow:', *{'torchvision', 'matplotlib', 'scipy'} & set(sys.modules))"
-    )
-    flags = ["--dataset", "cifar100", "--noise", "sym", "--rate", "0.8", "--help"]
-    result = subprocess.run([sys.executable, "-c", code, "nrd.py", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and result.stdout.splitlines()[-1] == "slow:"
-    assert "(default: 5e-05)" in result.stdout and "[0.15, 0.7, 0.15]" in result.stdout
 
 
 def test_live_lines(nrd_cli, monkeypatch):
@@ -103,11 +84,9 @@ def test_several_seeds_are_several_runs_and_their_mean(nrd_cli, tmp_path):
     assert status == 0 and [folder.name[-6:] for folder in folders] == ["-seed3", "-seed4"]
     values = [metrics_of(folder)[-1]["test_acc"] for folder in folders]
     assert f"test_acc {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" in out
-    alone = ["--limit-train", 32, "--seed", 4, "--out", "alone"]
-    assert nrd_cli(*TINY, *alone)[0] == 0
-    assert_same_run(folders[1], tmp_path / "alone")
-    noise = [common.load_checkpoint(folder / "checkpoint.pt")["noise"] for folder in folders]
-    assert noise == [{"kind": "sym", "rate": 0.5, "seed": 0}] * 2  # one corruption for all seeds
+    assert nrd_cli(*TINY, "--limit-train", 32, "--seed", 4, "--out", "alone")[0] == 0
+    assert_same(saved(folders[1]), saved("alone"))
+    assert [saved(folder)["noise"]["seed"] for folder in folders] == [0, 0]  # one corruption for all
 
 
 def test_own_data_are_taken_as_they_are(nrd_cli, cli, tiny_npz):
@@ -146,11 +125,11 @@ def test_killed_runs_continue_to_the_same_bit(nrd_cli, tmp_path):
     assert status == 130 and "Traceback" not in err and "--resume" in err
     status, out, err = nrd_cli(*LONGER, "--out", broken, "--resume")
     assert (status, err) == (0, "") and re.search(r"epoch [23] of 4", out)
-    assert_same_run(whole, broken)
+    assert_same(saved(whole), saved(broken))
     assert sorted(path.name for path in broken.iterdir()) == FILES
 
 
-def test_resume_starts_continues_and_repeats_the_last_line(nrd_cli, tmp_path, monkeypatch):
+def test_resume_starts_a_run_and_repeats_the_last_line(nrd_cli, tmp_path):
     flags = [*TINY, "--out", "run", "--resume"]
     status, started, _ = nrd_cli(*flags)
     assert status == 0 and started.count("epoch ") == 4  # two lines an epoch each, and two in the last line
@@ -159,24 +138,13 @@ def test_resume_starts_continues_and_repeats_the_last_line(nrd_cli, tmp_path, mo
     assert status == 0 and finished.splitlines()[-1] == started.splitlines()[-1]
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
-    def stop(run, *args, **metrics):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(common.Run, "end_epoch", stop)
-    assert nrd_cli(*TINY, "--out", "stopped")[0] == 130
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    assert nrd_cli(*TINY, "--out", "stopped")[0] == 0  # nothing was saved, so that nothing can be lost
-    assert_same_run(tmp_path / "run", tmp_path / "stopped")
-
 
 def test_a_folder_is_never_shared(nrd_cli, tmp_path):
     assert nrd_cli(*TINY, "--out", "run")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     cases = [
         ([], "run holds this run; --resume continues it"),
-        (["--lr", "0.2"], "run holds another run: lr (0.3 there, 0.2 here)"),
-        (["--resume", "--seed", "1", "--beta", "0.9"], "beta (0.95 there, 0.9 here)"),
+        (["--resume", "--seed", "1", "--beta", "0.9"], "run holds another run: beta (0.95 there, 0.9 here)"),
     ]
     for flags, says in cases:
         status, _, err = nrd_cli(*TINY, "--out", "run", *flags)
@@ -194,66 +162,25 @@ def test_a_folder_is_never_shared(nrd_cli, tmp_path):
 
 
 def test_a_teacher_that_another_process_trains_is_waited_for(tmp_path):
-    config = {"script": "teacher"}
-    held = common.claim(tmp_path / "run", config, False, False)
-    with pytest.raises(common.UsageError, match="another process"):
-        common.claim(tmp_path / "run", config, False, False)
+    held = common.claim(tmp_path / "run", {"script": "teacher"}, False, False)
     claim = "common.claim(common.Path(sys.argv[1]), {'script': 'teacher'}, False, True)"
-    code = f"import sys, common\n{claim}\nprint('got')"
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    command = [sys.executable, "-c", f"import sys, common\n{claim}\nprint('got')", str(tmp_path / "run")]
     waiting = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert "waiting for the process" in waiting.stdout.readline()
     held.close()
     assert waiting.communicate(timeout=60)[0] == "got\n"
 
 
-def parsed(monkeypatch, command):
-    """The Namespace of a command such as "python nrd.py --loss ce"."""
-    _, name, *flags = shlex.split(command)
-    monkeypatch.setattr(sys, "argv", [name, *flags])
-    return load_script(Path(name).stem).parse_args()
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_flag_that_matters_is_told_by_the_folder(name, monkeypatch):
-    """Each flag with a value that is not the preset's gives a name of its own; where and how a run runs does not."""
-    parsers = []
-    parse = common.parse
-    monkeypatch.setattr(common, "parse", lambda parser, preset: parsers.append(parser) or parse(parser, preset))
-    usual = parsed(monkeypatch, f"python {name}.py")
-    names = {usual.name}
-    for action in parsers[0]._actions:
-        flag, default = action.option_strings[0], vars(usual).get(action.dest)
-        if action.choices:
-            values = [choice for choice in action.choices if choice != default and not choice.startswith("human")][:1]
-        elif action.nargs == 0:
-            values = [""]
-        elif action.dest == "loss_params":
-            values = ["0.1 0.8 0.1"]
-        elif action.type is Path or action.type is None:
-            values = ["wrn-28-1"]
-        else:
-            values = ["1" if default in (0, [0], 0.0, None) else str(default / 2 if action.type is not int else 7)]
-        flag = {"--rate": "--noise sym --rate", "--init-epochs": "--method fsp --init-epochs"}.get(flag, flag)
-        if flag == "-h" or action.dest == "device":
-            continue
-        other = parsed(monkeypatch, f"python {name}.py {flag} {' '.join(values)}").name
-        assert (other in names) == (action.dest in ("seed", *common.MACHINE)), (flag, values, other)
-        names.add(other)
-
-
-def commands():
+def test_printed_commands_are_valid_and_have_folders_of_their_own(monkeypatch):
     """Every command that README and the docstrings of the scripts print."""
     texts = [(ROOT / "README.md").read_text()] + [(ROOT / f"{name}.py").read_text() for name in SCRIPTS]
     pattern = rf"^ *(python (?:{'|'.join(SCRIPTS)})\.py[^#\n`|]*)"
     found = re.findall(pattern, "\n".join(texts), re.MULTILINE)
-    return sorted({" ".join(command.split()) for command in found})
-
-
-def test_printed_commands_are_valid_and_have_folders_of_their_own(monkeypatch):
     names = {}
-    for command in commands():
-        args = parsed(monkeypatch, command)
+    for command in {" ".join(command.split()) for command in found}:
+        _, name, *flags = shlex.split(command)
+        monkeypatch.setattr(sys, "argv", [name, *flags])
+        args = load_script(Path(name).stem).parse_args()
         if not any(vars(args).get(flag) for flag in ("analyze", "toy", "show_source", "plot_activations")):
             names.setdefault(args.name, set()).add(command.split(" --seed")[0].removesuffix(" --resume"))
     assert len(names) > 20 and all(len(same) == 1 for same in names.values()), names
@@ -262,18 +189,22 @@ def test_printed_commands_are_valid_and_have_folders_of_their_own(monkeypatch):
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(nrd_cli, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(nrd_cli, monkeypatch):
     calls, original = [], nrd.js_divergence
-    factor = lambda: calls.append(1) or (float("nan") if len(calls) == 5 else 1)  # noqa: E731  three steps an epoch
-    monkeypatch.setattr(nrd, "js_divergence", lambda *args: original(*args) * factor())
+
+    def spoiled(*args):
+        calls.append(1)
+        return original(*args) * (float("nan") if len(calls) == 5 else 1)  # three steps an epoch
+
+    monkeypatch.setattr(nrd, "js_divergence", spoiled)
     status, out, err = nrd_cli(*TINY, "--out", "run")
     assert status == 1 and err.count("\n") == 1 and "not finite in epoch 2" in err
-    checkpoint = common.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    checkpoint = common.load_checkpoint("run/checkpoint.pt")
     assert checkpoint["epoch"] == 1 and all(v.isfinite().all() for v in checkpoint["model"].values())
     # two steps of absurd size, one an epoch: the losses are finite, what the second leaves behind is not
     flags = ["--loss", "ce", "--limit-train", 32, "--limit-test", 10, "--epochs", 2, "--device", "cpu", "--out", "two"]
     assert nrd_cli(*flags, "--lr", "1e9", "--weight-decay", "1e9")[0] == 1
-    assert common.load_checkpoint(tmp_path / "two/checkpoint.pt")["epoch"] == 1
+    assert common.load_checkpoint("two/checkpoint.pt")["epoch"] == 1
 
 
 def test_interrupted_writing_keeps_the_old_file(tmp_path):
@@ -285,7 +216,7 @@ def test_interrupted_writing_keeps_the_old_file(tmp_path):
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_checkpoints_are_data_not_code_and_finished_or_say_so(nrd_cli, tmp_path):
+def test_checkpoints_are_data_not_code_and_whole(nrd_cli, tmp_path):
     class Evil:
         def __reduce__(self):
             return (open, (str(tmp_path / "executed"), "w"))
@@ -293,47 +224,29 @@ def test_checkpoints_are_data_not_code_and_finished_or_say_so(nrd_cli, tmp_path)
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "foreign.pt").read_bytes()[:200])
-    assert nrd_cli(*TINY, "--epochs", 1, "--out", "run")[0] == 0
-    whole = common.load_checkpoint(tmp_path / "run/checkpoint.pt")
-    torch.save(whole | {"metrics": [], "epoch": 0}, tmp_path / "none.pt")
-    torch.save(whole | {"epochs": 40}, tmp_path / "some.pt")
-    expected = {"evil.pt": "damaged or no", "cut.pt": "damaged or no", "foreign.pt": "no checkpoint of these scripts",
-                "none.pt": "has finished no epoch", "missing.pt": "no file"}  # fmt: skip
+    expected = {"evil.pt": "evil.pt is damaged or no", "cut.pt": "cut.pt is damaged or no",
+                "foreign.pt": "foreign.pt is no checkpoint", "missing.pt": "no file missing.pt"}  # fmt: skip
     for name, says in expected.items():
         status, _, err = nrd_cli("--analyze", name)
-        assert status == 2 and f"--analyze: {says}" in err.replace(f"{name} ", "").replace("is ", ""), err
+        assert status == 2 and err.count("\n") == 1 and err.startswith(f"error: --analyze: {says}"), err
     assert not (tmp_path / "executed").exists()
-    assert "some.pt: epoch 1 of 40" in nrd_cli("--analyze", "some.pt")[1]
 
 
-BAD = [
-    (["--dataset", "cifra10"], "--dataset: unknown 'cifra10'; known are shapes, cifar10"),
-    (["--dataset", "missing.npz"], "--dataset: no file missing.npz"),
-    (["--dataset", "imagefolder:nowhere"], "--dataset imagefolder:nowhere"),
-    (["--dataset", "imagefolder:nowhere", "--resize", "200"], "--resize: 200 is smaller than --image-size 224"),
-    (["--arch", "wrn-17-2"], "--arch: unknown 'wrn-17-2'"),
-    (["--noise", "symm"], "argument --noise: invalid choice: 'symm'"),
-    (["--loss", "gcce"], "argument --loss: invalid choice"),
-    (["--rate", "1.5"], "argument --rate: 1.5 is not in [0, 1]"),
-    (["--rate", "nan"], "argument --rate: nan is not in [0, 1]"),
-    (["--epochs", "2.5"], "argument --epochs"),
-    (["--frobnicate"], "--frobnicate"),
-    (["--noise", "none", "--rate", "0.2"], "--rate: --noise none has no rate"),
-    (["--noise", "asym"], "--noise asym: only CIFAR-10 and CIFAR-100"),
-    (["--noise", "human-worse"], "CIFAR-10_human.pt"),
-    (["--loss-params", "0.2", "0.6", "0.3"], "--loss-params: pi1 pi2 pi3 sum to 1.1"),
-    (["--loss", "ce", "--loss-params", "1"], "--loss-params: ce takes 0"),
-    (["--device", "cuda"], "--device cuda: no CUDA device is visible"),
-]
-
-
-@pytest.mark.parametrize("flags, says", BAD, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize("flags, says", [
+    ("--dataset cifra10", "--dataset: unknown 'cifra10'; known are shapes, cifar10"),
+    ("--dataset missing.npz", "--dataset: no file missing.npz"),
+    ("--dataset imagefolder:nowhere", "--dataset imagefolder:nowhere"),
+    ("--arch wrn-17-2", "--arch: unknown 'wrn-17-2'"),
+    ("--noise none --rate 0.2", "--rate: --noise none has no rate"),
+    ("--noise asym", "--noise asym: only CIFAR-10 and CIFAR-100"),
+    ("--noise human-worse", "CIFAR-10_human.pt"),
+    ("--loss-params 0.2 0.6 0.3", "--loss-params: pi1 pi2 pi3 sum to 1.1"),
+    ("--device cuda", "--device cuda: no CUDA device is visible"),
+])  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(nrd_cli, monkeypatch, flags, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    status, _, err = nrd_cli(*TINY, *flags)
-    line = err.splitlines()[-1]
-    assert status == 2 and says in line, err
-    assert err.startswith("error: ") and err.count("\n") == 1 or err.startswith("usage: ")
+    status, _, err = nrd_cli(*TINY, *flags.split())
+    assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and says in err, err
 
 
 # ------------------------------------------------------------------------------------------------------------- analysis
@@ -346,11 +259,11 @@ def test_analysis_of_a_memorised_model(nrd_cli, tmp_path):
     status, out, err = nrd_cli("--analyze", "run/checkpoint.pt", "--device", "cpu", "--views", 4)
     assert (status, err) == (0, "")
     result = json.loads((tmp_path / "run/analysis.json").read_text())
-    checkpoint = common.load_checkpoint(tmp_path / "run/checkpoint.pt")
     data = common.load_dataset("shapes", limit_train=64)
     given = common.corrupt_labels(data.train_labels, "sym", 0.5, 10, 0)
     wrong = given != data.train_labels
-    p = common.predict(common.load_model(checkpoint), data.train_images).softmax(1)
+    model = common.load_model(common.load_checkpoint("run/checkpoint.pt"))
+    p = common.predict(model, data.train_images).softmax(1)
     plain = result["accuracy_for_true_label"]["not transformed"]
     for subset, mask in (("clean", ~wrong), ("mislabelled", wrong), ("overall", wrong | ~wrong)):
         assert plain[subset] == pytest.approx(common.accuracy(p[mask], data.train_labels[mask]))
@@ -358,6 +271,3 @@ def test_analysis_of_a_memorised_model(nrd_cli, tmp_path):
     assert result["ece"]["not transformed"] == pytest.approx(common.calibration(p, data.train_labels)[0])
     assert 0.5 < result["auroc"] <= 1  # views that it has not trained on bring the true class nearer
     assert matplotlib.image.imread(tmp_path / "run/analysis.png").shape[1] > 1000
-    clean = argparse.Namespace(**checkpoint["noise"] | {"kind": "none"})
-    torch.save(checkpoint | {"noise": vars(clean)}, tmp_path / "clean.pt")
-    assert "0 of its labels are wrong" in nrd_cli("--analyze", "clean.pt")[2]
