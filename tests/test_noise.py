@@ -1,7 +1,5 @@
 """Label noise, by counting; the files of CIFAR-10N and CIFAR-100N."""
 
-import pickle
-
 import pytest
 import torch
 from conftest import within
@@ -18,19 +16,17 @@ def corrupt(kind, rate, labels=LABELS, classes=CIFAR10, seed=0, **options):
     return corrupt_labels(labels, kind, rate, len(classes), seed, classes, **options)
 
 
-@pytest.mark.parametrize("kind", ["none", "sym", "sym-other", "pair", "asym"])
+@pytest.mark.parametrize("kind", ["sym", "sym-other", "pair", "asym"])
 def test_noise_follows_its_seed_and_nothing_else(kind):
     before, state = LABELS.clone(), torch.get_rng_state()
     first = corrupt(kind, 0.4)
     assert torch.equal(torch.get_rng_state(), state)  # the training's random numbers stay as they are
     torch.rand(5)
-    again, other = corrupt(kind, 0.4), corrupt(kind, 0.4, seed=1)
-    assert torch.equal(first, again) and torch.equal(LABELS, before) and first.dtype == torch.int64
-    assert torch.equal(first, other) == (kind == "none")
-    assert torch.equal(corrupt(kind, 0.0), LABELS)
+    assert torch.equal(first, corrupt(kind, 0.4)) and not torch.equal(first, corrupt(kind, 0.4, seed=1))
+    assert torch.equal(LABELS, before) and first.dtype == torch.int64 and torch.equal(corrupt(kind, 0.0), LABELS)
 
 
-@pytest.mark.parametrize("rate", [0.2, 0.8, 1.0])
+@pytest.mark.parametrize("rate", [0.2, 1.0])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_sym_draws_all_classes_alike(rate, per_sample):
     noisy = corrupt("sym", rate, per_sample=per_sample)
@@ -94,40 +90,22 @@ def test_impossible_noise_is_refused():
 
 @pytest.fixture
 def human(tmp_path):
-    """Files in CIFAR-N's form, dicts of numpy arrays: (their folder, {kind: labels})."""
+    """Files in CIFAR-N's form, dicts of numpy arrays: {kind: labels}."""
+    keys = ["clean_label", "aggre_label", "random_label1", "random_label2", "random_label3", "worse_label"]
     kinds = ["clean", "aggre", "random1", "random2", "random3", "worse", "noisy"]
     labels = dict(zip(kinds, torch.randint(10, (7, 100))))
-    keys = ["clean_label", "aggre_label", "random_label1", "random_label2", "random_label3", "worse_label"]
-    ten = {key: labels[kind].numpy() for key, kind in zip(keys, kinds)}
+    ten = {key: values.numpy() for key, values in zip(keys, labels.values())}
     hundred = {"clean_label": labels["clean"].numpy(), "noisy_label": labels["noisy"].numpy()}
     torch.save(ten, tmp_path / "CIFAR-10_human.pt")
     torch.save(hundred, tmp_path / "CIFAR-100_human.pt")
-    return tmp_path, labels
+    return labels
 
 
 @pytest.mark.parametrize("kind", ["aggre", "random1", "random2", "random3", "worse", "noisy"])
-def test_human_labels_follow_the_images(human, kind):
-    folder, labels = human
-    noisy = corrupt(f"human-{kind}", None, labels["clean"], data_dir=folder)
-    assert torch.equal(noisy, labels[kind]) and noisy.dtype == torch.int64
+def test_human_labels_follow_the_images(human, tmp_path, kind):
+    noisy = corrupt(f"human-{kind}", None, human["clean"], data_dir=tmp_path)
+    assert torch.equal(noisy, human[kind]) and noisy.dtype == torch.int64
     part = evenly_spaced(100, 30)  # as --limit-train takes them
-    assert torch.equal(corrupt(f"human-{kind}", None, labels["clean"][part], data_dir=folder), noisy[part])
-
-
-def test_human_labels_refuse_what_does_not_fit(human, tmp_path):
-    folder, labels = human
+    assert torch.equal(corrupt(f"human-{kind}", None, human["clean"][part], data_dir=tmp_path), noisy[part])
     with pytest.raises(UsageError, match="another data set, or the images are not in the official order"):
-        corrupt("human-worse", None, labels["clean"].flip(0), data_dir=folder)
-    with pytest.raises(UsageError, match="no .*CIFAR-10_human.pt"):
-        corrupt("human-worse", None, labels["clean"], data_dir=tmp_path / "nowhere")
-
-
-def test_label_files_are_data_not_code(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "executed"), "w"))
-
-    torch.save({"clean_label": Evil()}, tmp_path / "CIFAR-10_human.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        corrupt("human-worse", None, torch.arange(10), data_dir=tmp_path)
-    assert not (tmp_path / "executed").exists()
+        corrupt(f"human-{kind}", None, human["clean"].flip(0), data_dir=tmp_path)
