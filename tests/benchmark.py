@@ -8,7 +8,6 @@ torchattacks. A peer that is missing, or fails under the installed libraries, is
 
 import argparse
 import importlib
-import importlib.metadata
 import os
 import platform
 import statistics
@@ -35,28 +34,27 @@ GENERATOR = 26  # dead-leaves images (32×32) a second and core of the public ge
 WORKERS = os.cpu_count()
 
 
-def speed(function, device):
-    """Items a second of one call; the function returns how many items it has done."""
-    start = time.perf_counter()
-    count = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return count / (time.perf_counter() - start)
-
-
 def compare(work, ours, peers, args):
-    """Print a row for each peer, a function or a known speed: the medians of ours and of its, measured in turn."""
-    functions = {"ours": ours, **peers}
-    measured = {name: [] for name in functions}
-    for repeat in range(args.repeats + 1):
-        for name, function in functions.items():
-            value = speed(function, args.device) if callable(function) else function
-            if repeat:  # the first is the warm-up
-                measured[name].append(value)
-    median = {name: statistics.median(values) for name, values in measured.items()}
+    """Print a row for each peer: the medians of our speed and of its, measured in turn; returns ours.
+
+    ours, peers: functions that return how many items they have done.
+    """
+    measured = {name: [] for name in ("ours", *peers)}
+    for _ in range(args.repeats + 1):
+        for name, function in {"ours": ours, **peers}.items():
+            start = time.perf_counter()
+            count = function()
+            if args.device.type == "cuda":
+                torch.cuda.synchronize(args.device)
+            measured[name].append(count / (time.perf_counter() - start))
+    median = {name: statistics.median(values[1:]) for name, values in measured.items()}  # the first is the warm-up
     for name in peers:
-        ratio = median["ours"] / median[name]
-        print(f"| {work} | {median['ours']:,.0f} | {name} | {median[name]:,.0f} | {ratio:.2f} |", flush=True)
+        row(work, median["ours"], name, median[name])
+    return median["ours"]
+
+
+def row(work, ours, name, theirs):
+    print(f"| {work} | {ours:,.0f} | {name} | {theirs:,.0f} | {ours / theirs:.2f} |", flush=True)
 
 
 def peer(name):
@@ -68,24 +66,16 @@ def peer(name):
         return None
 
 
-def version(name):
-    return f"{name} {importlib.metadata.version(name)}"
-
-
-class PerSample(torch.utils.data.Dataset):
-    """A transform applied to one image at a time, as DataLoader workers do."""
-
-    def __init__(self, images, labels, transform):
-        self.images, self.labels, self.transform = images, labels, transform
-
-    def __len__(self):
-        return len(self.images)
+class PerSample(torch.utils.data.TensorDataset):
+    """Images and labels, with a transform applied to one image at a time, as DataLoader workers do."""
 
     def __getitem__(self, i):
-        return self.transform(self.images[i]), self.labels[i]
+        image, label = super().__getitem__(i)
+        return self.transform(image), label
 
 
-def loader(data, batch_size, device):
+def loader(data, transform, batch_size, device):
+    data.transform = transform
     options = {"num_workers": WORKERS, "persistent_workers": True, "pin_memory": device.type == "cuda"}
     return torch.utils.data.DataLoader(data, batch_size, shuffle=True, drop_last=True, **options)
 
@@ -112,13 +102,13 @@ def augment(args):
         return run
 
     def against_torchvision(work, ours, theirs, peers):
-        batches = loader(PerSample(images, labels, v2.Compose([theirs, to_tensor])), 128, args.device)
-        peers = {f"{version('torchvision')} v2, {WORKERS} workers": drain(batches, args.device), **peers}
+        batches = loader(PerSample(images, labels), v2.Compose([theirs, to_tensor]), 128, args.device)
+        peers = {f"torchvision v2, DataLoader of {WORKERS} workers": drain(batches, args.device), **peers}
         compare(f"{work}, images/s", batched(ours), peers, args)
 
     against_torchvision("AugMix", common.aug_mix, v2.AugMix(), {})
     kornia = peer("kornia.augmentation")
-    others = {f"{version('kornia')}, batched": batched(kornia.auto.RandAugment(1, 3))} if kornia else {}
+    others = {"kornia, batched": batched(kornia.auto.RandAugment(1, 3))} if kornia else {}
     against_torchvision("RandAugment", lambda x: common.rand_augment(x, 1, 3), v2.RandAugment(1, 3), others)
 
 
@@ -148,7 +138,7 @@ def corrupt(args):
         return len(few) * len(works)
 
     what = f"CIFAR-C, {len(works)} corruptions, severity 3, images/s"
-    compare(what, ours, {f"{version('imagecorruptions')}, one core": theirs}, args)
+    compare(what, ours, {"imagecorruptions, one core": theirs}, args)
 
 
 def attack(args):
@@ -181,7 +171,7 @@ def attack(args):
             (net(adversarial).argmax(1) == y).float().mean().item()
         return len(x)
 
-    compare("accuracy under PGD-20, images/s", ours, {version("torchattacks"): theirs}, args)
+    compare("accuracy under PGD-20, images/s", ours, {"torchattacks": theirs}, args)
 
 
 def leaves(args):
@@ -192,58 +182,59 @@ def leaves(args):
         noise_data_free_kd.dead_leaves(count, 32, generator, args.device)
         return count
 
-    compare("dead leaves 32×32, images/s", ours, {"public generator, one core": GENERATOR}, args)
+    speed = compare("", ours, {}, args)
+    row("dead leaves 32×32, images/s", speed, "public generator, one core", GENERATOR)
 
 
 def train(args):
     """Hinton's step: on resident images as the scripts take it, and as repositories write it."""
-    device, cuda = args.device, args.device.type == "cuda"
+    cuda = args.device.type == "cuda"
     images, labels = common.draw_shapes(128 * (40 if cuda else 1), seed=0)
-    resident, resident_labels = images.to(device), labels.to(device)
+    resident, resident_labels = images.to(args.device), labels.to(args.device)
+    crop = [v2.RandomCrop(32, padding=4, padding_mode="reflect"), v2.RandomHorizontalFlip()]
+    transform = v2.Compose([*crop, v2.ToDtype(torch.float32, scale=True)])
+    batches = loader(PerSample(images, labels), transform, 128, args.device)
 
-    def fresh(memory_format):
-        archs = ("wrn-16-2", "wrn-40-2")
-        student, teacher = (common.build_model(a, 10).to(device, memory_format=memory_format) for a in archs)
+    def run(memory_format, steps):
+        """A function that trains an epoch, given one that yields the loss of each step."""
+        to = {"device": args.device, "memory_format": memory_format}
+        student = common.build_model("wrn-16-2", 10).to(**to).train()
+        teacher = common.build_model("wrn-40-2", 10).to(**to).eval().requires_grad_(False)
         optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-        return student.train(), teacher.eval().requires_grad_(False), optimizer
 
-    def ours(student, teacher, optimizer):
-        losses = []
-        for index in torch.randperm(len(images), device=device).split(128):
-            with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+        def epoch():
+            for loss in steps(student, teacher):
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            loss.item()
+            return len(images)
+
+        return epoch
+
+    def ours(student, teacher):
+        for index in torch.randperm(len(images), device=args.device).split(128):
+            with torch.autocast(args.device.type, torch.bfloat16, enabled=cuda):
                 x = common.crop_flip(to_float(resident[index]), mode="reflect")
                 with torch.no_grad():
                     T = teacher(x).float()
                 S = student(x).float()
                 loss = 0.1 * F.cross_entropy(S, resident_labels[index]) + 0.9 * kd_zoo.hinton_loss(S, T, 4.0)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        torch.stack(losses).cpu()
-        return len(images)
+            yield loss
 
-    crop = [v2.RandomCrop(32, padding=4, padding_mode="reflect"), v2.RandomHorizontalFlip()]
-    transform = v2.Compose([*crop, v2.ToDtype(torch.float32, scale=True)])
-    batches = loader(PerSample(images, labels, transform), 128, device)
-
-    def theirs(student, teacher, optimizer):
+    def theirs(student, teacher):
         for x, y in batches:
-            x, y = x.to(device), y.to(device)
+            x, y = x.to(args.device), y.to(args.device)
             S = student(x)
             with torch.no_grad():
                 T = teacher(x)
             kl = F.kl_div(F.log_softmax(S / 4, 1), F.softmax(T / 4, 1), reduction="batchmean")
             loss = 0.1 * F.cross_entropy(S, y) + 0.9 * 16 * kl
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            yield loss
             loss.item()
-        return len(images)
 
-    mine, plain = fresh(torch.channels_last), fresh(torch.contiguous_format)
-    peers = {f"plain float32 NCHW loop, DataLoader of {WORKERS} workers": lambda: theirs(*plain)}
-    compare("Hinton WRN-40-2 → WRN-16-2, batch 128, images/s", lambda: ours(*mine), peers, args)
+    peers = {f"plain float32 NCHW loop, DataLoader of {WORKERS} workers": run(torch.contiguous_format, theirs)}
+    compare("Hinton WRN-40-2 → WRN-16-2, batch 128, images/s", run(torch.channels_last, ours), peers, args)
 
 
 def photographs(args):
@@ -259,14 +250,14 @@ def photographs(args):
         data = common.load_dataset(f"imagefolder:{folder}", Path(folder) / "data", device=args.device)
         to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
         transform = v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *to_tensor])
-        batches = loader(torchvision.datasets.ImageFolder(f"{folder}/train", transform), 64, args.device)
+        batches = loader(torchvision.datasets.ImageFolder(f"{folder}/train"), transform, 64, args.device)
 
         def ours():
             for index in torch.randperm(len(images), device=args.device).split(64):
                 common.crop_flip(common.random_resized_crop(data.batch(index), 224), padding=0)
             return len(images)
 
-        peers = {f"ImageFolder and DataLoader, {WORKERS} workers": drain(batches, args.device)}
+        peers = {f"ImageFolder, DataLoader of {WORKERS} workers": drain(batches, args.device)}
         compare("photographs, random resized crop and flip, images/s", ours, peers, args)
 
 
@@ -282,7 +273,7 @@ def main():
     warnings.filterwarnings("ignore")
     torch.backends.cudnn.benchmark = True
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor() or "CPU"
-    print(f"{name}, {torch.get_num_threads()} threads, {version('torch')}, Python {platform.python_version()}")
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
     print("| work | ours | peer | its speed | ratio |\n|---|---|---|---|---|")
     for work in WORKS if args.work == "all" else [args.work]:
         torch.manual_seed(0)

@@ -55,18 +55,6 @@ def test_a_run_from_the_command_line(tmp_path):
         assert common.accuracy(logits, data.test_labels) == pytest.approx(metrics[-1][key], abs=0.01)
 
 
-def test_live_lines(nrd_cli, monkeypatch):
-    """On a terminal a line that is overwritten; without one a line after a minute, then after five more."""
-    clock = iter(range(0, 10**6, 40))
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))  # every look at it takes 40 seconds
-    monkeypatch.setattr(common, "plot_curves", lambda *_: None)
-    _, out, _ = nrd_cli(*TINY, "--epochs", 1, "--limit-train", 960, "--out", "file")
-    assert 1 < len(re.findall("step", out)) < 10 and "images/s" in out and "\r" not in out
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    _, out, _ = nrd_cli(*TINY, "--epochs", 1, "--out", "terminal")
-    assert len(re.findall(r"\repoch 1/1  step \d/3  [\d,]+ images/s  [\d:]+ left\x1b\[K", out)) == 3
-
-
 @pytest.mark.parametrize("loss", ["gjs", "sce"])
 def test_a_loss_of_the_comparison_learns_its_batch(nrd_cli, loss):
     """On clean labels, without augmentation: 6 epochs on 32 images. GJS takes two views."""
@@ -86,13 +74,6 @@ def test_several_seeds_are_several_runs_and_their_mean(nrd_cli, tmp_path):
     assert nrd_cli(*TINY, "--limit-train", 32, "--seed", 4, "--out", "alone")[0] == 0
     assert_same(saved(folders[1]), saved("alone"))
     assert [saved(folder)["noise"]["seed"] for folder in folders] == [0, 0]  # one corruption for all
-
-
-def test_own_data_are_taken_as_they_are(nrd_cli, cli, tiny_npz):
-    flags = ["--dataset", tiny_npz, "--epochs", 1, "--batch-size", 20, "--device", "cpu"]
-    assert "40 training images, 0.00 % relabelled" in nrd_cli(*flags, "--arch", "resnet8")[1]
-    assert "40 training images, 0.00 % relabelled" in cli(load_script("cmd"), *flags, "--arch", "resnet8")[1]
-    assert "relabelled; 20 test" in nrd_cli(*flags, "--arch", "resnet8", "--noise", "pair", "--rate", 0.5)[1]
 
 
 # ------------------------------------------------------------------------------------------------- killed and continued
@@ -160,16 +141,6 @@ def test_a_folder_is_never_shared(nrd_cli, tmp_path):
         assert status == 2 and "name a new folder" in err and (tmp_path / name / name).read_text() == "precious"
 
 
-def test_a_teacher_that_another_process_trains_is_waited_for(tmp_path):
-    held = common.claim(tmp_path / "run", {"script": "teacher"}, False, False)
-    claim = "common.claim(common.Path(sys.argv[1]), {'script': 'teacher'}, False, True)"
-    command = [sys.executable, "-c", f"import sys, common\n{claim}\nprint('got')", str(tmp_path / "run")]
-    waiting = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert "waiting for the process" in waiting.stdout.readline()
-    held.close()
-    assert waiting.communicate(timeout=60)[0] == "got\n"
-
-
 def test_printed_commands_are_valid_and_have_folders_of_their_own(monkeypatch):
     """Every command that README and the docstrings of the scripts print."""
     texts = [(ROOT / "README.md").read_text()] + [(ROOT / f"{name}.py").read_text() for name in SCRIPTS]
@@ -200,10 +171,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(nrd_cl
     assert status == 1 and err.count("\n") == 1 and "not finite in epoch 2" in err
     checkpoint = common.load_checkpoint("run/checkpoint.pt")
     assert checkpoint["epoch"] == 1 and all(v.isfinite().all() for v in checkpoint["model"].values())
-    # two steps of absurd size, one an epoch: the losses are finite, what the second leaves behind is not
-    flags = ["--loss", "ce", "--limit-train", 32, "--limit-test", 10, "--epochs", 2, "--device", "cpu", "--out", "two"]
-    assert nrd_cli(*flags, "--lr", "1e9", "--weight-decay", "1e9")[0] == 1
-    assert common.load_checkpoint("two/checkpoint.pt")["epoch"] == 1
 
 
 def test_interrupted_writing_keeps_the_old_file(tmp_path):
