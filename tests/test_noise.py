@@ -40,17 +40,15 @@ def test_sym_draws_all_classes_alike(rate, per_sample):
 
 
 def test_sym_other_never_keeps_a_drawn_label():
-    noisy = corrupt("sym-other", 0.3)
-    changed = noisy != LABELS
-    assert within(int(changed.sum()), 20000, 0.3)
-    steps = torch.bincount((noisy - LABELS)[changed] % 10, minlength=10).tolist()
-    assert all(within(step, sum(steps), 1 / 9) for step in steps[1:])
+    step = (corrupt("sym-other", 0.3) - LABELS) % 10
+    assert within(int((step > 0).sum()), 20000, 0.3)
+    assert all(within(int((step == k).sum()), 20000, 0.3 / 9) for k in range(1, 10))
     assert (corrupt("sym-other", 1.0) != LABELS).all()
 
 
 def test_pair_moves_to_the_next_class():
     step = (corrupt("pair", 0.4) - LABELS) % 10
-    assert set(step.tolist()) == {0, 1} and within(int(step.sum()), 20000, 0.4)
+    assert set(step.tolist()) == {0, 1}
     assert all(within(int(step[c == LABELS].sum()), 2000, 0.4) for c in range(10))
 
 

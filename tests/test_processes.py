@@ -15,6 +15,7 @@ import common
 
 SMALL = "--limit-train 64 --limit-test 40 --batch-size 32 --epochs 2 --device cpu"
 NETS = "--teacher-arch wrn-10-1 --student-arch wrn-10-1"
+ONE_STEP = "nrd.py --loss ce --limit-train 32 --limit-test 40 --batch-size 32 --epochs 1 --device cpu --out one-step"
 COMMANDS = [
     f"nrd.py {SMALL}",
     f"cmd.py {SMALL}",
@@ -26,28 +27,21 @@ COMMANDS = [
 ]
 
 
-def torchrun(folder, *commands):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*launcher, str(ROOT / "tests/ranks.py"), str(folder), *commands]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where every script, and one step of nrd.py, have been run by two processes."""
+    """Where one step of nrd.py, and every script, have been run by two processes."""
     folder = tmp_path_factory.mktemp("two")
-    out = torchrun(folder, *COMMANDS, ONE_STEP)
-    assert out.count("after epoch 2, best") == len(COMMANDS) + 4 - 1  # four scripts train a teacher, one of an epoch
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [*launcher, str(ROOT / "tests/ranks.py"), str(folder), ONE_STEP, *COMMANDS]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
+    assert result.returncode == 0, result.stderr[-3000:]
+    # four scripts train a teacher, and one a teacher of one epoch
+    assert result.stdout.count("after epoch 2, best") == len(COMMANDS) + 4 - 1
     return folder
 
 
-ONE_STEP = "nrd.py --loss ce --limit-train 32 --limit-test 40 --batch-size 32 --epochs 1 --device cpu --out one-step"
-
-
-@pytest.mark.parametrize("name", [command.split(".")[0] for command in COMMANDS if not command.startswith("nrd")])
+@pytest.mark.parametrize("name", [command.split(".")[0] for command in COMMANDS])
 def test_both_processes_end_with_the_same_weights(folder, name):
     first, second = (torch.load(folder / f"{name}-{rank}.pt", weights_only=True) for rank in (0, 1))
     leaves = [tree_leaves(state["state"]) for state in (first, second)]

@@ -2,13 +2,10 @@
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 
 from conftest import ROOT
-
-import common
 
 
 def apply(text, diff):
@@ -43,11 +40,5 @@ def test_the_fork_section_is_a_project(tmp_path):
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert f"weight_norm {metrics[-1]['weight_norm']:#.4g}" in out and "loss_params=[2.0]" in out
     assert metrics[-1]["test_acc"] > 90  # red against blue
-    shutil.copy(tmp_path / "run/curves.png", tmp_path / "with.png")
     assert run(*flags, "--resume").splitlines()[-1] == out.splitlines()[-1]
-    table = run("evaluate.py", "run/checkpoint.pt", "--ece")
-    assert f"{metrics[-1]['test_acc']:.2f}" in table
-    for record in metrics:
-        del record["weight_norm"]
-    common.plot_curves(tmp_path / "without.png", metrics, "run")
-    assert (tmp_path / "with.png").stat().st_size > (tmp_path / "without.png").stat().st_size  # a panel more
+    assert f"{metrics[-1]['test_acc']:.2f}" in run("evaluate.py", "run/checkpoint.pt", "--ece")
