@@ -1,12 +1,10 @@
-"""Data sets: shapes, .npz files good and bad, downloads; photographs, decoded once into arrays."""
+"""Data sets: shapes, .npz files good and bad; photographs, decoded once into arrays."""
 
 import hashlib
-import types
 
 import numpy as np
 import pytest
 import torch
-import torchvision
 from conftest import assert_same, saved, write_npz
 from PIL import Image
 from torchvision.transforms import v2
@@ -62,23 +60,6 @@ def test_damaged_files_are_refused(tiny_npz):
         tiny_npz.write_bytes(content)
         with pytest.raises(UsageError, match="tiny.npz is no .npz file with train_images, train_labels"):
             load_dataset(str(tiny_npz))
-
-
-def test_downloads_are_kept_in_our_form(tmp_path, monkeypatch):
-    images, labels = np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8), [1, 0, 1, 0, 0, 0]
-
-    def cifar10(root, train, download):
-        rows = slice(0, 4) if train else slice(4, 6)
-        return types.SimpleNamespace(data=images[rows], targets=labels[rows], classes=["a", "b"])
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", cifar10)
-    first = load_dataset("cifar10", tmp_path)
-    monkeypatch.delattr(torchvision.datasets, "CIFAR10")  # the second time the file is there
-    for data in (first, load_dataset("cifar10", tmp_path)):
-        assert np.array_equal(data.train_images, images[:4].transpose(0, 3, 1, 2))
-        assert np.array_equal(data.test_images, images[4:].transpose(0, 3, 1, 2))
-        assert data.train_labels.tolist() == labels[:4] and data.test_labels.tolist() == [0, 0]
-        assert data.classes == ["a", "b"]
 
 
 def test_channel_stats_against_numpy():

@@ -1,4 +1,4 @@
-"""Architectures: parameter counts as published, shapes, normalisation, pretrained weights; prediction."""
+"""Architectures: parameter counts as published, shapes, normalisation; prediction."""
 
 import pytest
 import torch
@@ -76,15 +76,6 @@ def test_photographs_get_the_library_s_architecture(arch, monkeypatch):
         torch.nn.init.normal_(bn.bias)
     with torch.no_grad():
         assert torch.allclose(model(x), made[0].eval()(x), rtol=1e-3, atol=1e-4)
-
-
-def test_pretrained_weights_but_for_a_classifier_of_another_size(monkeypatch):
-    source, weights = torchvision.models.resnet18(), torchvision.models.ResNet18_Weights.IMAGENET1K_V1
-    monkeypatch.setattr(type(weights), "get_state_dict", lambda self, **_: source.state_dict())
-    net, whole = (build_model("resnet18", classes, image_size=224, pretrained=True) for classes in (7, 1000))
-    assert torch.equal(net.stem[0].weight, source.conv1.weight) and net.head[-1].weight.shape == (7, 512)
-    assert torch.equal(net.blocks[3][1].conv2.weight, source.layer4[1].conv2.weight)
-    assert torch.equal(whole.head[-1].weight, source.fc.weight)
 
 
 def test_predict_is_the_model_in_evaluation_mode_row_by_row():

@@ -193,11 +193,6 @@ def test_a_teacher_is_trained_once_and_found_again(cli):
     assert_same(saved("first"), saved("second"))  # the state of the random generator too
     for script, flags in ((sr, ["--seed", 1, "--sigma", 0.1]), (ft, ["--dropout", 0]), (mc, [])):
         assert "training a teacher" not in cli(script, *TINY, *flags)[1]
-    (folder,) = Path("runs/teachers").iterdir()
-    teacher = saved(folder)
-    Path("runs").rename("kept")
-    assert "training a teacher first" in cli(sr, *TINY, "--seed", 1, "--out", "third")[1]
-    assert_same(saved(folder), teacher)  # the student's seed is none of the teacher's
 
 
 def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch):
@@ -216,17 +211,6 @@ def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch):
     for change in changes:
         cli(ft, *TINY, *change.split())
     assert len(set(folders)) == len(folders) == len(changes)
-
-
-@pytest.mark.parametrize("best", [0, 1])
-def test_the_best_of_several_teachers_teaches(cli, monkeypatch, best):
-    scores = [50 + (seed == best) for seed in (0, 1)] + [90]  # of the teachers and of the student
-    monkeypatch.setattr(common, "accuracy", lambda *_: float(scores.pop(0)))
-    assert cli(sr, *TINY, "--teacher-seeds", 2, "--out", "run")[::2] == (0, "")
-    paths = sorted(map(str, Path("runs/teachers").glob("*/checkpoint.pt")))
-    assert len(paths) == 2 and saved("run")["teacher"] == paths[best]
-    first, second = (common.load_checkpoint(path)["model"]["stem.0.weight"] for path in paths)
-    assert not torch.equal(first, second)
 
 
 def test_a_given_teacher_is_used_where_it_fits_and_refused_where_not(cli, tmp_path):

@@ -55,11 +55,10 @@ def test_a_run_from_the_command_line(tmp_path):
         assert common.accuracy(logits, data.test_labels) == pytest.approx(metrics[-1][key], abs=0.01)
 
 
-@pytest.mark.parametrize("loss", ["gjs", "sce"])
-def test_a_loss_of_the_comparison_learns_its_batch(nrd_cli, loss):
-    """On clean labels, without augmentation: 6 epochs on 32 images. GJS takes two views."""
+def test_a_loss_of_two_views_learns_its_batch(nrd_cli):
+    """On clean labels, without augmentation: 6 epochs on 32 images."""
     size = ["--limit-train", 32, "--limit-test", 10, "--epochs", 6, "--batch-size", 16, "--device", "cpu"]
-    status, out, err = nrd_cli("--loss", loss, "--noise", "none", "--lr", 0.05, *size, "--out", "run")
+    status, out, err = nrd_cli("--loss", "gjs", "--noise", "none", "--lr", 0.05, *size, "--out", "run")
     first, *_, last = metrics = metrics_of("run")
     assert (status, err) == (0, "") and last["train_loss"] < first["train_loss"] and last["train_acc_wrong"] is None
     assert [record["lr"] for record in metrics] == pytest.approx([0.05] * 3 + [0.005] * 2 + [0.0005])  # A.1
@@ -82,29 +81,21 @@ def test_several_seeds_are_several_runs_and_their_mean(nrd_cli, tmp_path):
 LONGER = [*TINY, "--limit-train", "480", "--epochs", "4"]
 
 
-def stop_after(folder, epochs, sent, *flags):
-    """Start nrd.py and send the signal a moment after `epochs` epochs are saved, in the middle of the next."""
-    command = [sys.executable, str(ROOT / "nrd.py"), *LONGER, "--out", str(folder), *flags]
+def test_a_killed_run_continues_to_the_same_bit(nrd_cli, tmp_path):
+    """SIGKILL in the middle of an epoch, against a run that nobody disturbed."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert nrd_cli(*LONGER, "--out", whole)[0] == 0
+    command = [sys.executable, ROOT / "nrd.py", *LONGER, "--out", broken]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or len(metrics_of(folder)) < epochs:
+    while not (broken / "metrics.jsonl").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
     time.sleep(0.15)
-    process.send_signal(sent)
-    _, err = process.communicate(timeout=60)
-    return process.returncode, err
-
-
-def test_killed_runs_continue_to_the_same_bit(nrd_cli, tmp_path):
-    """SIGKILL, then SIGTERM, each in the middle of an epoch, against a run that nobody disturbed."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert nrd_cli(*LONGER, "--out", whole)[0] == 0
-    assert stop_after(broken, 1, signal.SIGKILL)[0] == -signal.SIGKILL
-    status, err = stop_after(broken, 2, signal.SIGTERM, "--resume")
-    assert status == 130 and "Traceback" not in err and "--resume" in err
+    process.kill()
+    process.communicate(timeout=60)
     status, out, err = nrd_cli(*LONGER, "--out", broken, "--resume")
-    assert (status, err) == (0, "") and re.search(r"epoch [23] of 4", out)
+    assert process.returncode == -signal.SIGKILL and (status, err) == (0, "") and re.search(r"epoch [123] of 4", out)
     assert_same(saved(whole), saved(broken))
     assert sorted(path.name for path in broken.iterdir()) == FILES
 
@@ -122,11 +113,10 @@ def test_resume_starts_a_run_and_repeats_the_last_line(nrd_cli, tmp_path):
 def test_a_folder_is_never_shared(nrd_cli, tmp_path):
     assert nrd_cli(*TINY, "--out", "run")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    cases = [
+    for flags, says in (
         ([], "run holds this run; --resume continues it"),
         (["--resume", "--seed", "1", "--beta", "0.9"], "run holds another run: beta (0.95 there, 0.9 here)"),
-    ]
-    for flags, says in cases:
+    ):
         status, _, err = nrd_cli(*TINY, "--out", "run", *flags)
         assert status == 2 and err.count("\n") == 1 and says in err, err
     with open("run/config.json") as held:
@@ -134,11 +124,10 @@ def test_a_folder_is_never_shared(nrd_cli, tmp_path):
         status, _, err = nrd_cli(*TINY, "--out", "run", "--resume")
         assert status == 2 and "another process is at work in run" in err
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
-    for name in ("config.json", "precious.txt"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / name).write_text("precious")
-        status, _, err = nrd_cli(*TINY, "--out", name)
-        assert status == 2 and "name a new folder" in err and (tmp_path / name / name).read_text() == "precious"
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/precious.txt").write_text("precious")
+    status, _, err = nrd_cli(*TINY, "--out", "taken")
+    assert status == 2 and "name a new folder" in err and [*Path("taken").iterdir()] == [Path("taken/precious.txt")]
 
 
 def test_printed_commands_are_valid_and_have_folders_of_their_own(monkeypatch):
