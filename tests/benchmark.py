@@ -49,12 +49,9 @@ def compare(work, ours, peers, args):
             measured[name].append(count / (time.perf_counter() - start))
     median = {name: statistics.median(values[1:]) for name, values in measured.items()}  # the first is the warm-up
     for name in peers:
-        row(work, median["ours"], name, median[name])
+        ratio = median["ours"] / median[name]
+        print(f"| {work} | {median['ours']:,.0f} | {name} | {median[name]:,.0f} | {ratio:.2f} |", flush=True)
     return median["ours"]
-
-
-def row(work, ours, name, theirs):
-    print(f"| {work} | {ours:,.0f} | {name} | {theirs:,.0f} | {ours / theirs:.2f} |", flush=True)
 
 
 def peer(name):
@@ -91,7 +88,7 @@ def drain(batches, device):
 
 def augment(args):
     images, labels = common.draw_shapes(2048, seed=0)
-    resident, to_tensor = images.to(args.device), v2.ToDtype(torch.float32, scale=True)
+    resident = images.to(args.device)
 
     def batched(function):
         def run():
@@ -101,15 +98,16 @@ def augment(args):
 
         return run
 
-    def against_torchvision(work, ours, theirs, peers):
-        batches = loader(PerSample(images, labels), v2.Compose([theirs, to_tensor]), 128, args.device)
-        peers = {f"torchvision v2, DataLoader of {WORKERS} workers": drain(batches, args.device), **peers}
-        compare(f"{work}, images/s", batched(ours), peers, args)
-
-    against_torchvision("AugMix", common.aug_mix, v2.AugMix(), {})
     kornia = peer("kornia.augmentation")
     others = {"kornia, batched": batched(kornia.auto.RandAugment(1, 3))} if kornia else {}
-    against_torchvision("RandAugment", lambda x: common.rand_augment(x, 1, 3), v2.RandAugment(1, 3), others)
+    for work, ours, theirs, more in (
+        ("AugMix", common.aug_mix, v2.AugMix(), {}),
+        ("RandAugment", lambda x: common.rand_augment(x, 1, 3), v2.RandAugment(1, 3), others),
+    ):
+        transform = v2.Compose([theirs, v2.ToDtype(torch.float32, scale=True)])
+        batches = loader(PerSample(images, labels), transform, 128, args.device)
+        peers = {f"torchvision v2, DataLoader of {WORKERS} workers": drain(batches, args.device), **more}
+        compare(f"{work}, images/s", batched(ours), peers, args)
 
 
 def corrupt(args):
@@ -183,7 +181,7 @@ def leaves(args):
         return count
 
     speed = compare("", ours, {}, args)
-    row("dead leaves 32×32, images/s", speed, "public generator, one core", GENERATOR)
+    print(f"| dead leaves 32×32, images/s | {speed:,.0f} | public generator | {GENERATOR} | {speed / GENERATOR:.2f} |")
 
 
 def train(args):

@@ -103,18 +103,17 @@ def test_aug_mix_mixes_by_weights_that_sum_to_one(drawn, monkeypatch):
 
 def test_auto_augment_is_the_library_s_policy_at_its_frequencies(drawn):
     ops, probabilities, strengths = common.auto_augment_policy(CPU)
-    expected = [[(name, pytest.approx(p), strength or 0) for name, p, strength in policy]
-                for policy in SPACES["auto"][0]._policies]  # fmt: skip
-    rows = zip(ops.tolist(), probabilities.tolist(), strengths.tolist())
-    assert [[(OPS[o], p, s) for o, p, s in zip(*row)] for row in rows] == expected
+    rows = zip(ops.flatten().tolist(), probabilities.flatten().tolist(), strengths.flatten().tolist())
+    expected = [step for policy in SPACES["auto"][0]._policies for step in policy]
+    assert [(OPS[op], p, s) for op, p, s in rows] == [(name, pytest.approx(p), s or 0) for name, p, s in expected]
     common.auto_augment(torch.zeros(50000, 3, 8, 8))
     table = op_magnitudes(10, 8, 8, CPU)
-    for turn, (op, magnitude, mode) in enumerate(drawn):
+    assert [mode for _, _, mode in drawn] == ["nearest"] * 2
+    for turn, (op, magnitude, _) in enumerate(drawn):
         share = torch.zeros(15).scatter_add_(0, ops[:, turn], probabilities[:, turn]) / 25
         assert all(within(int((op == k).sum()), 50000, share[k].item()) for k in range(15) if k != IDENTITY)
         rotations = magnitude[op == OPS.index("Rotate")].abs()
-        assert mode == "nearest" and (rotations == table[OPS.index("Rotate"), 2]).all()
-    assert len(drawn) == 2
+        assert (rotations == table[OPS.index("Rotate"), 2]).all()
 
 
 @pytest.mark.parametrize("mode, padding, size", [("zero", 4, None), ("reflect", 2, 11), ("zero", 0, 7)])
@@ -178,20 +177,18 @@ def test_random_resized_crop_is_the_library_s(monkeypatch):
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
 def test_colour_jitter_is_the_library_s(pictures, monkeypatch, name):
-    images, factors = to_float(pictures), []
-    uniform = torch.Tensor.uniform_
+    images, factors, uniform = to_float(pictures), [], torch.Tensor.uniform_
 
     def noted(tensor, low, high):
-        factors.append((low, high, uniform(tensor, low, high).flatten()))
+        factors.append((low, high, uniform(tensor, low, high).flatten().tolist()))
         return tensor
 
     monkeypatch.setattr(torch.Tensor, "uniform_", noted)
     out = common.color_jitter(images, **{"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, name: 0.3})
     ((low, high, factor),) = [draw for draw in factors if draw[0] != draw[1]]
-    assert (low, high) == ((-0.3, 0.3) if name == "hue" else (0.7, 1.3)) and len(factor.unique()) == len(images)
-    adjust = getattr(v2.functional, f"adjust_{name}")
-    for mine, image, f in zip(out, images, factor.tolist()):
-        assert torch.allclose(mine, adjust(image, f), atol=2e-5)
+    assert (low, high) == ((-0.3, 0.3) if name == "hue" else (0.7, 1.3)) and len(set(factor)) == len(images)
+    expected = [getattr(v2.functional, f"adjust_{name}")(image, f) for image, f in zip(images, factor)]
+    assert torch.allclose(out, torch.stack(expected), atol=2e-5)
 
 
 @pytest.mark.parametrize("function", [

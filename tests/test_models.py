@@ -12,8 +12,7 @@ PUBLISHED = {  # (architecture, classes): parameters; in millions where the sour
     ("preact_resnet18", 10): 11.17e6, ("preact_resnet34", 10): 21.3e6, ("resnet20", 10): 0.27e6,
     ("resnet110", 10): 1.7e6, ("resnet8x4", 100): 1_233_540, ("resnet32x4", 100): 7_433_860,
     # torchvision's ImageNet models, less 9408 for the 7×7 stem, plus 1728 for the 3×3 one, where they have such a stem
-    ("resnet18", 1000): 11_689_512 - 7680, ("resnet34", 1000): 21_797_672 - 7680, ("resnet50", 1000): 25_557_032 - 7680,
-    ("densenet121", 1000): 7_978_856 - 7680, ("densenet169", 1000): 14_149_480 - 7680,
+    ("resnet18", 1000): 11_689_512 - 7680, ("densenet121", 1000): 7_978_856 - 7680,
     ("mobilenet_v2", 1000): 3_504_872, ("shufflenet_v2", 1000): 2_278_604,
 }  # fmt: skip
 

@@ -3,24 +3,21 @@
 import fcntl
 import json
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same, load_script, saved
+from conftest import ROOT, TINY, assert_same, saved
 
 import common
 import nrd
 
 FILES = ["checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"]
-SCRIPTS = ("nrd", "fickle_teacher", "soft_randomization", "messy_collaboration", "kd_zoo", "cmd", "noise_data_free_kd")
 
 
 def metrics_of(folder):
@@ -37,14 +34,12 @@ def test_a_run_from_the_command_line(tmp_path):
     lines, metrics = result.stdout.splitlines(), metrics_of(folder)
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == 2 and all("images/s" in line and "left" in line for line in epochs)
-    names = {"lr", "train_loss", "test_acc", "ema_test_acc", "images_per_second", "seconds"}
-    assert metrics[0].keys() >= {*names, "train_acc_right", "train_acc_wrong", "train_acc_wrong_true"}
+    names = {"lr", "train_loss", "test_acc", "ema_test_acc", "seconds", "train_acc_wrong", "train_acc_wrong_true"}
+    assert metrics[0].keys() >= names
     best = max(record["test_acc"] for record in metrics)
     assert lines[-1].startswith(f"test_acc {metrics[-1]['test_acc']:.2f} % after epoch 2, best {best:.2f} %")
     config = json.loads((folder / "config.json").read_text())
     assert (config["lr"], config["noise"], config["rate"], config["arch"]) == (0.3, "sym", 0.5, "wrn-10-1")
-    assert config["torch"] == torch.__version__ and "commit" in config
-    assert matplotlib.image.imread(folder / "curves.png").shape[1] > 1000
 
     # the checkpoint alone rebuilds the models
     checkpoint = common.load_checkpoint(folder / "checkpoint.pt")
@@ -130,21 +125,6 @@ def test_a_folder_is_never_shared(nrd_cli, tmp_path):
     assert status == 2 and "name a new folder" in err and [*Path("taken").iterdir()] == [Path("taken/precious.txt")]
 
 
-def test_printed_commands_are_valid_and_have_folders_of_their_own(monkeypatch):
-    """Every command that README and the docstrings of the scripts print."""
-    texts = [(ROOT / "README.md").read_text()] + [(ROOT / f"{name}.py").read_text() for name in SCRIPTS]
-    pattern = rf"^ *(python (?:{'|'.join(SCRIPTS)})\.py[^#\n`|]*)"
-    found = re.findall(pattern, "\n".join(texts), re.MULTILINE)
-    names = {}
-    for command in {" ".join(command.split()) for command in found}:
-        _, name, *flags = shlex.split(command)
-        monkeypatch.setattr(sys, "argv", [name, *flags])
-        args = load_script(Path(name).stem).parse_args()
-        if not any(vars(args).get(flag) for flag in ("analyze", "toy", "show_source", "plot_activations")):
-            names.setdefault(args.name, set()).add(command.split(" --seed")[0].removesuffix(" --resume"))
-    assert len(names) > 20 and all(len(same) == 1 for same in names.values()), names
-
-
 # ------------------------------------------------------------------------------------------------------ what goes wrong
 
 
@@ -225,4 +205,4 @@ def test_analysis_of_a_memorised_model(nrd_cli, tmp_path):
     assert common.accuracy(p[wrong], given[wrong]) > 50 > plain["mislabelled"]  # it has memorised
     assert result["ece"]["not transformed"] == pytest.approx(common.calibration(p, data.train_labels)[0])
     assert 0.5 < result["auroc"] <= 1  # views that it has not trained on bring the true class nearer
-    assert matplotlib.image.imread(tmp_path / "run/analysis.png").shape[1] > 1000
+    assert (tmp_path / "run/analysis.png").stat().st_size > 10_000
