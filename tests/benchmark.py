@@ -35,10 +35,7 @@ WORKERS = os.cpu_count()
 
 
 def compare(work, ours, peers, args):
-    """Print a row for each peer: the medians of our speed and of its, measured in turn; returns ours.
-
-    ours, peers: functions that return how many items they have done.
-    """
+    """Print a row for each peer: medians of items a second; the functions return how many items. Ours back."""
     measured = {name: [] for name in ("ours", *peers)}
     for _ in range(args.repeats + 1):
         for name, function in {"ours": ours, **peers}.items():

@@ -1,7 +1,4 @@
-"""What tests/test_processes.py has torchrun start: scripts, one after the other, whose state every process writes down.
-
-torchrun --nproc_per_node=2 tests/ranks.py FOLDER "nrd.py --epochs 1 …" "cmd.py …"
-"""
+"""What test_processes.py has torchrun start: FOLDER, then commands, whose state every process writes there."""
 
 import os
 import shlex

@@ -98,14 +98,10 @@ def load(folder):
     return load_dataset(f"imagefolder:{folder}", folder.parent / "data", resize=36, image_size=32)
 
 
-def files_of(folder):
-    return sorted(folder.rglob("*.*"))
-
-
 def test_pictures_become_arrays(folder):
     data = load(folder)
-    assert_pictures(data.train_images, files_of(folder / "train"), 36, 36)
-    assert_pictures(data.test_images, files_of(folder / "test"), 36, 32)
+    assert_pictures(data.train_images, sorted(folder.rglob("train/*/*")), 36, 36)
+    assert_pictures(data.test_images, sorted(folder.rglob("test/*/*")), 36, 32)
     assert data.train_labels.tolist() == [0, 0, 1, 1] and data.test_labels.tolist() == [0, 1]
     assert data.classes == ["ape", "bat"] and data.image_size == 32 and data.imagenet is None
     (folder / "test").rename(folder / "val")
@@ -132,10 +128,10 @@ def test_a_changed_folder_is_decoded_again(folder):
     size = picture.stat().st_size
     write_picture(picture, (40, 40), seed=9)
     picture.write_bytes(picture.read_bytes().ljust(size, b"\0"))  # as long as before
-    assert_pictures(load(folder).train_images, files_of(folder / "train"), 36, 36)
+    assert_pictures(load(folder).train_images, sorted(folder.rglob("train/*/*")), 36, 36)
     picture.rename(folder / "train/bat/2.jpg")
     after = load(folder)
-    assert_pictures(after.train_images, files_of(folder / "train"), 36, 36)
+    assert_pictures(after.train_images, sorted(folder.rglob("train/*/*")), 36, 36)
     assert after.train_labels.tolist() == [0, 1, 1, 1]
 
 

@@ -83,9 +83,6 @@ def test_impossible_noise_is_refused():
         corrupt("sym", 0.2, LABELS.int())
 
 
-# --------------------------------------------------------------------------------------------------------- human labels
-
-
 @pytest.fixture
 def human(tmp_path):
     """Files in CIFAR-N's form, dicts of numpy arrays: {kind: labels}."""

@@ -36,9 +36,6 @@ def distillation_loss(S, T, y, alpha, tau):
     return (1 - alpha) * -log_softmax(S)[np.arange(len(y)), y].mean() + alpha * tau**2 * kl
 
 
-# ----------------------------------------------------------------------------------------------------------------- loss
-
-
 @pytest.mark.parametrize("script", [ft, sr, mc])
 def test_kl_divergence_by_hand(script):
     """Student (1/2, 1/2), teacher (3/4, 1/4): 3/4 log 3/2 + 1/4 log 1/2; one more that agrees halves the mean."""
@@ -95,9 +92,6 @@ def test_a_run_minimises_equation_1_or_cross_entropy(cli, seen, script, single, 
         assert_same(common.load_checkpoint(checkpoint["teacher"])["model"], teacher.state_dict())
         assert not any(p.requires_grad for p in teacher.parameters())
         assert {m.p for m in teacher.modules() if isinstance(m, nn.Dropout)} == {0.4 if script is ft else 0.0}
-
-
-# ---------------------------------------------------------------------------------------------------------------- noise
 
 
 def test_a_fickle_teacher_changes_its_mind_and_nothing_else():
@@ -180,9 +174,6 @@ def test_labels_are_corrupted_once_and_targets_in_every_batch(cli, seen, monkeyp
     for seeds in ("--noise-seed 3 --seed 1", "--noise-seed 4"):
         cli(mc, *flags, "--epochs", 1, *seeds.split())
     assert torch.equal(given[0], labels) and torch.equal(given[1], labels) and not torch.equal(given[2], labels)
-
-
-# ------------------------------------------------------------------------------------------------------------- teachers
 
 
 def test_a_teacher_is_trained_once_and_found_again(cli):

@@ -17,14 +17,10 @@ SMALL = "--limit-train 64 --limit-test 40 --batch-size 32 --epochs 2 --device cp
 NETS = "--teacher-arch wrn-10-1 --student-arch wrn-10-1"
 ONE_STEP = "nrd.py --loss ce --limit-train 32 --limit-test 40 --batch-size 32 --epochs 1 --device cpu --out one-step"
 COMMANDS = [
-    f"nrd.py {SMALL}",
-    f"cmd.py {SMALL}",
-    f"fickle_teacher.py {SMALL} {NETS}",
-    f"soft_randomization.py {SMALL} {NETS}",
-    f"messy_collaboration.py {SMALL} {NETS}",
-    f"kd_zoo.py {SMALL} {NETS} --method one",
+    f"nrd.py {SMALL}", f"cmd.py {SMALL}", f"fickle_teacher.py {SMALL} {NETS}", f"soft_randomization.py {SMALL} {NETS}",
+    f"messy_collaboration.py {SMALL} {NETS}", f"kd_zoo.py {SMALL} {NETS} --method one",
     f"noise_data_free_kd.py {SMALL} {NETS} --teacher-epochs 1",
-]
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
