@@ -28,6 +28,7 @@ import common
 import evaluate
 import kd_zoo
 import noise_data_free_kd
+import nrd
 from common import to_float
 
 GENERATOR = 26  # dead-leaves images (32×32) a second and core of the public generator, which is no package
@@ -153,11 +154,15 @@ def attack(args):
     x, y = to_float(images[:500]), labels[:500]
     test = common.Dataset(images[:1], labels[:1], images[:500], labels[:500], common.SHAPES_CLASSES)
     flags = argparse.Namespace(pgd=[20], restarts=1, seed=0, step_size=0.003)
-    pgd = library.PGD(net, eps=0.031, alpha=0.003, steps=20)
+    pgd, size = library.PGD(net, eps=0.031, alpha=0.003, steps=20), common.EVAL_BATCH[args.device.type]
 
     def ours():
-        size = common.EVAL_BATCH[args.device.type]
         evaluate.evaluate_pgd(evaluate.Subject("", Path(), "", {}, net, "shapes", test, size), 0.031, flags)
+        return len(x)
+
+    def to_the_last_step():
+        for part, true in zip(x.split(size), y.split(size)):
+            evaluate.pgd(net, part, true)
         return len(x)
 
     def theirs():
@@ -167,6 +172,7 @@ def attack(args):
         return len(x)
 
     compare("accuracy under PGD-20, images/s", ours, {"torchattacks": theirs}, args)
+    compare("PGD-20 to the last step, images/s", to_the_last_step, {"torchattacks": theirs}, args)
 
 
 def leaves(args):
@@ -181,55 +187,97 @@ def leaves(args):
     print(f"| dead leaves 32×32, images/s | {speed:,.0f} | public generator | {GENERATOR} | {speed / GENERATOR:.2f} |")
 
 
-def train(args):
-    """Hinton's step: on resident images as the scripts take it, and as repositories write it."""
-    cuda = args.device.type == "cuda"
-    images, labels = common.draw_shapes(128 * (40 if cuda else 1), seed=0)
+def race(args, work, archs, views, loss, transform, plain_loss):
+    """A training step on resident images as the scripts take it, and as repositories write it.
+
+    archs: of student and teacher. views: images float [B, 3, H, W] -> those of the student and those of the teacher;
+    transform: the same of one uint8 image. loss, plain_loss: of the logits of both and the labels.
+    """
+    images, labels = common.draw_shapes(128 * (40 if args.device.type == "cuda" else 1), seed=0)
     resident, resident_labels = images.to(args.device), labels.to(args.device)
-    crop = [v2.RandomCrop(32, padding=4, padding_mode="reflect"), v2.RandomHorizontalFlip()]
-    transform = v2.Compose([*crop, v2.ToDtype(torch.float32, scale=True)])
     batches = loader(PerSample(images, labels), transform, 128, args.device)
 
-    def run(memory_format, steps):
+    def run(memory_format, amp, steps):
         """A function that trains an epoch, given one that yields the loss of each step."""
-        to = {"device": args.device, "memory_format": memory_format}
-        student = common.build_model("wrn-16-2", 10).to(**to).train()
-        teacher = common.build_model("wrn-40-2", 10).to(**to).eval().requires_grad_(False)
+        nets = [common.build_model(arch, 10, amp=amp) for arch in archs]
+        student, teacher = (net.to(args.device, memory_format=memory_format) for net in nets)
+        teacher.eval().requires_grad_(False)
         optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
 
         def epoch():
-            for loss in steps(student, teacher):
+            for value in steps(student, teacher):
                 optimizer.zero_grad()
-                loss.backward()
+                value.backward()
                 optimizer.step()
-            loss.item()
+            value.item()
             return len(images)
 
         return epoch
 
     def ours(student, teacher):
         for index in torch.randperm(len(images), device=args.device).split(128):
-            with torch.autocast(args.device.type, torch.bfloat16, enabled=cuda):
-                x = common.crop_flip(to_float(resident[index]), mode="reflect")
-                with torch.no_grad():
-                    T = teacher(x).float()
-                S = student(x).float()
-                loss = 0.1 * F.cross_entropy(S, resident_labels[index]) + 0.9 * kd_zoo.hinton_loss(S, T, 4.0)
-            yield loss
+            for_student, for_teacher = views(to_float(resident[index]))
+            with torch.no_grad():
+                T = teacher(for_teacher)
+            yield loss(student(for_student), T, resident_labels[index])
 
     def theirs(student, teacher):
-        for x, y in batches:
-            x, y = x.to(args.device), y.to(args.device)
-            S = student(x)
+        for (for_student, for_teacher), y in batches:
+            S = student(for_student.to(args.device))
             with torch.no_grad():
-                T = teacher(x)
-            kl = F.kl_div(F.log_softmax(S / 4, 1), F.softmax(T / 4, 1), reduction="batchmean")
-            loss = 0.1 * F.cross_entropy(S, y) + 0.9 * 16 * kl
-            yield loss
-            loss.item()
+                T = teacher(for_teacher.to(args.device))
+            value = plain_loss(S, T, y.to(args.device))
+            yield value
+            value.item()
 
-    peers = {f"plain float32 NCHW loop, DataLoader of {WORKERS} workers": run(torch.contiguous_format, theirs)}
-    compare("Hinton WRN-40-2 → WRN-16-2, batch 128, images/s", run(torch.channels_last, ours), peers, args)
+    amp = common.multiplies_bfloat16(args.device.type)
+    peers = {f"plain float32 NCHW loop, DataLoader of {WORKERS} workers": run(torch.contiguous_format, False, theirs)}
+    compare(f"{work}, batch 128, images/s", run(torch.channels_last, amp, ours), peers, args)
+
+
+def train(args):
+    """Hinton's step, WRN-40-2 → WRN-16-2, and NRD's with PreActResNet-34."""
+
+    def hinton(S, T, y):
+        return 0.1 * F.cross_entropy(S, y) + 0.9 * kd_zoo.hinton_loss(S, T, 4.0)
+
+    def plain_hinton(S, T, y):
+        kl = F.kl_div(F.log_softmax(S / 4, 1), F.softmax(T / 4, 1), reduction="batchmean")
+        return 0.1 * F.cross_entropy(S, y) + 0.9 * 16 * kl
+
+    def js(S, T, y):
+        y = F.one_hot(y, 10).float()
+        return nrd.js_divergence((y, S.softmax(1), T.softmax(1)), (0.2, 0.6, 0.2)).mean()
+
+    def plain_js(S, T, y):
+        weights = (0.2, 0.6, 0.2)
+        distributions = [p.clamp(1e-7, 1) for p in (F.one_hot(y, 10).float(), F.softmax(S, 1), F.softmax(T, 1))]
+        log_mean = sum(w * p for w, p in zip(weights, distributions)).log()
+        return sum(w * F.kl_div(log_mean, p, reduction="batchmean") for w, p in zip(weights, distributions))
+
+    def same_view(x):
+        x = common.crop_flip(x, mode="reflect")
+        return x, x
+
+    def two_views(x):
+        return nrd.student_view(x, "paper", 32), nrd.teacher_view(x, 32)
+
+    to_tensor, flip = v2.ToDtype(torch.float32, scale=True), v2.RandomHorizontalFlip()
+    crop = v2.Compose([v2.RandomCrop(32, padding=4, padding_mode="reflect"), flip, to_tensor])
+    cutout = v2.RandomErasing(1.0, scale=(25 / 1024,) * 2, ratio=(1, 1))
+    student_view = v2.Compose([v2.RandAugment(1, 3), v2.RandomCrop(32, padding=4), flip, to_tensor, cutout])
+    teacher_view = v2.Compose([v2.AugMix(), to_tensor])
+
+    def plain_same_view(image):
+        x = crop(image)
+        return x, x
+
+    def plain_two_views(image):
+        return student_view(image), teacher_view(image)
+
+    archs = ("wrn-16-2", "wrn-40-2"), ("preact_resnet34", "preact_resnet34")
+    race(args, "Hinton WRN-40-2 → WRN-16-2", archs[0], same_view, hinton, plain_same_view, plain_hinton)
+    race(args, "NRD PreActResNet-34", archs[1], two_views, js, plain_two_views, plain_js)
 
 
 def photographs(args):

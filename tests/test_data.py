@@ -1,10 +1,12 @@
 """Data sets: shapes, .npz files good and bad; photographs, decoded once into arrays."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import assert_same, saved, write_npz
 from PIL import Image
 from torchvision.transforms import v2
@@ -74,6 +76,16 @@ def write_picture(path, size, seed=0, mode="RGB"):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1] // 4, size[0] // 4, 3), dtype=np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).resize(size).convert(mode).save(path)
+
+
+def write_colour(path, label, size=(40, 44)):
+    """A picture in a colour that tells the label; see `labels_of`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (5 * label, 128, 255 - 5 * label)).save(path)
+
+
+def labels_of(images):
+    return (images[:, 0].double().mean((1, 2)) / 5).round().long()
 
 
 def assert_pictures(images, files, resize, side):
@@ -157,3 +169,48 @@ def test_a_stopped_decode_leaves_nothing_that_looks_finished(folder, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         load(folder)
     assert [path for path in (folder.parent / "data").rglob("*") if path.is_file()] == []
+
+
+def test_food101(tmp_path, monkeypatch):
+    """Two of the classes in torchvision's layout, which its download makes."""
+
+    def download(_):
+        for part, numbers in (("train", "123"), ("test", "4")):
+            listed = {kind: [f"{kind}/{i}" for i in numbers] for kind in ("ramen", "paella")}
+            (tmp_path / "food-101/meta").mkdir(parents=True, exist_ok=True)
+            (tmp_path / f"food-101/meta/{part}.json").write_text(json.dumps(listed))
+            for label, kind in enumerate(("paella", "ramen")):
+                for i in numbers:
+                    write_colour(tmp_path / f"food-101/images/{kind}/{i}.jpg", label)
+
+    monkeypatch.setattr(torchvision.datasets.Food101, "_download", download)
+    data = load_dataset("food101", tmp_path, resize=36, image_size=32)
+    assert data.classes == ["paella", "ramen"]
+    assert data.train_labels.bincount().tolist() == [3, 3] and data.test_labels.bincount().tolist() == [1, 1]
+    assert torch.equal(labels_of(data.train_images), data.train_labels)
+    assert torch.equal(labels_of(data.test_images), data.test_labels)
+
+
+def test_mini_webvision(tmp_path):
+    """The first 50 of 52 classes; ILSVRC12's validation images of the same."""
+    info, order = tmp_path / "webvision/info", np.random.default_rng(0).permutation(104)
+    info.mkdir(parents=True)
+    (info / "synsets.txt").write_text("".join(f"n{10 + c:08} thing {c}, stuff\n" for c in range(52)))
+    train = [f"google/q{i // 2:04}/{i}.jpg {i // 2}" for i in order]
+    val = [f"val{i:06}.jpg {i % 52}" for i in order[:52]]
+    (info / "train_filelist_google.txt").write_text("\n".join(train))
+    (info / "val_filelist.txt").write_text("\n".join(val))
+    for root, lines in ((tmp_path / "webvision", train), (tmp_path / "webvision/val_images_256", val)):
+        for file, label in map(str.split, lines):
+            write_colour(root / file, int(label))
+    for c in range(52):
+        write_colour(tmp_path / f"imagenet/val/n{10 + c:08}/ILSVRC2012_val_{52 - c}.JPEG", c)
+
+    data = load_dataset("webvision", tmp_path, limit_test=10, resize=36, image_size=32)
+    assert len(data.classes) == 50 and data.classes[7] == "thing 7, stuff"
+    assert data.train_labels.bincount().tolist() == [2] * 50
+    assert torch.equal(labels_of(data.train_images), data.train_labels)
+    assert torch.equal(labels_of(data.test_images), data.test_labels) and len(data.test_labels) == 10
+    images, labels = data.imagenet
+    assert images.shape == (50, 3, 32, 32) and labels.tolist() == list(range(50))
+    assert torch.equal(labels_of(images), labels)

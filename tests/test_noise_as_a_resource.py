@@ -204,6 +204,17 @@ def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch):
     assert len(set(folders)) == len(folders) == len(changes)
 
 
+@pytest.mark.parametrize("best", [0, 1])
+def test_the_best_of_several_teachers_teaches(cli, monkeypatch, best):
+    scores = [50 + (seed == best) for seed in (0, 1)] + [90]  # of the teachers and of the student
+    monkeypatch.setattr(common, "accuracy", lambda *_: float(scores.pop(0)))
+    assert cli(sr, *TINY, "--teacher-seeds", 2, "--out", "run")[::2] == (0, "")
+    paths = sorted(map(str, Path("runs/teachers").glob("*/checkpoint.pt")))
+    assert len(paths) == 2 and saved("run")["teacher"] == paths[best]
+    first, second = (common.load_checkpoint(path)["model"]["stem.0.weight"] for path in paths)
+    assert not torch.equal(first, second)
+
+
 def test_a_given_teacher_is_used_where_it_fits_and_refused_where_not(cli, tmp_path):
     small = np.zeros((40, 3, 16, 16), np.uint8)
     write_npz(tmp_path / "small.npz", train_images=small, test_images=small[:20])
