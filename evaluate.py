@@ -26,7 +26,6 @@ import dataclasses
 import fractions
 import functools
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -415,26 +414,54 @@ def saturate(x, constants, generator):
     return value * (1 - below * (factor * saturation + plus).clamp(0, 1))
 
 
-def by_picture(x, change):
-    """change(picture) of each image of x [B, 3, H, W], one by one; picture: of Pillow, so the results are CIFAR-C's."""
-    arrays = (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    changed = [np.asarray(change(Image.fromarray(array))) for array in arrays]
-    return to_float(torch.from_numpy(np.stack(changed)).permute(0, 3, 1, 2).to(x.device))
+def box_matrix(size, new):
+    """[new, size]: an axis resampled with Pillow's box filter, the mean of the pixels whose centres lie in the box."""
+    scale = size / new
+    distance = torch.arange(size) + 0.5 - (torch.arange(new) + 0.5).view(-1, 1) * scale
+    half = max(scale, 1) / 2
+    weights = ((distance > -half) & (distance <= half)).float()
+    return weights / weights.sum(1, keepdim=True)
 
 
 def pixelate(x, share, generator):
-    height, width = x.shape[2:]
-    small = int(width * share), int(height * share)
-    return by_picture(x, lambda picture: picture.resize(small, Image.BOX).resize((width, height), Image.BOX))
+    sides = [(side, int(side * share)) for side in x.shape[2:]]
+    height, width = ((box_matrix(b, a) @ box_matrix(a, b)).to(x.device) for a, b in sides)
+    return (torch.einsum("bkhw,ih,jw->bkij", x, height, width) * 255).round() / 255  # as Pillow does
+
+
+JPEG_TABLES = """
+16 11 10 16 24 40 51 61  12 12 14 19 26 58 60 55  14 13 16 24 40 57 69 56  14 17 22 29 51 87 80 62
+18 22 37 56 68 109 103 77  24 35 55 64 81 104 113 92  49 64 78 87 103 121 120 101  72 92 95 98 112 100 103 99
+17 18 24 47 99 99 99 99  18 21 26 66 99 99 99 99  24 26 56 99 99 99 99 99  47 66 99 99 99 99 99 99
+99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99"""
 
 
 def jpeg_compression(x, quality, generator):
-    def saved(picture):
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=quality)
-        return Image.open(buffer)
+    """The lossy half of JPEG: YCbCr, chroma at half resolution, DCT of 8×8 pixels, rounding to the tables' grain."""
+    scale = 5000 / quality if quality < 50 else 200 - 2 * quality
+    tables = torch.tensor([int(v) for v in JPEG_TABLES.split()], device=x.device).view(2, 8, 8)
+    grain = ((tables * scale + 50) / 100).floor().clamp(1, 255)
+    k = torch.arange(8.0, device=x.device)
+    dct = torch.cos((2 * k + 1) * k.view(-1, 1) * (math.pi / 16)) / 2
+    dct[0] /= math.sqrt(2)
 
-    return by_picture(x, saved)
+    def coded(plane, grain):
+        blocks = plane.unfold(2, 8, 8).unfold(3, 8, 8) - 128
+        frequencies = torch.einsum("bkmnij,ui,vj->bkmnuv", blocks, dct, dct)
+        frequencies = (frequencies / grain).round() * grain
+        blocks = torch.einsum("bkmnuv,ui,vj->bkminj", frequencies, dct, dct)
+        return blocks.reshape(plane.shape).add(128).round().clamp(0, 255)
+
+    height, width = x.shape[2:]
+    x = F.pad((x * 255).round(), (0, -width % 16, 0, -height % 16), mode="replicate")
+    red, green, blue = x.split(1, 1)
+    luma = (0.299 * red + 0.587 * green + 0.114 * blue).round()
+    chroma = torch.cat([(blue - luma) / 1.772, (red - luma) / 1.402], 1) + 128
+    luma, chroma = coded(luma, grain[0]), coded(F.avg_pool2d(chroma, 2).round(), grain[1])
+    chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear") - 128
+    cb, cr = chroma.split(1, 1)
+    rgb = torch.cat([luma + 1.402 * cr, luma - 0.344136 * cb - 0.714136 * cr, luma + 1.772 * cb], 1)
+    return rgb[..., :height, :width].round() / 255
 
 
 def sampled(x, points, repeat):
@@ -998,3 +1025,6 @@ if __name__ == "__main__":
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on with what is not measured yet", file=sys.stderr)
+        sys.exit(130)

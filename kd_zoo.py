@@ -21,7 +21,7 @@ Resource for Learning in Knowledge Distillation (Arani, Sarfraz, Zonooz, WACV 20
     Table IV     --dataset cifar100 --student-arch {resnet8x4,resnet14x4,resnet20x4,resnet26x4,wrn-10-2,…}
     Table V      --dataset cifar10 --noise sym --rate {0.2,0.4,0.6}
     Table VI     --dataset cifar10 --imbalance {0.2,0.6,1,2}
-    Figure 1     evaluate.py runs/kd_zoo-cifar10-clean-* --transfer --teacher runs/teachers/…/checkpoint.pt
+    Figure 1     evaluate.py runs/kd_zoo-cifar10-clean-*seed0 --transfer --teacher
 
     And of Noise as a Resource:
     Table 1      --dataset {cifar10,svhn} --method {baseline,hinton,at,sp,rkd-d,rkd-a,rkd-da}

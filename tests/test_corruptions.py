@@ -1,5 +1,6 @@
 """CIFAR-C's corruptions against its own generator in the mean, against scipy, Pillow and numpy pixel by pixel."""
 
+import io
 import math
 
 import matplotlib.colors
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
+from PIL import Image
 
 import common
 import evaluate
@@ -185,6 +187,29 @@ def test_glass_blur_moves_pixels_as_the_published_loop_does(severity, constants)
                     a, b = i + dy[i - 2][j - 2], j + dx[i - 2][j - 2]
                     image[i, j], image[a, b] = image[a, b], image[i, j]
     assert_close(out, gaussian(expected.transpose(0, 3, 1, 2), sigma))
+
+
+@by_severity("quality", 80, 65, 58, 50, 40)
+def test_jpeg_is_the_library_s(severity, quality):
+    for clean in (textured((37, 50)), torch.cat([textured((32, 32)), common.draw_shapes(8, seed=5)[0]])):
+        expected = []
+        for image in clean:
+            buffer = io.BytesIO()
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "JPEG", quality=quality)
+            expected.append(torch.from_numpy(np.array(Image.open(buffer))).permute(2, 0, 1))
+        expected, out = torch.stack(expected).float(), corrupt(clean, "jpeg_compression", severity).float()
+        distance = (clean.float() - expected).abs().mean()
+        assert (out - expected).abs().mean() < min(1.3, 0.11 * distance)
+
+
+@by_severity("share", 0.95, 0.9, 0.85, 0.75, 0.65)
+def test_pixelate_is_pillow_s_box_filter(severity, share):
+    images = textured((48, 40))
+    for image, result in zip(images, corrupt(images, "pixelate", severity)):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        small = picture.resize((int(40 * share), int(48 * share)), Image.BOX)
+        expected = np.asarray(small.resize((40, 48), Image.BOX)).astype(int)
+        assert_close(result.permute(1, 2, 0).int(), expected, 1.5)
 
 
 def test_hsv(x):

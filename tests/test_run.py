@@ -166,8 +166,10 @@ def test_bad_input_is_one_line_and_status_2(nrd_cli, monkeypatch, flags, says):
 def test_analysis_of_a_memorised_model(nrd_cli, tmp_path):
     """Cross-entropy fitted to 64 images: the mislabelled are predicted wrongly, and the report counts just that."""
     flags = ["--loss", "ce", "--limit-train", 64, "--limit-test", 10, "--epochs", 40, "--batch-size", 16, "--lr", 0.05]
-    assert nrd_cli(*flags, "--device", "cpu", "--out", "run")[0] == 0
-    assert nrd_cli("--analyze", "run/checkpoint.pt", "--device", "cpu", "--views", 4)[::2] == (0, "")
+    assert nrd_cli(*flags, "--keep", 20, "--device", "cpu", "--out", "run")[0] == 0
+    checkpoints = ["run/checkpoint20.pt", "run/checkpoint.pt"]
+    assert nrd_cli("--analyze", *checkpoints, "--device", "cpu", "--views", 4)[::2] == (0, "")
+    assert common.load_checkpoint(checkpoints[0])["epoch"] == 20
     result = json.loads((tmp_path / "run/analysis.json").read_text())
     data = common.load_dataset("shapes", limit_train=64)
     given = common.corrupt_labels(data.train_labels, "sym", 0.5, 10, 0)
@@ -180,4 +182,5 @@ def test_analysis_of_a_memorised_model(nrd_cli, tmp_path):
     assert common.accuracy(p[wrong], given[wrong]) > 50 > plain["mislabelled"]  # it has memorised
     assert result["ece"]["not transformed"] == pytest.approx(common.calibration(p, data.train_labels)[0])
     assert 0.5 < result["auroc"] <= 1  # views that it has not trained on bring the true class nearer
-    assert (tmp_path / "run/analysis.png").stat().st_size > 10_000
+    for name in ("analysis", "analysis20", "confidence"):
+        assert (tmp_path / f"run/{name}.png").stat().st_size > 10_000
