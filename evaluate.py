@@ -6,6 +6,8 @@
     python evaluate.py CKPT … --pgd 20 --eps 1/255 2/255 10/255 20/255 25/255 50/255 100/255 200/255    # Table 5
     python evaluate.py CKPT … --pgd 20 --plot-by sigma                       # Table 6, Figure 2
     python evaluate.py CKPT … --cinic CINIC-10 --plot-by target-noise rate   # Figures 4 and 5
+    python evaluate.py CKPT … --attack AutoAttack --eps 8/255               # any l∞ attack of torchattacks
+    python evaluate.py CKPT … --curves              # training, seeds as a band: CMD's Figures 3, 4, NRD's Figure 4
     python evaluate.py CKPT … --transfer --teacher  # Figure 1 of KD Beyond Model Compression
     python evaluate.py CKPT … --ece                 # Figure 5 of Neural Vicinal Risk Minimization
     python evaluate.py --show-corruptions --dataset cifar10    # what --cifar-c does without a folder
@@ -22,6 +24,7 @@ with deterministic convolutions, on CUDA as on the CPU.
 
 import argparse
 import contextlib
+import csv
 import dataclasses
 import fractions
 import functools
@@ -67,11 +70,13 @@ def parse_args():
     add("--step-size", type=fraction, default=0.003, help="in [0, 1]")
     add("--restarts", type=int, default=5, help="runs of PGD from random starts; the worst run counts")
     add("--worst-start", action="store_true", help="instead of the worst run, the worst start of each sample counts")
+    add("--attack", nargs="+", default=[], metavar="NAME", help="l∞ attacks of torchattacks, as AutoAttack, at --eps")
     add("--cifar-c", nargs="?", const="", metavar="DIR", help="19 corruptions: the official .npy files, else generated")
     add("--cinic", type=Path, metavar="DIR", help="the ImageNet images of CINIC-10, 2,100 a class")
     add("--transfer", action="store_true", help="PGD-20 images of each checkpoint on each other, of the smallest --eps")
     add("--teacher", nargs="?", const="", metavar="CKPT", help="--transfer from it too; no CKPT: whom students name")
     add("--plot-by", nargs="+", default=[], metavar="FLAG", help="curves over a flag of training, as sigma; two: maps")
+    add("--curves", action="store_true", help="write training.png: the metrics by epoch, a line a row, seeds a band")
     add("--show-corruptions", action="store_true", help="write corruptions.png, a contact sheet")
 
     add = parser.add_argument_group("data, machine and output").add_argument
@@ -82,12 +87,16 @@ def parse_args():
     add("--batch-size", type=int, help="images a forward pass; None: 125 on a CPU, else 500")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--out", type=Path, metavar="DIR", help="of pictures and summary.json; None: the folder of the first CKPT")
+    add("--table", type=Path, metavar="FILE", help="the table as .csv, .md or .tex: mean, standard deviation, n")
+    add("--pdf", action="store_true", help="write each picture as a vector PDF too")
     args = parser.parse_intermixed_args()
 
     if not (args.checkpoints or args.show_corruptions):
         raise UsageError("CKPT: name the checkpoint.pt of a run folder, before the other flags")
     args.checkpoints = [path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints]
     args.plot_by = [flag.replace("-", "_") for flag in args.plot_by]
+    if args.table and args.table.suffix not in (".csv", ".md", ".tex"):
+        raise UsageError(f"--table: {args.table} ends with none of .csv, .md, .tex")
     args.pgd, args.eps = sorted(set(args.pgd)), sorted(set(args.eps))
     args.out = args.out or (args.checkpoints[0].parent if args.checkpoints else Path("runs/evaluation"))
     return args
@@ -557,6 +566,7 @@ class Subject:
     data: common.Dataset
     batch_size: int
     by_batch: bool = False  # BatchNorm normalises by the batch at hand
+    metrics: list = dataclasses.field(default_factory=list)  # of training, a dict an epoch
     teacher: str | None = None  # the path of its teacher's checkpoint, as training named it
     numbers: dict = dataclasses.field(default_factory=dict)  # {column of the tables: number}
     results: dict = dataclasses.field(default_factory=dict)  # {"clean", a corruption or "transfer": what is measured}
@@ -601,7 +611,8 @@ def load_run(path, part, args, device, load_dataset, flag="CKPT"):
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 layer.running_mean = layer.running_var = None
     results, teacher = path.with_name("evaluation.json"), checkpoint.get("teacher")
-    return Subject(str(path), results, key, config, model, dataset, data, batch_size, by_batch, teacher)
+    metrics = checkpoint["metrics"]
+    return Subject(str(path), results, key, config, model, dataset, data, batch_size, by_batch, metrics, teacher)
 
 
 def grouped(subjects, leave_out=()):
@@ -699,6 +710,26 @@ def evaluate_pgd(subject, eps, args):
     return {"worst run": [min(accuracies) for accuracies in runs], "worst start": starts}
 
 
+def evaluate_attack(subject, name, eps, args):
+    """Accuracy in percent under the l∞ attack `name` of torchattacks with its own settings, of radius eps."""
+    try:
+        import torchattacks
+    except ImportError:
+        raise UsageError("--attack: needs torchattacks; pip install torchattacks") from None
+    if not hasattr(torchattacks, name):
+        raise UsageError(f"--attack: torchattacks has no {name}; it has {', '.join(torchattacks.__all__)}")
+    options = {"n_classes": len(subject.data.classes)} if name == "AutoAttack" else {}
+    attack = getattr(torchattacks, name)(subject.model, eps=eps, **options)
+    images, labels, hits = subject.data.test_images, subject.data.test_labels, 0
+    torch.manual_seed(args.seed)
+    batches = evenly_split(torch.arange(len(labels), device=labels.device), subject.batch_size)
+    for rows in common.progress(batches, f"{name}, ε {eps_name(eps)}, on {subject.path}"):
+        adversarial = attack(to_float(images[rows.to(images.device)].to(labels.device)), labels[rows])
+        with torch.no_grad():
+            hits += (subject.model(adversarial).argmax(1) == labels[rows]).sum().item()
+    return 100 * hits / len(labels)
+
+
 def evaluate_corruption(subject, name, args, official, made):
     """Accuracy in percent on images corrupted with severity 1 … 5, and natural robustness: two lists of 5.
 
@@ -746,7 +777,7 @@ def measure(subjects, teacher, args, official, cinic):
         images, labels = subject.data.test_images, subject.data.test_labels
         clean = measured(subject, {"measure": "clean"}, evaluate_images, images, labels)
         subject.results["clean"], subject.numbers["accuracy (%)"] = clean, clean["accuracy"]
-        if args.ece or not (args.pgd or cinic or args.transfer or args.cifar_c is not None):
+        if args.ece or not (args.pgd or args.attack or cinic or args.transfer or args.cifar_c is not None):
             subject.numbers |= {"ECE": clean["ece"], "NLL": clean["nll"], "Brier": clean["brier"]}
         if cinic:
             settings = {"measure": "CINIC", "images": len(cinic[1]), "seed": args.seed}
@@ -757,7 +788,11 @@ def measure(subjects, teacher, args, official, cinic):
                 settings |= {"restarts": args.restarts, "seed": args.seed}
                 result = measured(subject, settings, evaluate_pgd, eps, args)
                 for k, accuracy in zip(args.pgd, result["worst start" if args.worst_start else "worst run"]):
-                    subject.numbers[f"PGD-{k}, ε {eps_name(eps)} (%)"] = accuracy
+                    subject.numbers[pgd_column(k, eps)] = accuracy
+        for name, eps in itertools.product(args.attack, args.eps):
+            settings = {"measure": name, "by": "torchattacks", "eps": eps, "seed": args.seed}
+            accuracy = measured(subject, settings, evaluate_attack, name, eps, args)
+            subject.numbers[f"{name}, ε {eps_name(eps)} (%)"] = accuracy
     if args.cifar_c is not None:
         source = "official" if official else "generated"
         for name in common.progress(list(CORRUPTIONS), f"CIFAR-C, {source}"):
@@ -780,6 +815,10 @@ def measure(subjects, teacher, args, official, cinic):
 def eps_name(eps):
     """8/255 for 0.0313725…, the decimal for 0.031."""
     return f"{eps * 255:.0f}/255" if math.isclose(eps * 255, round(eps * 255), abs_tol=1e-6) else f"{eps:.4g}"
+
+
+def pgd_column(steps, eps):
+    return f"PGD-{steps}, ε {eps_name(eps)} (%)"
 
 
 def averages(subject, kind):
@@ -811,6 +850,29 @@ def print_table(heading, columns, rows):
         print(name.ljust(first), *(text.rjust(width) for text, width in zip(texts, widths)), sep="  ")
 
 
+def write_table(path, heading, columns, groups):
+    """The table as CSV (mean, standard deviation and n a column), Markdown or LaTeX (mean ± standard deviation (n))."""
+    if path.suffix == ".csv":
+        rows = [[heading, *(f"{column} {kind}" for column in columns for kind in ("mean", "std", "n"))]]
+        for name, members in groups:
+            rows.append([name, *(value for column in columns for value in statistic(members, column).values())])
+    else:
+        rows = [[heading, *columns], *([name, *(cell(members, c) for c in columns)] for name, members in groups)]
+    with common.atomic_write(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            csv.writer(file).writerows(rows)
+        elif path.suffix == ".md":
+            rows.insert(1, ["---"] * len(rows[0]))
+            file.writelines(f"| {' | '.join(row)} |\n" for row in rows)
+        else:
+            lines = [" & ".join(row) + r" \\" for row in rows]
+            text = "\n".join([rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", lines[0], r"\hline", *lines[1:]])
+            for plain, tex in (("%", r"\%"), ("_", r"\_"), ("±", r"$\pm$"), ("ε", r"$\epsilon$"), ("∞", r"$\infty$")):
+                text = text.replace(plain, tex)
+            file.write(text + "\n" + r"\end{tabular}" + "\n")
+    print(f"wrote {path}")
+
+
 def report(args, subjects, teacher):
     """Print the tables, draw the pictures and return the summary. teacher: a list, empty without one."""
     groups, columns = grouped(subjects), list(subjects[0].numbers)
@@ -823,12 +885,18 @@ def report(args, subjects, teacher):
         numbers = {column: statistic(members, column) for column in columns}
         summary["models"][name] = {"checkpoints": [subject.path for subject in members], **numbers}
 
+    if args.table:
+        write_table(args.table, heading, columns, groups)
     if args.ece:
-        draw_reliability(args.out / "reliability.png", groups)
+        draw_reliability(args, groups)
+    if len(args.pgd) > 1 or args.pgd and len(args.eps) > 1:
+        draw_pgd(args, groups, heading)
+    if args.curves:
+        draw_curves(args, groups)
     if args.plot_by:
-        draw_by(args.out / f"by-{'-'.join(args.plot_by)}.png", subjects, args.plot_by, heading)
+        draw_by(args, subjects, heading)
     if args.cifar_c is not None:
-        draw_corruptions(args.out / "cifar-c.png", groups, args.cifar_c or "generated here")
+        draw_corruptions(args, groups, f"{test_sets}; CIFAR-C, {args.cifar_c or 'generated'}")
     if args.transfer:
         summary["transfer"] = report_transfer(args, groups, teacher)
     return summary
@@ -849,7 +917,7 @@ def report_transfer(args, groups, teacher):
     columns = [*(str(i) for i in range(1, len(names) + 1)), "mean", *("teacher" for _ in teacher)]
     heading = f"{subjects[0].test_set}: success rate (%), source → / target ↓"
     print_table(heading, columns, [(name, [f"{v:.2f}" for v in row]) for name, row in zip(rows, values)])
-    with picture(args.out / "transfer.png", 6 + 0.8 * len(columns), 2.5 + 0.45 * len(rows)) as figure:
+    with picture(args, "transfer.png", 6 + 0.8 * len(columns), 2.5 + 0.45 * len(rows)) as figure:
         axes = figure.subplots()
         heat_map(axes, values, rows, columns, f"success rate (%), PGD-20, ε = {eps_name(args.eps[0])}")
         axes.set(xlabel="source", ylabel="target")
@@ -860,29 +928,43 @@ def report_transfer(args, groups, teacher):
 
 
 @contextlib.contextmanager
-def picture(path, width, height):
-    """Yield an empty figure of that size in inches, which is written to `path` at the end of the block."""
+def picture(args, name, width, height):
+    """Yield an empty figure of that size in inches. At the end of the block it is written to args.out / name."""
     from matplotlib.figure import Figure  # half a second to import, and only here
 
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
-    with common.atomic_write(path) as partial:
-        figure.savefig(partial, dpi=110)
-    print(f"wrote {path}")
+    png = args.out / name
+    for path in [png, png.with_suffix(".pdf")] if args.pdf else [png]:
+        with common.atomic_write(path) as partial:
+            figure.savefig(partial, dpi=110)
+        print(f"wrote {path}")
 
 
-def heat_map(axes, values, rows, columns, title):
-    """Numbers in coloured cells; NaN leaves a cell empty."""
+def heat_map(axes, values, rows, columns, title, low=None, high=None):
+    """Numbers in coloured cells; NaN leaves a cell empty. low, high: ends of the colour scale, else those of values."""
     values = np.array(values)
-    axes.imshow(values, cmap="viridis", aspect="auto")
+    axes.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high)
     for (i, j), v in np.ndenumerate(values):
         if not math.isnan(v):
-            dark = v < (np.nanmin(values) + np.nanmax(values)) / 2
+            dark = v < (np.nanmin(values) + np.nanmax(values) if low is None else low + high) / 2
             axes.text(j, i, f"{v:.3g}", ha="center", va="center", color="w" if dark else "k")
     axes.set_title(title, parse_math=False)
     axes.set_yticks(range(len(rows)), rows, parse_math=False)
     columns = [textwrap.fill(str(name), 25) for name in columns]
     axes.set_xticks(range(len(columns)), columns, parse_math=False, rotation=90)
+
+
+def line_style(i):
+    """Of the group i: ten colours, then the same ones dashed."""
+    return {"color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10 % 2]}
+
+
+def legend_below(figure):
+    """One legend for all panels, off the drawing."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    for text in figure.legend(handles, labels, loc="outside lower center", ncols=2).get_texts():
+        text.set_parse_math(False)
 
 
 def ordered(subjects, flag):
@@ -891,12 +973,13 @@ def ordered(subjects, flag):
     return sorted(values, key=lambda value: (value is None, isinstance(value, str), value))
 
 
-def draw_by(path, subjects, flags, heading):
+def draw_by(args, subjects, heading):
     """Each column of the tables over one flag of training: mean ± standard deviation, a curve for each value of the
     other flags. Over two flags: a heat map of the means, the first flag and all others down, the second across.
 
     Runs without the (second) flag are left out, as a teacher without sigma.
     """
+    flags = args.plot_by
     subjects = [subject for subject in subjects if subject.config.get(flags[-1]) is not None]
     groups, columns, across = grouped(subjects, flags), list(subjects[0].numbers), ordered(subjects, flags[-1])
     cells, rows = {}, []  # {(group, value of each flag): subjects}; (group, value of the first flag)
@@ -905,7 +988,7 @@ def draw_by(path, subjects, flags, heading):
         for subject in members:
             cells.setdefault((name, *(subject.config.get(flag) for flag in flags)), []).append(subject)
     height = 4.5 if len(flags) == 1 else 1.5 + 0.35 * len(rows)
-    with picture(path, 9, height * len(columns)) as figure:
+    with picture(args, f"by-{'-'.join(flags)}.png", 9, height * len(columns)) as figure:
         figure.suptitle(heading, parse_math=False)
         for axes, column in zip(figure.subplots(len(columns), squeeze=False).flat, columns):
             found = {key: statistic(members, column) for key, members in cells.items()}
@@ -925,11 +1008,11 @@ def draw_by(path, subjects, flags, heading):
             axes.legend(fontsize="small")
 
 
-def draw_reliability(path, groups):
-    """Reliability diagrams, one a group, the bins of its seeds pooled."""
+def draw_reliability(args, groups):
+    """Reliability diagrams, one a group, the bins of its seeds pooled. Bins of less than 1 % of samples are pale."""
     columns = min(4, len(groups))
     rows = math.ceil(len(groups) / columns)
-    with picture(path, 4 * columns, 4.2 * rows) as figure:
+    with picture(args, "reliability.png", 4 * columns, 4.2 * rows + 0.5) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flat
         for axes, (name, members) in zip(panels, groups):
             bins = [subject.results["clean"]["bins"] for subject in members]
@@ -937,38 +1020,86 @@ def draw_reliability(path, groups):
             total = share.sum(0).clip(1e-12)
             acc, conf, share = (share * acc).sum(0) / total, (share * conf).sum(0) / total, share.mean(0)
             edges, width = np.linspace(0, 1, len(share) + 1), 1 / len(share)
-            axes.bar(edges[:-1], acc, width, align="edge", color="tab:blue", edgecolor="w", label="accuracy")
-            gap = {"color": "none", "edgecolor": "tab:red", "hatch": "////", "label": "gap to confidence"}
-            axes.bar(edges[:-1], conf - acc, width, acc, align="edge", **gap)
+            for some, alpha, of in ((share >= 0.01, 1, ""), (share < 0.01, 0.3, ", bins of less than 1 %")):
+                bar = {"width": width, "align": "edge", "alpha": alpha}
+                axes.bar(edges[:-1][some], acc[some], color="tab:blue", edgecolor="w", label=f"accuracy{of}", **bar)
+                gap = {"bottom": acc[some], "color": "none", "edgecolor": "tab:red", "hatch": "////"}
+                axes.bar(edges[:-1][some], (conf - acc)[some], label=f"gap to confidence{of}", **gap, **bar)
             axes.stairs(share, edges, color="k", label="share of samples")
             axes.plot([0, 1], [0, 1], "k--", lw=1)
             axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
             title = f"{name}, ECE {cell(members, 'ECE')}"
             axes.set_title(textwrap.fill(title, 45), fontsize="medium", parse_math=False)
-        panels[0].legend(loc="upper left", fontsize="small")
+        legend_below(figure)
         for axes in panels[len(groups) :]:
             axes.axis("off")
 
 
-def draw_corruptions(path, groups, source):
+def draw_corruptions(args, groups, title):
     """Figure 3: corruption by model."""
-    with picture(path, 5 + 1.6 * max(5, len(groups)), 9) as figure:
-        figure.suptitle(f"CIFAR-C, {source}", parse_math=False)
+    with picture(args, "cifar-c.png", 5 + 1.6 * max(5, len(groups)), 9) as figure:
+        figure.suptitle(title, parse_math=False)
         for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("accuracy", "natural_robustness")):
             means = [[averages(subject, kind) for subject in members] for _, members in groups]
             rows = [*CORRUPTIONS, "mean"]
             values = [[statistics.fmean(of[row] for of in column) for column in means] for row in rows]
-            heat_map(axes, values, rows, [name for name, _ in groups], f"{kind.replace('_', ' ')} (%)")
+            heat_map(axes, values, rows, [name for name, _ in groups], f"{kind.replace('_', ' ')} (%)", 0, 100)
 
 
-def show_corruptions(path, images, seed):
+def draw_pgd(args, groups, heading):
+    """Accuracy by the number of PGD's steps at the smallest ε, and by ε at the largest number; 0 is the clean one."""
+    sweeps = {
+        "PGD steps": [(k, str(k), pgd_column(k, args.eps[0])) for k in args.pgd],
+        f"ε of PGD-{args.pgd[-1]}": [(eps, eps_name(eps), pgd_column(args.pgd[-1], eps)) for eps in args.eps],
+    }
+    sweeps = {label: points for label, points in sweeps.items() if len(points) > 1}
+    with picture(args, "pgd.png", 7 * len(sweeps), 4.5 + 0.25 * len(groups)) as figure:
+        figure.suptitle(heading, parse_math=False)
+        for axes, (label, points) in zip(figure.subplots(1, len(sweeps), squeeze=False).flat, sweeps.items()):
+            values, names, columns = zip((0, "0", "accuracy (%)"), *points)
+            for i, (name, members) in enumerate(groups):
+                stats = [statistic(members, column) for column in columns]
+                means, deviations = [s["mean"] for s in stats], [s["std"] or 0 for s in stats]
+                axes.errorbar(values, means, deviations, marker=".", capsize=3, label=name, **line_style(i))
+            axes.set_xscale("symlog", linthresh=values[1])
+            axes.set_xticks(values, names, rotation=45)
+            axes.minorticks_off()
+            axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(0, None), xlim=(0, values[-1] * 1.05))
+            axes.grid(alpha=0.3)
+        legend_below(figure)
+
+
+def draw_curves(args, groups):
+    """The metrics of training over its epochs: a line a group, the mean of its seeds, ± standard deviation a band."""
+    names = [key for key, value in groups[0][1][0].metrics[-1].items() if isinstance(value, float)]
+    names = [key for key in names if key not in ("lr", "seconds", "images_per_second")]
+    rows, columns = math.ceil(len(names) / 3), min(3, len(names))
+    with picture(args, "training.png", 5.5 * columns, 3.6 * rows + 0.25 * len(groups)) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for key, axes in zip(names, panels):
+            for i, (name, members) in enumerate(groups):
+                runs = [[record.get(key) for record in subject.metrics] for subject in members]
+                length = min(map(len, runs))  # of a run that goes on still
+                values = np.array([run[:length] for run in runs], dtype=float)
+                mean, deviation = values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else np.zeros(length)
+                axes.plot(range(1, length + 1), mean, label=name, **line_style(i))
+                band = range(1, length + 1), mean - deviation, mean + deviation
+                axes.fill_between(*band, color=line_style(i)["color"], alpha=0.2, lw=0)
+            axes.set(xlabel="epoch", ylabel=key)
+            axes.grid(alpha=0.3)
+        for axes in panels[len(names) :]:
+            axes.axis("off")
+        legend_below(figure)
+
+
+def show_corruptions(args, images):
     """A contact sheet: a corruption a row, clean and severity 1 … 5 of the images uint8 [N, 3, H, W], one or two."""
     side = images.shape[3] + 2
     rows = []
     for name in CORRUPTIONS:
-        row = torch.stack([images, *(corrupt(images, name, severity, seed) for severity in range(1, 6))], 1)
+        row = torch.stack([images, *(corrupt(images, name, severity, args.seed) for severity in range(1, 6))], 1)
         rows.append(torch.cat(list(F.pad(row.flatten(0, 1), (1, 1, 1, 1), value=255)), 2))
-    with picture(path, 13, 19.5) as figure:
+    with picture(args, "corruptions.png", 13, 19.5) as figure:
         axes = figure.subplots()
         axes.imshow(torch.cat(rows, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axes.set_yticks([(i + 0.5) * side for i in range(len(CORRUPTIONS))], list(CORRUPTIONS))
@@ -1009,7 +1140,7 @@ def main(args):
 
     if args.show_corruptions:
         images = load_dataset(args.dataset or "shapes", args.data_dir or "data").test_images
-        show_corruptions(args.out / "corruptions.png", images[evenly_spaced(len(images), 2)], args.seed)
+        show_corruptions(args, images[evenly_spaced(len(images), 2)])
     if not subjects:
         return {}
     measure(subjects, teacher, args, official, cinic)
