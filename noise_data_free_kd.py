@@ -327,11 +327,12 @@ def show_source(args, data):
     x = samples(args.source, torch.arange(64, device=data.train_labels.device) % len(data.train_labels), data).cpu()
     if args.source == "gaussian":
         x = (x / 6 + 0.5).clamp(0, 1)
+    x = F.pad(x, (1, 1, 1, 1), value=1)  # a gap between the samples
     sheet = x.unflatten(0, (8, 8)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
     figure = Figure(figsize=(6, 6))
     axes = figure.add_axes((0, 0, 1, 0.95))
     axes.imshow(sheet.numpy())
-    axes.set_title(f"{args.source}, {x.shape[2]}×{x.shape[3]}", fontsize="medium")
+    axes.set_title(f"{args.source}, {x.shape[2] - 2}×{x.shape[3] - 2}", fontsize="medium")
     axes.axis("off")
     save(figure, (args.out or Path("runs")) / f"{args.source}.png")
 
@@ -382,7 +383,7 @@ def plot_activations(args, device):
     for i, axes in enumerate(upper.subplots(1, len(teacher.blocks) + 1)):
         for (label, layers), colour in zip(by_layer.items(), ("red", "blue", "black")):
             axes.hist(layers[i].mean(1).numpy(), color=colour, label=label, **style)
-        axes.set(title=f"block {i}" if i else "stem", xlabel="mean activation", yscale="log")
+        axes.set(title=f"block {i}" if i else "stem", xlabel="mean activation", ylabel="density", yscale="log")
     upper.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     scatter, density = lower.subplots(1, 2)
     trained = last_block["as in training, running statistics"].mean(0).numpy()

@@ -420,11 +420,14 @@ def draw_analysis(path, nll, auroc, reliability, clouds, given, true, classes):
         marks = {int(given[k]): "label", int(true[k]): "true" if given[k] != true[k] else "label, true"}
         for c, name in enumerate(classes):
             if c in marks or c % max(1, len(classes) // 20) == 0:
+                x, y = (1.1 * corners[c]).tolist()
                 text = f"{name}\n({marks[c]})" if c in marks else name
-                style = {"ha": "center", "va": "center", "fontsize": 8, "weight": "bold" if c in marks else "normal"}
-                axes.text(*(1.2 * corners[c]), text, parse_math=False, **style)
+                style = {"fontsize": 8, "weight": "bold" if c in marks else "normal"}
+                style["ha"] = "left" if x > 0.01 else "right" if x < -0.01 else "center"
+                style["va"] = "bottom" if y > 0.9 else "top" if y < -0.9 else "center"
+                axes.text(x, y, text, parse_math=False, **style)
         kind = "clean" if given[k] == true[k] else "mislabelled"
-        axes.set(title=kind, xlim=(-1.4, 1.4), ylim=(-1.35, 1.35), aspect="equal")
+        axes.set(title=kind, xlim=(-2, 2), ylim=(-1.35, 1.35), aspect="equal")
         axes.axis("off")
     right.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     with common.atomic_write(path) as partial:

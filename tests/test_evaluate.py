@@ -1,5 +1,6 @@
 """evaluate.py: attacks and measures against closed forms and naive versions, then the script as a user runs it."""
 
+import csv
 import json
 import math
 import statistics
@@ -180,7 +181,7 @@ def write_checkpoint(path, seed=0, changes=(), **flags):
     config = {"script": "nrd", "dataset": "tiny.npz", "data_dir": "data", "noise": "sym", "lr": 0.1, "seed": seed}
     config |= {"device": "cpu", "out": None, "resume": False, "name": "nrd-tiny"} | flags
     checkpoint = {"script": config["script"], "dataset": "tiny.npz", "classes": CLASSES, "config": config, "rng": {}}
-    checkpoint |= {"noise": {}, "epochs": 2, "epoch": 2, "metrics": [{"epoch": 1}, {"epoch": 2}]}
+    checkpoint |= {"noise": {}, "epochs": 2, "epoch": 2, "metrics": [{"epoch": e, "test_acc": 50.0 * e} for e in (1, 2)]}
     checkpoint |= {"built_as": {part: net.built_as for part, net in nets.items()}}
     checkpoint |= {part: net.state_dict() for part, net in nets.items()} | dict(changes)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +192,7 @@ def write_checkpoint(path, seed=0, changes=(), **flags):
 @pytest.fixture
 def run(monkeypatch):
     """run(*flags) evaluates in this process and returns the summary."""
-    for name in ("draw_reliability", "draw_by", "draw_corruptions"):
+    for name in ("draw_reliability", "draw_pgd", "draw_by", "draw_corruptions"):
         monkeypatch.setattr(evaluate, name, lambda *_: None)  # the first test has them
 
     def main(*flags):
@@ -206,14 +207,15 @@ def test_end_to_end():
     write_checkpoint("a/checkpoint.pt", lr=0.1, changes={"teacher": "a/checkpoint.pt"})
     write_checkpoint("b/checkpoint.pt", seed=1, lr=0.2, method="one")
     flags = "a b --ece --pgd 1 2 --eps 1/255 0.031 --restarts 1 --cifar-c --transfer --teacher"
-    flags += " --plot-by lr --limit-test 6 --out out --device cpu"
+    flags += " --curves --plot-by lr --pdf --table out/table.csv --limit-test 6 --out out --device cpu"
     command = [sys.executable, str(ROOT / "evaluate.py"), *flags.split()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
     missing = subprocess.run([*command[:2], "missing.pt"], capture_output=True, text=True, timeout=120)
     assert missing.returncode == 2 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
-    names = ("reliability", "by-lr", "cifar-c", "transfer")
-    assert {p.name for p in Path("out").iterdir()} == {*(f"{name}.png" for name in names), "summary.json"}
+    pictures = [f"{name}.{kind}" for kind in ("png", "pdf")
+                for name in ("reliability", "pgd", "training", "by-lr", "cifar-c", "transfer")]  # fmt: skip
+    assert {path.name for path in Path("out").iterdir()} == {*pictures, "table.csv", "summary.json"}
     summary = json.loads(Path("out/summary.json").read_text(encoding="utf-8"))
     assert list(summary["models"]) == ["nrd lr=0.1", "nrd lr=0.2"]
     for row in summary["models"].values():
@@ -223,6 +225,10 @@ def test_end_to_end():
         assert list(row) == ["checkpoints", *columns]
     assert f"{summary['models']['nrd lr=0.1']['NLL']['mean']:.4f}" in result.stdout
     assert "; PGD: worst run of 1 " in result.stdout
+    with open("out/table.csv", newline="", encoding="utf-8") as file:
+        heading, first, _ = csv.reader(file)
+    assert heading[1:7] == [f"{column} {kind}" for column in columns[:2] for kind in ("mean", "std", "n")]
+    assert float(first[4]) == summary["models"]["nrd lr=0.1"]["ECE"]["mean"] and first[5:7] == ["", "1"]
     assert Path("a/evaluation.json").exists() and Path("b/evaluation.json").exists()
     rates = np.array(summary["transfer"]["success_rate"])
     assert rates.shape == (3, 4)
@@ -230,9 +236,46 @@ def test_end_to_end():
         assert np.array_equal(rates[:, column], rates[:, 0], equal_nan=True)
 
 
+@pytest.mark.parametrize("suffix, row", [
+    (".md", "| a_b | 50.00 ± 14.14 (2) |"), (".tex", r"a\_b & 50.00 $\pm$ 14.14 (2) \\"),
+])  # fmt: skip
+def test_tables_to_take_along(tmp_path, suffix, row):
+    members = [SimpleNamespace(numbers={"accuracy (%)": value}) for value in (40.0, 60.0)]
+    path = tmp_path / f"table{suffix}"
+    evaluate.write_table(path, "tiny", ["accuracy (%)"], [("a_b", members)])
+    assert row in path.read_text(encoding="utf-8").splitlines()
+
+
+def test_attacks_of_a_library(run, monkeypatch):
+    """By name, with the radius and the labels; here one that turns images into their negatives."""
+    asked = []
+
+    class Negative:
+        def __init__(self, model, eps):
+            asked.append(eps)
+
+        def __call__(self, images, labels):
+            return 1 - images
+
+    library = SimpleNamespace(Negative=Negative, __all__=["Negative"])
+    monkeypatch.setitem(sys.modules, "torchattacks", library)
+    write_checkpoint("a.pt")
+    row = run("a.pt", "--attack", "Negative", "--eps", "8/255")["models"]["nrd"]
+    data, model = common.load_dataset("tiny.npz"), common.load_model(common.load_checkpoint("a.pt"))
+    assert row["Negative, ε 8/255 (%)"]["mean"] == common.accuracy(
+        common.predict(model, 255 - data.test_images), data.test_labels
+    )
+    assert asked == [8 / 255]
+    for module, says in ((library, "torchattacks has no Other; it has Negative"), (None, "pip install torchattacks")):
+        monkeypatch.setitem(sys.modules, "torchattacks", module)
+        with pytest.raises(common.UsageError, match=says):
+            run("a.pt", "--attack", "Other")
+
+
 def test_contact_sheet(monkeypatch):
     monkeypatch.setattr(evaluate, "CORRUPTIONS", {"fog": evaluate.fog, "contrast": evaluate.contrast})
-    evaluate.show_corruptions(Path("corruptions.png"), common.read_npz(Path("tiny.npz")).test_images[:2], 0)
+    args = SimpleNamespace(out=Path("."), pdf=False, seed=0)
+    evaluate.show_corruptions(args, common.read_npz(Path("tiny.npz")).test_images[:2])
     assert matplotlib.image.imread("corruptions.png")[..., :3].std() > 0.05
 
 
@@ -243,7 +286,8 @@ def test_plot_by_two_flags_puts_each_mean_in_its_place(monkeypatch):
         subjects.append(SimpleNamespace(config=config, numbers={"accuracy (%)": 10.0 * i}))
     drawn = []
     monkeypatch.setattr(evaluate, "heat_map", lambda _, *arguments: drawn.append(arguments))
-    evaluate.draw_by(Path("by.png"), subjects, ["sigma", "rate"], "heading")
+    args = SimpleNamespace(plot_by=["sigma", "rate"], out=Path("."), pdf=False)
+    evaluate.draw_by(args, subjects, "heading")
     ((values, rows, columns, title),) = drawn
     assert np.allclose(values, [[20, math.nan], [math.nan, 5], [math.nan, 30]], equal_nan=True)
     assert (rows, columns, title) == (["sr sigma=0.1", "sr sigma=0.2", "teacher"], [0.0, 0.5], "accuracy (%)")
