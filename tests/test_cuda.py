@@ -1,0 +1,256 @@
+"""On a GPU: it computes what the CPU computes, every script runs there, and no loop waits for the device.
+
+Shares of pixels may differ, because what is rounded, or taken from the nearest pixel, can fall to either side.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import load_script
+from torch.overrides import TorchFunctionMode
+
+import common
+import evaluate
+import kd_zoo
+import nrd
+from common import draw_shapes, to_float
+
+DEVICE = torch.device("cuda")
+no_cuda = DEVICE.type == "cuda" and not torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(no_cuda, reason="no CUDA device is visible, so that nothing is tested on one")
+CMD = load_script("cmd")
+TINY = ["--limit-train", 96, "--limit-test", 40, "--batch-size", 32, "--epochs", 2, "--device", DEVICE]
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    """No TF32 and no search for fast convolutions; common.setup, which a test may call, switches both on."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = False
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.backends.cudnn.allow_tf32 = True
+
+
+class SameDraws(TorchFunctionMode):
+    """Random draws are made on the CPU, by its generator or by one that has the seed of the given one, and moved."""
+
+    draws = (torch.rand, torch.randn, torch.randint, torch.rand_like, torch.poisson, torch._sample_dirichlet,
+             torch.Tensor.uniform_)  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.twins = {}
+
+    def on_cpu(self, value):
+        if isinstance(value, torch.Generator):
+            return self.twins.setdefault(value, torch.Generator().manual_seed(value.initial_seed()))
+        return value.cpu() if torch.is_tensor(value) else value
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if function not in self.draws:
+            return function(*args, **kwargs)
+        device = kwargs.pop("device", None) or next((arg.device for arg in args if torch.is_tensor(arg)), "cpu")
+        arguments = {key: self.on_cpu(value) for key, value in kwargs.items()}
+        drawn = function(*map(self.on_cpu, args), **arguments).to(device)
+        return args[0].copy_(drawn) if function is torch.Tensor.uniform_ else drawn
+
+
+def assert_pixels_agree(function, images, tolerance, share):
+    """All values of function(images) but a `share` differ by at most `tolerance` where both devices draw the same."""
+    results = []
+    for device in ("cpu", DEVICE):
+        torch.manual_seed(0)
+        with SameDraws():
+            result = function(images.to(device))
+        assert result.device.type == torch.device(device).type
+        results.append(result.cpu().float())
+    off = ((results[0] - results[1]).abs() > tolerance).float().mean().item()
+    assert off <= share, f"{100 * off:.2f} % of the values differ by more than {tolerance:.2g}"
+
+
+def assert_statistics_agree(function, images, tolerance):
+    """Where each device draws its own, the mean of a channel and how far it is moved differ by at most `tolerance`."""
+    means = []
+    for x in (images, images.to(DEVICE)):
+        result = function(x).float()
+        means.append(torch.stack([result.mean((0, 2, 3)), (result - x.float()).abs().mean((0, 2, 3))]).cpu())
+    torch.testing.assert_close(*means, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+@pytest.mark.parametrize("op", range(len(common.OPS)), ids=common.OPS)
+def test_operation(op, mode):
+    def apply(x):
+        magnitude = common.op_magnitudes(31, 32, 32, x.device)[op, 17].repeat(len(x))
+        magnitude[::2] *= -1 if op <= common.SHARPNESS else 1
+        return common.apply_ops(x, torch.full((len(x),), op, device=x.device), magnitude, mode)
+
+    assert_pixels_agree(apply, to_float(draw_shapes(50, seed=7)[0]), 1e-4, 0.01)
+
+
+AUGMENTATIONS = {
+    "rand_augment": (2, 17), "aug_mix": (), "auto_augment": (), "crop_flip": (4, "reflect"), "cutout": (5,),
+    "random_resized_crop": (32,), "color_jitter": (), "random_erasing": (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentation(name):
+    def augment(x):
+        return getattr(common, name)(x, *AUGMENTATIONS[name])
+
+    images = to_float(draw_shapes(1000, seed=7)[0])
+    assert_pixels_agree(augment, images, 1e-3, 0.01)
+    assert_statistics_agree(augment, images, 0.03)
+
+
+@pytest.mark.parametrize("severity", [1, 3, 5])
+@pytest.mark.parametrize("name", evaluate.CORRUPTIONS)
+def test_corruption(name, severity):
+    def corrupt(x):
+        return evaluate.corrupt(x, name, severity)
+
+    images = draw_shapes(500, seed=7)[0]
+    assert_pixels_agree(corrupt, images, 1, 0.02)  # levels of 255
+    assert_statistics_agree(corrupt, images, 4)
+
+
+def robust(name):
+    def loss(S, T, y, s, t):
+        params, q = nrd.table_5("cifar10", name, "sym", 0.4)[2], F.one_hot(y, 10).float()
+        if name == "nrd":
+            return nrd.js_divergence((q, S.softmax(1), T.softmax(1)), params).mean()
+        return nrd.robust_loss(name, torch.cat([S, T]) if name == "gjs" else S, q, params)
+
+    return loss
+
+
+def mutual(self_kd):
+    def loss(S, T, y, s, t):
+        p, q = (S.softmax(1), T.softmax(1)), F.one_hot(y, 10).float()
+        q_A, q_B = (CMD.refined_label(self_kd, q, own, CMD.self_trust(own, 0.5)) for own in p)
+        return sum(CMD.cmd_losses(q_A, q_B, S, T, chi=1.9)[:2])
+
+    return loss
+
+
+FEATURES = ("fsp_loss", "attention_loss", "similarity_loss", "rkd_distance_loss", "rkd_angle_loss")
+LOSSES = {
+    **{name: robust(name) for name in nrd.HYPERPARAMETERS},
+    **{f"cmd {name}": mutual(name) for name in CMD.EPSILON},
+    **{name: lambda S, T, y, s, t, name=name: getattr(kd_zoo, name)(s, t) for name in FEATURES},
+    "kdcl": lambda S, T, y, s, t: CMD.kl_divergence(S / 2, CMD.kdcl_teacher(S, T, y) / 2),
+    "hinton": lambda S, T, y, s, t: kd_zoo.hinton_loss(S, T, 4.0),
+    "fitnet": lambda S, T, y, s, t: kd_zoo.fitnet_loss(torch.nn.Identity(), s, t),
+    "one": lambda S, T, y, s, t: kd_zoo.one_loss([S, T], (S + T) / 2, y, 3.0, 0.5),
+    "dml": lambda S, T, y, s, t: kd_zoo.dml_loss(S, T, y, 4.0),
+}
+
+
+def relative_error(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_its_gradients(name):
+    y, parts = torch.randint(10, (32,)), [torch.randn(2, 32, 10)]  # of student and teacher: logits and four features
+    parts += [torch.randn(2, 32, *shape) for shape in ((4, 8, 8), (4, 8, 8), (8, 4, 4), (16, 2, 2))]
+    results = []
+    for device in ("cpu", DEVICE):
+        of_student = [part[0].to(device).requires_grad_() for part in parts]
+        (S, *s), (T, *t) = of_student, [part[1].to(device) for part in parts]
+        loss = LOSSES[name](S, T, y.to(device), s, t)
+        gradients = torch.autograd.grad(loss, of_student, allow_unused=True)
+        results.append([v.detach().cpu() for v in (loss, *gradients) if v is not None])
+    assert max(relative_error(a, b) for a, b in zip(*results, strict=True)) < 1e-4
+
+
+ARCHITECTURES = ("wrn-10-1", "preact_resnet18", "resnet8", "resnet8x4", "resnet18", "resnet50", "mobilenet_v2",
+                 "shufflenet_v2", "densenet121", "inception_resnet_v2")  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_network_and_its_gradient(arch):
+    size = 96 if arch == "inception_resnet_v2" else 32
+    images, y, results = torch.rand(8, 3, size, size), torch.randint(10, (8,)), []
+    state = common.build_model(arch, 10, image_size=size).state_dict()
+    for device in ("cpu", DEVICE):
+        model = common.build_model(arch, 10, image_size=size).to(device)
+        model.load_state_dict(state)
+        logits = model.train()(images.to(device))
+        F.cross_entropy(logits, y.to(device)).backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append([v.detach().cpu() for v in (logits, model.eval()(images.to(device)), gradient)])
+    errors = [relative_error(a, b) for a, b in zip(*results)]
+    # on a CPU float32 is up to 6e-5, 2e-5 and 4e-2 from float64: a ReLU near 0 passes a gradient or passes none
+    assert errors[0] < 1e-3 and errors[1] < 1e-3 and errors[2] < 0.1, errors
+
+
+SCRIPTS = ("nrd", "cmd", "kd_zoo", "fickle_teacher", "soft_randomization", "messy_collaboration", "noise_data_free_kd")
+LOOPS = {  # those of BSS and of dead leaves wait for the device, because the data decide what is left to do
+    "nrd": ["--student-augment", "paper"], "cmd": ["--augment", "crop"], "kd_zoo": ["--method", "hinton"],
+    "fickle_teacher": [], "soft_randomization": [], "messy_collaboration": [],
+    "noise_data_free_kd": ["--source", "gaussian"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", [["--no-amp"], ["--amp"], ["--amp", "--compile"]], ids=" ".join)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_runs(name, flags, cli):
+    torch.compiler.reset()
+    status, out, err = cli(load_script(name), *TINY, *flags)
+    assert status == 0, err
+
+
+def test_stopped_run_goes_on(cli, monkeypatch):
+    command, end_epoch = [nrd, *TINY, "--amp", "--out", "run", "--resume"], common.Run.end_epoch
+
+    def interrupt(*args, **metrics):
+        end_epoch(*args, **metrics)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Run, "end_epoch", interrupt)
+    assert cli(*command)[0] == 130
+    monkeypatch.setattr(common.Run, "end_epoch", end_epoch)
+    assert cli(*command)[0] == 0
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2]
+
+
+def watch(monkeypatch, before, after):
+    """Call before() and after() around what a loop does with a batch; the first of an epoch is its warm-up."""
+    batches = common.Run.batches
+
+    def watched(*args):
+        for step, index in enumerate(batches(*args)):
+            if step > 0:
+                before()
+            yield index
+            if step > 0:
+                after()
+
+    monkeypatch.setattr(common.Run, "batches", watched)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_loop_does_not_wait_for_the_device(name, cli, monkeypatch):
+    modes, switch = [], torch.cuda.set_sync_debug_mode
+    watch(monkeypatch, lambda: modes.append(switch("error")), lambda: switch("default"))  # error: torch raises
+    try:
+        assert cli(load_script(name), *TINY, *LOOPS[name], "--amp")[0] == 0
+    finally:
+        switch("default")
+    assert len(modes) >= 4
+
+
+@pytest.mark.parametrize("amp", ["--amp", "--no-amp"])
+def test_memory_of_hinton_at_batch_128(amp, cli, monkeypatch):
+    peaks, cuda = [], torch.cuda
+    watch(monkeypatch, cuda.reset_peak_memory_stats, lambda: peaks.append(cuda.max_memory_allocated()))
+    flags = ["--teacher-arch", "wrn-40-2", "--student-arch", "wrn-16-2", "--batch-size", 128, "--limit-train", 512]
+    assert cli(kd_zoo, *TINY, *flags, "--epochs", 1, amp)[0] == 0
+    assert 0 < max(peaks) < 4e9
