@@ -1114,7 +1114,6 @@ def show_corruptions(args, images):
 def main(args):
     """Evaluate what the flags name; returns what is written to summary.json."""
     device = common.setup(args)
-    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     torch.backends.cudnn.allow_tf32 = False
     load_dataset = functools.cache(common.load_dataset)

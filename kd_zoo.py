@@ -320,7 +320,8 @@ def main(args):
     num_classes, size, method, tau = len(data.classes), data.image_size, args.method, args.tau
     if args.imbalance is not None:
         kept = imbalance(data.train_labels, args.imbalance, num_classes, args.noise_seed)
-        data = data._replace(train_images=data.train_images[kept], train_labels=data.train_labels[kept])
+        images = data.train_images[kept.to(data.train_images.device)]
+        data = data._replace(train_images=images, train_labels=data.train_labels[kept])
     labels = common.corrupt_labels(
         data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir,
         per_sample=True,
