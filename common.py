@@ -21,9 +21,7 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -105,8 +103,7 @@ MACHINE = ("out", "resume", "device", "data_dir")  # flags that may differ betwe
 def parse(parser, preset):
     """The command line as a Namespace; flags that are left out have the values of preset(flags as given), a dict.
 
-    So `--dataset cifar100 --rate 0.8 --help` shows the paper's values for that cell. `name` is the run folder's: the
-    script, the data set, the noise, and every flag that differs from the preset. Two commands never share a folder.
+    `name` is the run folder's: the script, the data set, the noise, and every flag that differs from the preset.
     """
     given = parser.parse_known_args()[0]
     parser.set_defaults(amp=multiplies_bfloat16(given.device), **preset(given))
@@ -140,7 +137,7 @@ def folder_name(script, dataset, noise, rate, flags):
 def run(parse_args, main):
     """Run a script: main(args) for each number of --seed; of several, the mean of the metrics that main returns.
 
-    A UsageError becomes one line and exit status 2. Ctrl-C and SIGTERM end with status 130.
+    UsageError and OSError become one line and exit status 2. Ctrl-C and SIGTERM end with status 130.
     """
     if not dist.is_torchelastic_launched():  # else torchrun ends a process that waits for others by SIGTERM
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -155,8 +152,8 @@ def run(parse_args, main):
             for key in [key for key in results[0] if "acc" in key or "top5" in key]:
                 values = [metrics[key] for metrics in results]
                 if isinstance(values[0], float):
-                    print(f"    {key} {statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}")
-    except UsageError as error:
+                    print(f"    {key} {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}")
+    except (UsageError, OSError) as error:  # OSError: no such file, no network, no space left
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -187,8 +184,8 @@ def setup(args):
 
 # ------------------------------------------------------------------------------------------------------------ processes
 # `torchrun --nproc_per_node=N script.py …` starts a script N times. Each process ("rank") has the whole model and takes
-# its part of every batch. Before a step, gradients are averaged over the processes; after it, BatchNorm's running
-# statistics. All start from the same seed, so that weights stay the same everywhere. Rank 0 alone prints and writes.
+# its part of every batch. Before a step, gradients and BatchNorm's running statistics are averaged over the processes.
+# All start from the same seed, so that weights stay the same everywhere. Rank 0 alone prints and writes.
 
 
 def rank():
@@ -223,15 +220,11 @@ def act_as_one(optimizer, modules):
     """Make the optimiser of every process take the step of the whole batch."""
     norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
-    def gradients(*_):
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        average([p.grad for p in parameters if p.grad is not None])
+    def before_step(*_):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        average(gradients + [value for norm in norms for value in (norm.running_mean, norm.running_var)])
 
-    def running_statistics(*_):
-        average([value for norm in norms for value in (norm.running_mean, norm.running_var)])
-
-    optimizer.register_step_pre_hook(gradients)
-    optimizer.register_step_post_hook(running_statistics)
+    optimizer.register_step_pre_hook(before_step)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -285,14 +278,14 @@ def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, devic
         a third of the device's memory stay memory-mapped on the host.
     limit_train, limit_test: keep that many samples, evenly spaced, so that a file sorted by class stays balanced.
     resize, image_size: of photographs, the side in pixels of training images and of test images.
-    Raises UsageError for an unknown name, a file that is missing or malformed, and a download that fails.
+    Raises UsageError for an unknown name and a malformed file, OSError where files are missing or a download fails.
     """
     name, data_dir, device = str(name), Path(data_dir), torch.device(device)
     if name == "shapes":
-        data = Dataset(*draw_shapes(SHAPES_TRAIN, seed=0), *draw_shapes(SHAPES_TEST, seed=1), SHAPES_CLASSES)
+        data = Dataset(*draw_shapes(2000, seed=0), *draw_shapes(1000, seed=1), SHAPES_CLASSES)
     elif name.endswith(".npz"):
         data = read_npz(Path(name))
-    elif name in ("cifar10", "cifar100", "svhn"):
+    elif name in BENCHMARKS:
         path = data_dir / f"{name}.npz"
         if not path.exists():
             download(name, path)
@@ -327,9 +320,7 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.ascontiguousarray(file[name]) for name in ARRAYS}
-    except FileNotFoundError:
-        raise UsageError(f"--dataset: no file {path}; --dataset shapes needs none") from None
-    except Exception as error:  # whatever a damaged or foreign file makes numpy raise
+    except Exception as error:  # no such file, or whatever a damaged or foreign one makes numpy raise
         raise UsageError(f"--dataset: {path} is no .npz file with {', '.join(ARRAYS)} ({error})") from None
     classes = [str(name) for name in arrays["classes"].ravel()]
     for part in ("train", "test"):
@@ -350,18 +341,14 @@ def download(name, path):
     import torchvision
 
     print(f"downloading {name} into {path}", flush=True)
-    try:
-        if name == "svhn":
-            parts = [torchvision.datasets.SVHN(path.parent, split, download=True) for split in ("train", "test")]
-            images, labels, classes = [p.data for p in parts], [p.labels for p in parts], [str(d) for d in range(10)]
-        else:
-            source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-            parts = [source(path.parent, train, download=True) for train in (True, False)]
-            images, labels = [p.data.transpose(0, 3, 1, 2) for p in parts], [p.targets for p in parts]
-            classes = parts[0].classes
-    except (OSError, RuntimeError) as error:
-        need = f"put a {path} with {', '.join(ARRAYS)} there; --dataset shapes needs none"
-        raise UsageError(f"--dataset {name}: the download failed ({error}); {need}") from None
+    if name == "svhn":
+        parts = [torchvision.datasets.SVHN(path.parent, split, download=True) for split in ("train", "test")]
+        images, labels, classes = [p.data for p in parts], [p.labels for p in parts], [str(d) for d in range(10)]
+    else:
+        source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+        parts = [source(path.parent, train, download=True) for train in (True, False)]
+        images, labels = [p.data.transpose(0, 3, 1, 2) for p in parts], [p.targets for p in parts]
+        classes = parts[0].classes
     arrays = (images[0], np.int64(labels[0]), images[1], np.int64(labels[1]), np.array(classes))
     with atomic_write(path) as partial:
         np.savez(partial, **dict(zip(ARRAYS, arrays)))
@@ -373,16 +360,15 @@ def photographs(name, data_dir, resize, image_size):
         raise UsageError(f"--resize: {resize} is smaller than --image-size {image_size}")
     parts, classes = list_pictures(name, data_dir)
     data = {}
-    for part, (files, labels) in parts.items():
+    for part, samples in parts.items():
         side = resize if part == "train" else image_size
         path = data_dir / "decoded" / f"{name.replace('/', '_')}-{part}-{resize}-{side}.npy"
-        images, rows = decode(files, resize, side, path)
-        data[part] = images, torch.tensor(labels)[rows]
+        data[part] = decode(samples, resize, side, path)
     return Dataset(*data["train"], *data["test"], classes, data.get("imagenet"))
 
 
 def list_pictures(name, data_dir):
-    """{"train": (files, labels), "test": (files, labels)} of a data set of photographs, and its classes.
+    """{"train": [(file, label), …], "test": [(file, label), …]} of a data set of photographs, and its classes.
 
     imagefolder:DIR: DIR/train/CLASS/* and DIR/test/CLASS/* (or val), torchvision's ImageFolder.
     food101: torchvision's Food101 in data_dir, downloaded where it is missing.
@@ -392,69 +378,58 @@ def list_pictures(name, data_dir):
     """
     import torchvision
 
+    if name == "food101":
+        missing = not (data_dir / "food-101" / "images").is_dir()
+        sets = {part: torchvision.datasets.Food101(data_dir, part, download=missing) for part in ("train", "test")}
+        return {part: list(zip(s._image_files, s._labels)) for part, s in sets.items()}, sets["train"].classes
+    if name.startswith("imagefolder:"):
+        root = Path(name.removeprefix("imagefolder:"))
+        folder = root / "test" if (root / "test").is_dir() else root / "val"
+        train, test = (torchvision.datasets.ImageFolder(part) for part in (root / "train", folder))
+        if train.classes != test.classes:
+            odd = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
+            raise UsageError(f"--dataset {name}: train and {folder.name} have other classes: {odd}")
+        return {"train": train.samples, "test": test.samples}, train.classes
+    root, parts = data_dir / "webvision", {}
+    synsets = [line.split() for line in (root / "info/synsets.txt").read_text().splitlines()[:50]]
+    lists = {"train": ("train_filelist_google.txt", root), "test": ("val_filelist.txt", root / "val_images_256")}
+    for part, (file, folder) in lists.items():
+        rows = [line.rsplit(maxsplit=1) for line in (root / "info" / file).read_text().splitlines()]
+        parts[part] = [(folder / path, int(label)) for path, label in rows if int(label) < 50]
+    val = data_dir / "imagenet" / "val"
+    if val.is_dir():
+        folders = [val / wnid for wnid, *_ in synsets]
+        parts["imagenet"] = [(file, c) for c, folder in enumerate(folders) for file in sorted(folder.iterdir())]
+    return parts, [" ".join(words) for _, *words in synsets]
+
+
+def read_square(file, resize, side):
+    """The picture in `file`: shorter side resized, middle square cut out: uint8 [3, side, side]; None: unreadable."""
+    from torchvision.datasets.folder import pil_loader
+    from torchvision.transforms import v2
+
+    square = v2.Compose([v2.PILToTensor(), v2.Resize(resize), v2.CenterCrop(side)])
     try:
-        if name == "food101":
-            missing = not (data_dir / "food-101" / "images").is_dir()
-            sets = {part: torchvision.datasets.Food101(data_dir, part, download=missing) for part in ("train", "test")}
-            return {part: (s._image_files, s._labels) for part, s in sets.items()}, sets["train"].classes
-        if name.startswith("imagefolder:"):
-            root = Path(name.removeprefix("imagefolder:"))
-            folder = root / "test" if (root / "test").is_dir() else root / "val"
-            train, test = (torchvision.datasets.ImageFolder(part) for part in (root / "train", folder))
-            if train.classes != test.classes:
-                odd = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
-                raise UsageError(f"--dataset {name}: train and {folder.name} have other classes: {odd}")
-            return {"train": list(zip(*train.samples)), "test": list(zip(*test.samples))}, train.classes
-        root, parts = data_dir / "webvision", {}
-        synsets = [line.split() for line in (root / "info/synsets.txt").read_text().splitlines()[:50]]
-        lists = {"train": ("train_filelist_google.txt", root), "test": ("val_filelist.txt", root / "val_images_256")}
-        for part, (file, folder) in lists.items():
-            rows = [line.rsplit(maxsplit=1) for line in (root / "info" / file).read_text().splitlines()]
-            parts[part] = list(zip(*[(folder / path, int(label)) for path, label in rows if int(label) < 50]))
-        imagenet = data_dir / "imagenet" / "val"
-        if imagenet.is_dir():
-            files = [(file, c) for c, (wnid, *_) in enumerate(synsets) for file in sorted((imagenet / wnid).iterdir())]
-            parts["imagenet"] = list(zip(*files))
-        return parts, [" ".join(words) for _, *words in synsets]
-    except (OSError, RuntimeError) as error:
-        raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
+        return square(pil_loader(file))
+    except (OSError, SyntaxError, ValueError):  # as Pillow has it
+        return None
 
 
-class Pictures(torch.utils.data.Dataset):
-    """uint8 [3, side, side] of each file: the shorter side resized, the middle square cut out; None: cannot be read."""
-
-    def __init__(self, files, resize, side):
-        from torchvision.transforms import v2
-
-        self.files = files
-        self.square = v2.Compose([v2.PILToTensor(), v2.Resize(resize), v2.CenterCrop(side)])
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        from torchvision.datasets.folder import pil_loader
-
-        try:
-            return self.square(pil_loader(self.files[i]))
-        except (OSError, SyntaxError, ValueError):  # as Pillow has it
-            return None
-
-
-def decode(files, resize, side, path):
-    """The pictures in `files`, a list, as memory-mapped uint8 [n, 3, side, side], and their n rows in `files`.
+def decode(samples, resize, side, path):
+    """The pictures of samples, a list of (file, label): memory-mapped uint8 [n, 3, side, side], and labels int64 [n].
 
     They are decoded once, into `path`, and again where the files have changed. A file that cannot be read is named,
     counted and left out.
     """
-    stats = [os.stat(file) if os.path.exists(file) else None for file in files]
-    known = [[str(file), stat and [stat.st_size, stat.st_mtime]] for file, stat in zip(files, stats)]
+    files, labels = zip(*samples)
+    known = [[str(file), os.path.getmtime(file) if os.path.exists(file) else None] for file in files]
     record = path.with_suffix(".json")  # of what is in `path`; it is written last
     saved = json.loads(record.read_text()) if record.exists() else {}
     if saved.get("files") != known or not path.exists():
-        rows, pictures = [], Pictures(files, resize, side)
-        own = torch.Generator()  # the global one is for the draws of the method
-        loader = torch.utils.data.DataLoader(pictures, None, num_workers=min(os.cpu_count(), 16), generator=own)
+        rows, own = [], torch.Generator()  # the global generator is for the draws of the method
+        read = functools.partial(read_square, resize=resize, side=side)  # what the workers make of each file
+        workers = min(os.cpu_count(), 16)
+        loader = torch.utils.data.DataLoader(files, None, num_workers=workers, collate_fn=read, generator=own)
         with atomic_write(path) as partial:
             pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 3, side, side))
             for i, image in enumerate(progress(loader, f"decoding {len(files):,} pictures into {path}")):
@@ -463,21 +438,16 @@ def decode(files, resize, side, path):
                 else:
                     pixels[len(rows)] = image
                     rows.append(i)
-            if not rows:
-                raise UsageError(f"--dataset: none of {len(files):,} pictures can be read: {files[0]}, …")
-            pixels.flush()
         saved = {"files": known, "rows": rows}
         with atomic_write(record) as partial:
             partial.write_text(json.dumps(saved))
         print(f"decoded {len(rows):,} pictures, left out {len(files) - len(rows):,}")
-    images = torch.from_numpy(np.load(path, mmap_mode="c"))
-    return images[: len(saved["rows"])], saved["rows"]
+    rows = saved["rows"]
+    return torch.from_numpy(np.load(path, mmap_mode="c"))[: len(rows)], torch.tensor(labels)[rows]
 
 
-SHAPES_TRAIN, SHAPES_TEST = 2000, 1000
-SHAPES_CLASSES = [
-    f"{fabric} {form}" for form in ["disc", "bar", "triangle", "cross", "ring"] for fabric in ("striped", "dotted")
-]
+FORMS = ("disc", "bar", "triangle", "cross", "ring")
+SHAPES_CLASSES = [f"{fabric} {form}" for form in FORMS for fabric in ("striped", "dotted")]
 
 
 def draw_shapes(count, seed, size=32):
@@ -550,14 +520,10 @@ def to_float(images):
 
 # ---------------------------------------------------------------------------------------------------------- label noise
 
-HUMAN = {  # kind: (file of CIFAR-10N / CIFAR-100N, key in it)
-    "human-aggre": ("CIFAR-10_human.pt", "aggre_label"),
-    "human-random1": ("CIFAR-10_human.pt", "random_label1"),
-    "human-random2": ("CIFAR-10_human.pt", "random_label2"),
-    "human-random3": ("CIFAR-10_human.pt", "random_label3"),
-    "human-worse": ("CIFAR-10_human.pt", "worse_label"),
-    "human-noisy": ("CIFAR-100_human.pt", "noisy_label"),
-}
+HUMAN = {  # kind: key in the file of CIFAR-10N, the last in that of CIFAR-100N
+    "human-aggre": "aggre_label", "human-random1": "random_label1", "human-random2": "random_label2",
+    "human-random3": "random_label3", "human-worse": "worse_label", "human-noisy": "noisy_label",
+}  # fmt: skip
 NOISE_KINDS = ("none", "sym", "sym-other", "pair", "asym", *HUMAN)
 
 CIFAR10_CONFUSIONS = {"truck": "automobile", "bird": "airplane", "cat": "dog", "dog": "cat", "deer": "horse"}
@@ -629,8 +595,7 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
 
 def human_labels(clean, kind, data_dir):
     """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, all of them or evenly spaced."""
-    name, key = HUMAN[kind]
-    path = Path(data_dir) / name
+    path = Path(data_dir) / ("CIFAR-100_human.pt" if kind == "human-noisy" else "CIFAR-10_human.pt")
     if not path.is_file():
         raise UsageError(f"--noise {kind}: no {path}; it is part of CIFAR-N (github.com/UCSC-REAL/cifar-10-100n)")
     # The file is a pickle of numpy arrays: allow torch's restricted unpickler what builds those, and nothing else.
@@ -638,7 +603,7 @@ def human_labels(clean, kind, data_dir):
     arrays = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
     with torch.serialization.safe_globals([*arrays, type(np.dtype(np.int64))]):
         content = torch.load(path, weights_only=True)
-    truth, noisy = (torch.from_numpy(np.int64(content[k])) for k in ("clean_label", key))
+    truth, noisy = (torch.from_numpy(np.int64(content[k])) for k in ("clean_label", HUMAN[kind]))
     rows = evenly_spaced(len(truth), len(clean))
     if not torch.equal(truth[rows], clean):
         raise UsageError(f"--noise {kind}: {path} labels another data set, or the images are not in the official order")
@@ -730,15 +695,15 @@ def _warp(images, op, magnitude, mode):
 
 
 def _gray(images):
-    """Luma of images [B, 3, H, W] in [0, 255], rounded down as the 8-bit library does: [B, 1, H, W]."""
+    """Luma of images [B, 3, H, W]: [B, 1, H, W]. The 8-bit operations round it down."""
     red, green, blue = images.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue).floor().unsqueeze(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
 
 
 def _color(images, op, magnitude):
     """Saturation: (1 + m) · image - m · grey."""
     images = images * 255
-    return torch.lerp(_gray(images), images, 1 + magnitude.view(-1, 1, 1, 1)).clamp_(0, 255).div_(255)
+    return torch.lerp(_gray(images).floor(), images, 1 + magnitude.view(-1, 1, 1, 1)).clamp_(0, 255).div_(255)
 
 
 def _sharpness(images, op, magnitude):
@@ -758,7 +723,7 @@ def _look_up(images, op, magnitude):
     op, magnitude = op.view(-1, 1, 1), magnitude.view(-1, 1, 1)
 
     # most are a straight line: scale · level + shift, both [B, 3 or 1, 1]
-    mean = _gray(value).mean((2, 3)).unsqueeze(2)
+    mean = _gray(value).floor().mean((2, 3)).unsqueeze(2)
     darkest, brightest = (end((2, 3)).unsqueeze(2) for end in (value.amin, value.amax))
     stretch = torch.where(brightest > darkest, 255 / (brightest - darkest), 0)  # 0: one level only, left as it is
     lines = {
@@ -893,14 +858,13 @@ def crop_flip(images, padding=4, mode="zero", size=None):
     return torch.where(flip, images.flip(3), images)
 
 
-def _boxes(count, whole, tallest, widest, scale, ratio, device):
-    """Heights and widths float [count, 1] of boxes of `scale` of the area `whole` and `ratio` width to height.
+def _boxes(images, tallest, widest, scale, ratio):
+    """Heights and widths float [B, 1] of boxes of `scale` of an image's area and `ratio` width to height.
 
-    Of ten drawn the first that fits is taken, as in torchvision; third, bool [count, 1]: whether one did.
+    Of ten drawn the first that fits is taken, as in torchvision; third, bool [B, 1]: whether one did.
     """
-    area = torch.empty(count, 10, device=device).uniform_(*scale)
-    aspect = torch.empty(count, 10, device=device).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
-    area = area * whole
+    area = torch.empty(len(images), 10, device=images.device).uniform_(*scale) * images[0, 0].numel()
+    aspect = torch.empty_like(area).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
     h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
     fits = (h >= 1) & (h <= tallest) & (w >= 1) & (w <= widest)
     first = fits.int().argmax(1, keepdim=True)
@@ -915,7 +879,7 @@ def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     """
     check_images(images)
     height, width = images.shape[2:]
-    h, w, fits = _boxes(len(images), height * width, height, width, scale, ratio, images.device)
+    h, w, fits = _boxes(images, height, width, scale, ratio)
     h, w = h.where(fits, height), w.where(fits, width)
     top = (torch.rand_like(h) * (height - h + 1)).floor()
     left = (torch.rand_like(w) * (width - w + 1)).floor()
@@ -945,17 +909,13 @@ def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2):
     def uniform(low, high):
         return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(low, high)
 
-    def gray(x):
-        red, green, blue = x.unbind(1)
-        return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
-
     for step in torch.randperm(4).tolist():
         if step == 0:
             images = images * uniform(1 - brightness, 1 + brightness)
         elif step == 1:
-            images = torch.lerp(gray(images).mean((2, 3), keepdim=True), images, uniform(1 - contrast, 1 + contrast))
+            images = torch.lerp(_gray(images).mean((2, 3), keepdim=True), images, uniform(1 - contrast, 1 + contrast))
         elif step == 2:
-            images = torch.lerp(gray(images), images, uniform(1 - saturation, 1 + saturation))
+            images = torch.lerp(_gray(images), images, uniform(1 - saturation, 1 + saturation))
         else:
             images = _turn_hue(images, uniform(-hue, hue))
         images = images.clamp(0, 1)
@@ -993,8 +953,7 @@ def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)
     """
     check_images(images)
     height, width = images.shape[2:]
-    turned = 1 / ratio[1], 1 / ratio[0]  # width to height
-    h, w, fits = _boxes(len(images), height * width, height - 1, width - 1, scale, turned, images.device)
+    h, w, fits = _boxes(images, height - 1, width - 1, scale, (1 / ratio[1], 1 / ratio[0]))
     chosen = fits & (torch.rand_like(h) < probability)
     h, w = h.where(chosen, 0).view(-1, 1, 1, 1), w.where(chosen, 0).view(-1, 1, 1, 1)
     top = (torch.rand_like(h) * (height - h + 1)).floor()
@@ -1112,39 +1071,36 @@ def inception_resnet_v2():
     from torchvision.models.inception import BasicConv2d
 
     def chain(inputs, *units):
-        """Convolutions with BatchNorm and ReLU, each given as (outputs, kernel, and what else Conv2d takes)."""
+        """Convolutions with BatchNorm and ReLU: (outputs, kernel), padded, or (outputs, kernel, stride), not padded."""
         layers = []
-        for outputs, kernel, *more in units:
-            layers.append(BasicConv2d(inputs, outputs, kernel_size=kernel, **(more[0] if more else {})))
+        for outputs, kernel, *stride in units:
+            how = {"stride": stride[0]} if stride else {"padding": "same"}
+            layers.append(BasicConv2d(inputs, outputs, kernel_size=kernel, **how))
             inputs = outputs
         return nn.Sequential(*layers)
 
-    half, same, five = {"stride": 2}, {"padding": 1}, {"padding": 2}
-    across, down, wide, tall = {"padding": (0, 3)}, {"padding": (3, 0)}, {"padding": (0, 1)}, {"padding": (1, 0)}
-    average = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), chain(192, (64, 1)))
-    stem = nn.Sequential(
-        chain(3, (32, 3, half), (32, 3), (64, 3, same)), nn.MaxPool2d(3, 2), chain(64, (80, 1), (192, 3)),
-        nn.MaxPool2d(3, 2),
-        Parallel(chain(192, (96, 1)), chain(192, (48, 1), (64, 5, five)),
-                 chain(192, (64, 1), (96, 3, same), (96, 3, same)), average),
-    )  # fmt: skip
-
     def block35():
-        branches = chain(320, (32, 1)), chain(320, (32, 1), (32, 3, same))
-        return InceptionResidual(320, 128, 0.17, *branches, chain(320, (32, 1), (48, 3, same), (64, 3, same)))
+        branches = chain(320, (32, 1)), chain(320, (32, 1), (32, 3)), chain(320, (32, 1), (48, 3), (64, 3))
+        return InceptionResidual(320, 128, 0.17, *branches)
 
     def block17():
-        branches = chain(1088, (192, 1)), chain(1088, (128, 1), (160, (1, 7), across), (192, (7, 1), down))
+        branches = chain(1088, (192, 1)), chain(1088, (128, 1), (160, (1, 7)), (192, (7, 1)))
         return InceptionResidual(1088, 384, 0.1, *branches)
 
     def block8(scale=0.2, relu=True):
-        branches = chain(2080, (192, 1)), chain(2080, (192, 1), (224, (1, 3), wide), (256, (3, 1), tall))
+        branches = chain(2080, (192, 1)), chain(2080, (192, 1), (224, (1, 3)), (256, (3, 1)))
         return InceptionResidual(2080, 448, scale, *branches, relu=relu)
 
-    longest = chain(320, (256, 1), (256, 3, same), (384, 3, half))
-    reduce_a = Parallel(chain(320, (384, 3, half)), longest, nn.MaxPool2d(3, 2))
-    longest = chain(1088, (256, 1), (288, 3, same), (320, 3, half))
-    others = chain(1088, (256, 1), (384, 3, half)), chain(1088, (256, 1), (288, 3, half))
+    average = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), chain(192, (64, 1)))
+    stem = nn.Sequential(
+        chain(3, (32, 3, 2), (32, 3, 1), (64, 3)), nn.MaxPool2d(3, 2), chain(64, (80, 1), (192, 3, 1)),
+        nn.MaxPool2d(3, 2),
+        Parallel(chain(192, (96, 1)), chain(192, (48, 1), (64, 5)), chain(192, (64, 1), (96, 3), (96, 3)), average),
+    )  # fmt: skip
+    longest = chain(320, (256, 1), (256, 3), (384, 3, 2))
+    reduce_a = Parallel(chain(320, (384, 3, 2)), longest, nn.MaxPool2d(3, 2))
+    longest = chain(1088, (256, 1), (288, 3), (320, 3, 2))
+    others = chain(1088, (256, 1), (384, 3, 2)), chain(1088, (256, 1), (288, 3, 2))
     reduce_b = Parallel(*others, longest, nn.MaxPool2d(3, 2))
     return stem, [
         nn.Sequential(*(block35() for _ in range(10))),
@@ -1159,13 +1115,10 @@ def library_model(arch, num_classes, pretrained, **options):
 
     net = torchvision.models.get_model(arch, num_classes=num_classes, **options)
     if pretrained:
-        weights, own = torchvision.models.get_model_weights(arch).IMAGENET1K_V1, net.state_dict()
-        try:
-            state = weights.get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
-            place = f"{torch.hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[1]}"
-            raise UsageError(f"--pretrained: cannot download {arch} ({error}); put it into {place}") from None
-        net.load_state_dict({key: state[key] if state[key].shape == own[key].shape else own[key] for key in own})
+        with torch.random.fork_rng(devices=[]):  # the initial weights that it draws are replaced at once
+            source = torchvision.models.get_model(arch, weights="IMAGENET1K_V1").state_dict()
+        own = net.state_dict()
+        net.load_state_dict({key: source[key] if source[key].shape == own[key].shape else own[key] for key in own})
     return net
 
 
@@ -1184,7 +1137,7 @@ def build_model(
     pretrained: torchvision's ImageNet weights instead, for image_size from 128 up.
     amp: compute in bfloat16.
     The model's `built_as` holds arch, num_classes, dropout and image_size, from which `load_model` builds it again.
-    Raises UsageError for an unknown arch, dropout where the architecture has none, and where weights or size don't fit.
+    Raises UsageError for an unknown arch, and for dropout or pretrained where the architecture has none.
     """
     wide = re.fullmatch(r"wrn-([0-9]+)-([0-9]+)", arch)
     deep = re.fullmatch(r"resnet([0-9]+)(x4)?", arch)
@@ -1233,8 +1186,6 @@ def build_model(
         blocks += [nn.Sequential(f.transition2, f.denseblock3), nn.Sequential(f.transition3, f.denseblock4)]
         head = pooled(f.norm5, nn.ReLU(), classifier=net.classifier)
     elif arch == "inception_resnet_v2":
-        if image_size < 75:
-            raise UsageError(f"--arch: {arch} needs images from 75 pixels up, not {image_size}; resnet50 takes these")
         stem, blocks = inception_resnet_v2()
         head = pooled(classifier=nn.Linear(1536, num_classes))
     else:
@@ -1252,12 +1203,9 @@ EVAL_BATCH = {"cpu": 125, "cuda": 500}  # images a forward pass: on a CPU, outpu
 
 
 def evenly_split(rows, batch_size):
-    """Cut index tensor rows [N] into batches of nearly equal size, at most batch_size, each from all over `rows`.
-
-    So a batch stands for the whole where files are sorted by class.
-    """
+    """Cut index tensor rows [N] into batches of nearly equal size, at most batch_size."""
     count = math.ceil(len(rows) / batch_size)
-    return [rows[i::count] for i in range(count)]
+    return [rows[i::count] for i in range(count)]  # from all over: a batch stands for a file that is sorted by class
 
 
 @torch.no_grad()
@@ -1357,20 +1305,17 @@ def load_checkpoint(path, flag="checkpoint"):
 
     Keys: model and the other parts of the training state, each with its entry in built_as; script, dataset, classes,
     noise (kind, rate, seed), imbalance, config, metrics (a dict an epoch), epoch, epochs, rng. Says how far unfinished
-    training is. Raises UsageError where there is no such file, and where no epoch is finished.
+    training is. Raises UsageError where there is no such file, and where it is none of ours.
     """
+    if not path.is_file():
+        raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints") from None
-    except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
-        raise UsageError(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not {"model", "built_as", "config", "metrics", "rng"} <= checkpoint.keys():
-        raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name the checkpoint.pt of a run folder")
-    if not checkpoint["metrics"]:
-        raise UsageError(f"{flag}: {path} has finished no epoch; train it first")
-    if checkpoint["epoch"] < checkpoint["epochs"]:
-        print(f"{path}: epoch {checkpoint['epoch']} of {checkpoint['epochs']}", flush=True)
+        epoch, epochs = checkpoint["epoch"], checkpoint["epochs"]
+    except Exception as error:  # whatever a damaged or foreign file makes the unpickler or the line above raise
+        raise UsageError(f"{flag}: {path} is no checkpoint of these scripts ({type(error).__name__})") from None
+    if epoch < epochs:
+        print(f"{path}: epoch {epoch} of {epochs}", flush=True)
     return checkpoint
 
 
@@ -1384,7 +1329,7 @@ def load_model(checkpoint, part="model", device="cpu", amp=False):
 def claim(folder, config, resume, wait):
     """Hold `folder` for this process by an advisory lock on its config.json, the open file that is returned.
 
-    wait: for another process that holds it. Raises UsageError where one holds it, and where the folder has other files,
+    wait: until no other process holds it. Raises UsageError where one holds it, and where the folder has other files,
     another run, or, without resume, this one.
     """
     path = folder / "config.json"
@@ -1393,12 +1338,9 @@ def claim(folder, config, resume, wait):
         raise UsageError(f"--out: {folder} is not empty; name a new folder")
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        if not wait:
-            raise UsageError(f"--out: another process is at work in {folder}") from None
-        print(f"waiting for the process that is at work in {folder}", flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        raise UsageError(f"--out: another process is at work in {folder}") from None
     except OSError:
         pass  # a file system without locks: nothing holds the folder
     file.seek(0)
@@ -1431,8 +1373,7 @@ class Run:
             run.end_epoch(losses, lr=…, test_acc=…)                        # printed, saved and drawn
         return run.finish()
 
-    epochs: None takes args.epochs. wait: for a process that is at work in the folder. Raises UsageError where the
-    folder holds something that would be lost.
+    epochs: None takes args.epochs. wait, and what is raised: see `claim`.
     """
 
     def __init__(self, args, device, classes, epochs=None, wait=False):
@@ -1446,16 +1387,14 @@ class Run:
             "imbalance": vars(args).get("imbalance"), "config": config,
         }  # fmt: skip
         if rank() == 0:
-            git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-            commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+            options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
+            commit = subprocess.run("git rev-parse HEAD", **options).stdout.strip()  # "" where there is no git
             config |= {"torch": str(torch.__version__), "commit": commit}
             self.claimed = claim(self.folder, config, args.resume, wait)
         barrier()
         print(textwrap.fill(" ".join(f"{k}={v}" for k, v in config.items()), 120, break_on_hyphens=False), flush=True)
         self.saved = load_checkpoint(self.path, "--resume") if args.resume and self.path.exists() else {"metrics": []}
         self.metrics, self.done_before = self.saved["metrics"], len(self.saved["metrics"])
-        self.began = self.drawn = self.printed = time.perf_counter()
-        self.pause, self.save_seconds = 60, 0.0
 
     @property
     def epoch(self):
@@ -1464,7 +1403,8 @@ class Run:
 
     def time_left(self, done):
         """A text, when `done` epochs, a float, are finished."""
-        return duration((time.perf_counter() - self.began) * (self.epochs - done) / (done - self.done_before)) + " left"
+        seconds = (time.perf_counter() - self.began) * (self.epochs - done) / (done - self.done_before)
+        return f"{datetime.timedelta(seconds=round(seconds))} left"
 
     def checkpoint(self, **parts):
         """The parts of the training state, whose state_dict() is saved. With --resume they are read back here."""
@@ -1480,11 +1420,10 @@ class Run:
             if self.device.type == "cuda":
                 modules = [nn.SyncBatchNorm.convert_sync_batchnorm(module) for module in modules]
             act_as_one(parts["optimizer"], modules)
-        self.began = time.perf_counter()
+        self.began = self.drawn = time.perf_counter()
 
     def save(self, path=None):
         """Write checkpoint.pt, or `path`, then metrics.jsonl, which is always the checkpoint's list of metrics."""
-        began = time.perf_counter()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         built_as = {name: part.built_as for name, part in self.parts.items() if hasattr(part, "built_as")}
         rng = {"cpu": torch.get_rng_state()}
@@ -1496,8 +1435,6 @@ class Run:
                 torch.save({**self.header, "built_as": built_as, **state, **progress}, partial)
             with atomic_write(self.folder / "metrics.jsonl") as partial:
                 partial.write_text("".join(json.dumps(record) + "\n" for record in self.metrics), encoding="utf-8")
-        self.saved_at = time.perf_counter()
-        self.save_seconds = self.saved_at - began
 
     def batches(self, count, batch_size):
         """One epoch: a random order of range(count), int64 [batch_size] at a time, without the incomplete last batch.
@@ -1511,13 +1448,12 @@ class Run:
             dist.broadcast(order, 0)
         batch_size = min(batch_size, count)
         steps = order[: count // batch_size * batch_size].view(-1, world_size(), batch_size // world_size())
-        self.epoch_began = time.perf_counter()
+        self.epoch_began = printed = time.perf_counter()
         for step, index in enumerate(steps[:, rank()], 1):
             yield index
             now = time.perf_counter()
-            if now - self.printed > (0.2 if sys.stdout.isatty() else self.pause):
-                self.printed, self.pause = now, 300  # without a terminal: after a minute, then every five
-                speed = f"{step * batch_size / (now - self.epoch_began):,.0f} images/s"
+            if now - printed > (0.2 if sys.stdout.isatty() else 60):
+                printed, speed = now, f"{step * batch_size / (now - self.epoch_began):,.0f} images/s"
                 where = f"epoch {self.epoch + 1}/{self.epochs}  step {step}/{len(steps)}"
                 show(f"{where}  {speed}  {self.time_left(self.epoch + step / len(steps))}", live=True)
         if self.device.type == "cuda":
@@ -1540,10 +1476,8 @@ class Run:
         record["images_per_second"] = round(self.images_per_second, 1)
         record["seconds"] = round(now - self.epoch_began, 2)
         self.metrics.append(record)
-        last = self.epoch == self.epochs
-        if self.save_seconds < 0.2 or last or now - self.saved_at > 20 * self.save_seconds:
-            self.save()  # where that is slow, it may take a twentieth of the run
-        if now - self.drawn > 60 and not last and rank() == 0:
+        self.save()
+        if now - self.drawn > 60 and rank() == 0:
             self.drawn = now
             plot_curves(self.folder / "curves.png", self.metrics, self.folder.name)
         numbers = {"loss": record["train_loss"], **metrics}
@@ -1551,7 +1485,6 @@ class Run:
         shown += [f"{key} {value:,}" for key, value in numbers.items() if isinstance(value, int)]
         shown += [f"{self.images_per_second:,.0f} images/s", self.time_left(self.epoch)]
         show("  ".join([f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}", *shown]))
-        self.printed = now
 
     def finish(self):
         """Draw curves.png, print the last line and let the folder go. Returns the metrics of the last epoch."""
@@ -1587,13 +1520,13 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if args.teacher:
             path, checkpoint = args.teacher, load_checkpoint(args.teacher, "--teacher")
-            theirs, noise = checkpoint | checkpoint["built_as"]["model"], (args.noise, args.rate, args.noise_seed)
-            ours = {"classes": list(data.classes), "noise": dict(zip(("kind", "rate", "seed"), noise))}
-            ours |= {"imbalance": own["imbalance"], "image_size": data.image_size, "dropout": dropout}
-            for key in ours:
-                if theirs[key] != ours[key]:
-                    found, wanted = (textwrap.shorten(str(values[key]), 80) for values in (theirs, ours))
-                    raise UsageError(f"--teacher: {path} has {key} {found}, not {wanted}; leave it out to train one")
+            noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
+            ours = {"classes": list(data.classes), "noise": noise, "imbalance": own["imbalance"]}
+            ours |= {"image_size": data.image_size, "dropout": dropout}
+            theirs = checkpoint | checkpoint["built_as"]["model"]
+            for key, value in ours.items():
+                if theirs[key] != value:
+                    raise UsageError(f"--teacher: {path} has {key} {theirs[key]}, not {value}")
         else:
             teachers = [train_teacher(own, seed, device, data, labels) for seed in range(args.teacher_seeds)]
             path, checkpoint = max(teachers, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
@@ -1614,7 +1547,7 @@ def train_teacher(own, seed, device, data, labels):
     if checkpoint and checkpoint["epoch"] == args.epochs:
         return path, checkpoint
 
-    print("training a teacher first; it stays for later runs", flush=True)
+    print("training a teacher first, or waiting for a process that does; it stays for later runs", flush=True)
     torch.manual_seed(seed)
     run = Run(args, device, data.classes, wait=True)
     classes, size = len(data.classes), data.image_size
@@ -1652,12 +1585,6 @@ def train_teacher(own, seed, device, data, labels):
 # ------------------------------------------------------------------------------------------------------------ reporting
 
 
-def duration(seconds):
-    """1:02:03 or 2:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-
-
 def show(text, live=False):
     """Print a line. On a terminal, a live line is overwritten by the next."""
     if sys.stdout.isatty():
@@ -1673,9 +1600,9 @@ def progress(items, label):
         yield item
         now = time.perf_counter()
         if now - shown > (0.2 if sys.stdout.isatty() else 60):
-            shown, left = now, (now - began) / done * (len(items) - done)
-            show(f"{label}  {100 * done / len(items):.0f} %  {duration(left)} left", live=True)
-    show(f"{label}  took {duration(time.perf_counter() - began)}")
+            shown, left = now, datetime.timedelta(seconds=round((now - began) / done * (len(items) - done)))
+            show(f"{label}  {100 * done / len(items):.0f} %  {left} left", live=True)
+    show(f"{label}  took {datetime.timedelta(seconds=round(time.perf_counter() - began))}")
 
 
 def plot_curves(path, metrics, title):
