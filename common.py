@@ -61,8 +61,7 @@ def argument_parser(file, doc):
     parser = argparse.ArgumentParser(Path(file).name, description=doc, formatter_class=HelpFormatter, add_help=False)
     parser.set_defaults(script=Path(file).stem)
     add = parser.add_argument_group("data and label noise").add_argument
-    names = "shapes (built in), cifar10, cifar100, svhn, food101, webvision, FILE.npz or imagefolder:DIR"
-    add("--dataset", default="shapes", metavar="NAME", help=names)
+    add("--dataset", default="shapes", metavar="NAME", help=DATASETS)
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where data sets are kept")
     add("--noise", choices=NOISE_KINDS, help="how training labels are corrupted")
     add("--rate", type=share, help="share of training labels to corrupt; human-* has its own")
@@ -251,6 +250,7 @@ class Dataset(NamedTuple):
 
 
 ARRAYS = Dataset._fields[:5]
+DATASETS = "shapes, cifar10, cifar100, svhn, food101, webvision, FILE.npz, imagefolder:DIR"
 BENCHMARKS = ("shapes", "cifar10", "cifar100", "svhn")  # clean labels: nrd, cmd and messy_collaboration corrupt them
 
 
@@ -293,8 +293,7 @@ def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, devic
     elif of_photographs(name):
         data = photographs(name, data_dir, resize, image_size)
     else:
-        known = "shapes, cifar10, cifar100, svhn, food101, webvision, FILE.npz, imagefolder:DIR"
-        raise UsageError(f"--dataset: unknown {name!r}; known are {known}")
+        raise UsageError(f"--dataset: unknown {name!r}; known are {DATASETS}")
 
     def part(images, labels, limit=None):
         if limit is not None:
@@ -418,8 +417,7 @@ def read_square(file, resize, side):
 def decode(samples, resize, side, path):
     """The pictures of samples, a list of (file, label): memory-mapped uint8 [n, 3, side, side], and labels int64 [n].
 
-    They are decoded once, into `path`, and again where the files have changed. A file that cannot be read is named,
-    counted and left out.
+    They are decoded once, into `path`, and again where the files have changed. Unreadable ones are named and left out.
     """
     files, labels = zip(*samples)
     known = [[str(file), os.path.getmtime(file) if os.path.exists(file) else None] for file in files]
@@ -501,8 +499,7 @@ def draw_shapes(count, seed, size=32):
 def channel_stats(images):
     """Mean and standard deviation of each channel of uint8 images [N, 3, H, W], in [0, 1]: two lists of 3.
 
-    The deviation of a constant channel is given as 1, so that one can divide by it. Images from 128 pixels up are taken
-    for photographs, which have the values of ImageNet.
+    Images from 128 pixels up are taken for photographs, which have the values of ImageNet.
     """
     if min(images.shape[2:]) >= 128:
         return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -510,7 +507,7 @@ def channel_stats(images):
     share, level = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64) / 255
     mean = (share * level).sum(1)
     std = ((share * level**2).sum(1) - mean**2).clamp(min=0).sqrt()
-    return mean.tolist(), std.where(std > 0, 1.0).tolist()
+    return mean.tolist(), std.where(std > 0, 1.0).tolist()  # 1 for a constant channel: one divides by it
 
 
 def to_float(images):
@@ -1132,8 +1129,9 @@ def build_model(
         inception_resnet_v2.
     dropout: probability between a block's two convolutions, wrn only.
     mean, std: of each channel of the training images in [0, 1]; the default leaves the images as they are.
-    image_size: of the images in pixels; any from 16 up runs. Below 128 torchvision's architectures take their CIFAR
-        forms: 3×3 stem of stride 1, no max-pooling, mobilenet_v2's second downsampling left out too.
+    image_size: of the images in pixels, from 16 up, of inception_resnet_v2 from 75 up. Below 128 torchvision's
+        architectures take their CIFAR forms: 3×3 stem of stride 1, no max-pooling, mobilenet_v2's second downsampling
+        left out too.
     pretrained: torchvision's ImageNet weights instead, for image_size from 128 up.
     amp: compute in bfloat16.
     The model's `built_as` holds arch, num_classes, dropout and image_size, from which `load_model` builds it again.
@@ -1424,15 +1422,15 @@ class Run:
 
     def save(self, path=None):
         """Write checkpoint.pt, or `path`, then metrics.jsonl, which is always the checkpoint's list of metrics."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        built_as = {name: part.built_as for name, part in self.parts.items() if hasattr(part, "built_as")}
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        progress = {"metrics": self.metrics, "epoch": self.epoch, "rng": rng}
+        checkpoint = {**self.header, "metrics": self.metrics, "epoch": self.epoch, "rng": rng}
+        checkpoint["built_as"] = {name: part.built_as for name, part in self.parts.items() if hasattr(part, "built_as")}
+        checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         if rank() == 0:
             with atomic_write(path or self.path) as partial:
-                torch.save({**self.header, "built_as": built_as, **state, **progress}, partial)
+                torch.save(checkpoint, partial)
             with atomic_write(self.folder / "metrics.jsonl") as partial:
                 partial.write_text("".join(json.dumps(record) + "\n" for record in self.metrics), encoding="utf-8")
 

@@ -69,6 +69,23 @@ def test_photographs_get_the_library_s_architecture(arch, monkeypatch):
         assert torch.allclose(model(x), made[0].eval()(x), rtol=1e-3, atol=1e-4)
 
 
+def test_pretrained_weights_but_for_a_classifier_of_another_size(monkeypatch):
+    source, weights = torchvision.models.resnet18(), torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    in_file = {key: value for key, value in source.state_dict().items() if "num_batches_tracked" not in key}
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda self, **_: in_file)
+    net, whole = (build_model("resnet18", classes, image_size=224, pretrained=True) for classes in (7, 1000))
+    assert torch.equal(net.stem[0].weight, source.conv1.weight) and net.head[-1].weight.shape == (7, 512)
+    assert torch.equal(net.blocks[3][1].conv2.weight, source.layer4[1].conv2.weight)
+    assert torch.equal(whole.head[-1].weight, source.fc.weight)
+
+    def offline(self, **_):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(type(weights), "get_state_dict", offline)
+    with pytest.raises(OSError, match="no route to host"):
+        build_model("resnet18", 7, image_size=224, pretrained=True)
+
+
 def test_predict_is_the_model_in_evaluation_mode_row_by_row():
     model, images = build_model("wrn-10-1", 10).train(), torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)
     state = {key: value.clone() for key, value in model.state_dict().items()}
