@@ -181,7 +181,8 @@ def write_checkpoint(path, seed=0, changes=(), **flags):
     config = {"script": "nrd", "dataset": "tiny.npz", "data_dir": "data", "noise": "sym", "lr": 0.1, "seed": seed}
     config |= {"device": "cpu", "out": None, "resume": False, "name": "nrd-tiny"} | flags
     checkpoint = {"script": config["script"], "dataset": "tiny.npz", "classes": CLASSES, "config": config, "rng": {}}
-    checkpoint |= {"noise": {}, "epochs": 2, "epoch": 2, "metrics": [{"epoch": e, "test_acc": 50.0 * e} for e in (1, 2)]}
+    checkpoint |= {"noise": {}, "epochs": 2, "epoch": 2}
+    checkpoint |= {"metrics": [{"epoch": epoch, "test_acc": 50.0 * epoch} for epoch in (1, 2)]}
     checkpoint |= {"built_as": {part: net.built_as for part, net in nets.items()}}
     checkpoint |= {part: net.state_dict() for part, net in nets.items()} | dict(changes)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
