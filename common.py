@@ -17,10 +17,12 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -84,19 +86,23 @@ def argument_parser(file, doc):
     add("--compile", action="store_true", help="torch.compile the models")
     add("--out", type=Path, metavar="DIR", help="run folder; None: runs/, named by every flag that is not the preset's")
     add("--resume", action="store_true", help="continue the run in the run folder, or start it")
+    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too, into the run folder")
     return parser
 
 
 def add_teacher_arguments(parser):
     """Add the flags of a script that distils from a teacher."""
     add = parser.add_argument_group("teacher and student").add_argument
-    add("--teacher", type=Path, metavar="CKPT", help="checkpoint.pt of a trained teacher; None: train one, once")
-    add("--teacher-arch", metavar="ARCH", help="of the teacher that is trained")
+    add("--teacher", type=Path, metavar="CKPT", help="checkpoint.pt, or public weights; None: train a teacher, once")
+    add("--teacher-arch", metavar="ARCH", help="of the teacher that is trained, or of public weights")
+    add("--teacher-model", metavar="FILE.py:NAME", help="NAME() gives the teacher, from images in [0, 1] to logits")
+    add("--mean", nargs=3, type=float, help="of the images that public weights expect; None: of the training images")
+    add("--std", nargs=3, type=float, help="the same, standard deviation")
     add("--teacher-seeds", type=int, default=1, metavar="K", help="train K teachers, take the best")
     add("--student-arch", metavar="ARCH", help="wrn-D-K, resnetD, …")
 
 
-MACHINE = ("out", "resume", "device", "data_dir")  # flags that may differ between a run and its continuation
+MACHINE = ("out", "resume", "device", "data_dir", "tensorboard")  # may differ between a run and its continuation
 
 
 def parse(parser, preset):
@@ -1298,20 +1304,29 @@ def atomic_write(path):
         partial.unlink(missing_ok=True)
 
 
+def read_weights_only(path, flag):
+    """What torch.save wrote to `path`, tensors on the CPU, without executing pickled code. Raises UsageError."""
+    if not path.is_file():
+        raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
+        raise UsageError(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})") from None
+
+
 def load_checkpoint(path, flag="checkpoint"):
     """The dict that `Run` saved at `path`, tensors on the CPU, read without executing pickled code.
 
     Keys: model and the other parts of the training state, each with its entry in built_as; script, dataset, classes,
     noise (kind, rate, seed), imbalance, config, metrics (a dict an epoch), epoch, epochs, rng. Says how far unfinished
-    training is. Raises UsageError where there is no such file, and where it is none of ours.
+    training is. Raises UsageError where there is no such file, where it is none of ours, where no epoch is finished.
     """
-    if not path.is_file():
-        raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        epoch, epochs = checkpoint["epoch"], checkpoint["epochs"]
-    except Exception as error:  # whatever a damaged or foreign file makes the unpickler or the line above raise
-        raise UsageError(f"{flag}: {path} is no checkpoint of these scripts ({type(error).__name__})") from None
+    checkpoint = read_weights_only(path, flag)
+    if not isinstance(checkpoint, dict) or not {"built_as", "epoch", "epochs"} <= checkpoint.keys():
+        raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name the checkpoint.pt of a run folder")
+    epoch, epochs = checkpoint["epoch"], checkpoint["epochs"]
+    if epoch == 0:
+        raise UsageError(f"{flag}: {path} has finished no epoch; train it first")
     if epoch < epochs:
         print(f"{path}: epoch {epoch} of {epochs}", flush=True)
     return checkpoint
@@ -1322,6 +1337,52 @@ def load_model(checkpoint, part="model", device="cpu", amp=False):
     model = build_model(**checkpoint["built_as"][part], amp=amp)
     model.load_state_dict(checkpoint[part])
     return model.to(device).eval()
+
+
+def public_state(path, flag):
+    """The state_dict in a file of other people's, alone or under "model", "state_dict" or "net", without "module."."""
+    state = read_weights_only(path, flag)
+    for key in ("model", "state_dict", "net"):
+        state = state.get(key, state)
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=False):
+    """A Classifier with other people's weights, in evaluation mode. Its number of classes is the file's.
+
+    arch, image_size, dropout: as for build_model. mean, std: of the images that the weights expect. Tensors are matched
+    by name where the names are ours, else by their order. Raises UsageError where `arch` has other tensors.
+    """
+    state = public_state(path, flag)
+    classes = len(list(state.values())[-1])  # the classifier's bias comes last
+    model = build_model(arch, classes, dropout, mean, std, image_size, amp=amp)
+    own = model.state_dict()
+    if own.keys() != state.keys():
+        names = [name for name in own if name not in ("mean", "std")]
+        for name, theirs in itertools.zip_longest(names, state):
+            if name is None or theirs is None or own[name].shape != state[theirs].shape:
+                raise UsageError(f"{flag}: {path} is no {arch}: its tensor {theirs} is not like {name} of {arch}")
+        state = own | dict(zip(names, state.values()))
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def load_module(text, flag, path=None):
+    """The nn.Module that NAME() gives, text being "FILE.py:NAME", with the state_dict in `path`, if there is one.
+
+    It takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. In evaluation mode. Raises UsageError where
+    there is no such file or name.
+    """
+    file, _, name = text.rpartition(":")
+    if not Path(file).is_file():
+        raise UsageError(f"{flag}: no file {file}; write FILE.py:NAME")
+    namespace = runpy.run_path(file)
+    if name not in namespace:
+        raise UsageError(f"{flag}: {file} has no {name}")
+    model = namespace[name]()
+    if path:
+        model.load_state_dict(public_state(path, flag))
+    return model.eval()
 
 
 def claim(folder, config, resume, wait):
@@ -1389,6 +1450,13 @@ class Run:
             commit = subprocess.run("git rev-parse HEAD", **options).stdout.strip()  # "" where there is no git
             config |= {"torch": str(torch.__version__), "commit": commit}
             self.claimed = claim(self.folder, config, args.resume, wait)
+        self.board = None
+        if vars(args).get("tensorboard") and rank() == 0:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UsageError("--tensorboard: needs the package; pip install tensorboard") from None
+            self.board = SummaryWriter(self.folder)
         barrier()
         print(textwrap.fill(" ".join(f"{k}={v}" for k, v in config.items()), 120, break_on_hyphens=False), flush=True)
         self.saved = load_checkpoint(self.path, "--resume") if args.resume and self.path.exists() else {"metrics": []}
@@ -1477,7 +1545,10 @@ class Run:
         self.save()
         if now - self.drawn > 60 and rank() == 0:
             self.drawn = now
-            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name)
+            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, self.header.get("teacher_acc"))
+        numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
+        for key, value in numbers.items() if self.board else ():
+            self.board.add_scalar(key, value, self.epoch)
         numbers = {"loss": record["train_loss"], **metrics}
         shown = [f"{key} {value:#.4g}" for key, value in numbers.items() if isinstance(value, float)]
         shown += [f"{key} {value:,}" for key, value in numbers.items() if isinstance(value, int)]
@@ -1488,8 +1559,10 @@ class Run:
         """Draw curves.png, print the last line and let the folder go. Returns the metrics of the last epoch."""
         last, best = self.metrics[-1], max(self.metrics, key=lambda record: record["test_acc"])
         if rank() == 0:
-            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name)
+            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, self.header.get("teacher_acc"))
             self.claimed.close()
+        if self.board:
+            self.board.close()
         if self.device.type == "cuda":
             print(f"peak device memory {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB")
         final = f"test_acc {last['test_acc']:.2f} % after epoch {last['epoch']}"
@@ -1501,14 +1574,15 @@ class Run:
 
 
 def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
-    """The teacher in --teacher, or a standard one, trained by cross-entropy now or by an earlier run; and its path.
+    """The teacher in --teacher or --teacher-model, or a standard one, trained by cross-entropy now or earlier.
 
     data: the Dataset. labels: int64 [N], the training labels as the student is given them. A standard teacher is
     trained by SGD with the student's epochs, batch size, lr and weight decay, `milestones` (epochs after which lr falls
     to a fifth; None: to a tenth where the test loss has not fallen for ten), crops padded by reflection, and flips.
     recipe: epochs, batch_size, lr, weight_decay and optimizer ("sgd" or "adam"), where they are other ones. It stays in
     a folder of runs/teachers named by all of that. Of --teacher-seeds K, seeds 0 … K-1, the most accurate one teaches.
-    Returns the model in evaluation mode without gradients, and its path. The global random states stay as they are.
+    Returns the model in evaluation mode without gradients, and what the checkpoint keeps of it: {"teacher": its path,
+    "teacher_acc": its test accuracy in percent}. The global random states stay as they are.
     Raises UsageError for a --teacher of other classes, label noise, imbalance, image size or dropout.
     """
     own = {"arch": args.teacher_arch, "dropout": dropout, "imbalance": vars(args).get("imbalance"), "optimizer": "sgd"}
@@ -1516,7 +1590,13 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     same += " device amp compile resize image_size" if of_photographs(args.dataset) else " device amp compile"
     own |= {flag: getattr(args, flag) for flag in same.split()} | {"milestones": milestones} | recipe
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if args.teacher:
+        if args.teacher_model:
+            path, teacher = args.teacher_model, load_module(args.teacher_model, "--teacher-model", args.teacher)
+        elif args.teacher and "built_as" not in read_weights_only(args.teacher, "--teacher"):
+            mean, std = channel_stats(data.train_images)
+            form = args.teacher_arch, args.mean or mean, args.std or std, data.image_size, dropout, args.amp
+            path, teacher = args.teacher, load_public(args.teacher, "--teacher", *form)
+        elif args.teacher:
             path, checkpoint = args.teacher, load_checkpoint(args.teacher, "--teacher")
             noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
             ours = {"classes": list(data.classes), "noise": noise, "imbalance": own["imbalance"]}
@@ -1525,12 +1605,17 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
             for key, value in ours.items():
                 if theirs[key] != value:
                     raise UsageError(f"--teacher: {path} has {key} {theirs[key]}, not {value}")
+            teacher = load_model(checkpoint, "model", device, args.amp)
         else:
             teachers = [train_teacher(own, seed, device, data, labels) for seed in range(args.teacher_seeds)]
             path, checkpoint = max(teachers, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
-        teacher = load_model(checkpoint, "model", device, args.amp).requires_grad_(False)
-    print(f"teacher: {path}, test_acc {checkpoint['metrics'][-1]['test_acc']:.2f} %", flush=True)
-    return teacher, str(path)
+            teacher = load_model(checkpoint, "model", device, args.amp)
+        logits = predict(teacher.to(device).requires_grad_(False), data.test_images)
+    if logits.shape[1] != len(data.classes):
+        raise UsageError(f"--teacher: {path} has {logits.shape[1]} classes, not {len(data.classes)}")
+    test_acc = accuracy(logits, data.test_labels)
+    print(f"teacher: {path}, test_acc {test_acc:.2f} %", flush=True)
+    return teacher, {"teacher": str(path), "teacher_acc": test_acc}
 
 
 def train_teacher(own, seed, device, data, labels):
@@ -1603,8 +1688,8 @@ def progress(items, label):
     show(f"{label}  took {datetime.timedelta(seconds=round(time.perf_counter() - began))}")
 
 
-def plot_curves(path, metrics, title):
-    """Draw the numbers of `metrics`, a dict an epoch, over the epochs to `path` (PNG)."""
+def plot_curves(path, metrics, title, teacher_acc=None):
+    """Draw the numbers of `metrics`, a dict an epoch, over the epochs to `path` (PNG), and the teacher's accuracy."""
     from matplotlib.figure import Figure  # half a second to import, and only here
 
     panels = {}
@@ -1618,8 +1703,11 @@ def plot_curves(path, metrics, title):
     figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
     figure.suptitle(title, parse_math=False)
     for axes, (panel, keys) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
-        for key in keys:
-            axes.plot(epochs, [record[key] for record in metrics], ".-", label=key)
+        for i, key in enumerate(keys):  # ever thinner, so that no curve hides another
+            width = 1 + 1.5 * (len(keys) - 1 - i)
+            axes.plot(epochs, [record[key] for record in metrics], ".-", lw=width, ms=4 + width, label=key)
+        if panel == "accuracy (%)" and teacher_acc is not None:
+            axes.axhline(teacher_acc, color="k", linestyle=":", label="teacher")
         axes.set(xlabel="epoch", ylabel=panel)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

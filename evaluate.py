@@ -11,6 +11,8 @@
     python evaluate.py CKPT … --transfer --teacher  # Figure 1 of KD Beyond Model Compression
     python evaluate.py CKPT … --ece                 # Figure 5 of Neural Vicinal Risk Minimization
     python evaluate.py --show-corruptions --dataset cifar10    # what --cifar-c does without a folder
+    python evaluate.py wrn_40_2.pth --arch wrn-40-2 --dataset cifar100       # public weights, as RepDistiller's
+    python evaluate.py weights.pt --model mine.py:net --dataset cifar10      # any module: net() gives it
 
 CKPT is the checkpoint.pt of a run or of a teacher, or its folder; put checkpoints first. Those that differ only in
 their seed are one row of a table: mean ± sample standard deviation (n). A row is named by every flag in which it
@@ -62,6 +64,10 @@ def parse_args():
     add = parser.add_argument
     add("checkpoints", nargs="*", type=Path, default=[], metavar="CKPT", help="checkpoint.pt, or the folder, of runs")
     add("--part", default="model", help="the weights in CKPT: model, ema, …")
+    add("--arch", help="CKPT are public weights of this architecture of common.build_model; needs --dataset")
+    add("--mean", nargs=3, type=float, help="of the images that they expect; None: of the training images")
+    add("--std", nargs=3, type=float, help="the same, standard deviation")
+    add("--model", metavar="FILE.py:NAME", help="NAME() is evaluated, with CKPT's weights, if any; needs --dataset")
 
     add = parser.add_argument_group("what to run (none of these: accuracy, ECE, NLL, Brier score)").add_argument
     add("--ece", action="store_true", help="ECE (15 equal-width bins), NLL, Brier score, reliability diagram")
@@ -91,8 +97,10 @@ def parse_args():
     add("--pdf", action="store_true", help="write each picture as a vector PDF too")
     args = parser.parse_intermixed_args()
 
-    if not (args.checkpoints or args.show_corruptions):
+    if not (args.checkpoints or args.model or args.show_corruptions):
         raise UsageError("CKPT: name the checkpoint.pt of a run folder, before the other flags")
+    if (args.arch or args.model) and not args.dataset:
+        raise UsageError("--dataset: weights do not tell what to evaluate on; add --dataset NAME")
     args.checkpoints = [path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints]
     args.plot_by = [flag.replace("-", "_") for flag in args.plot_by]
     if args.table and args.table.suffix not in (".csv", ".md", ".tex"):
@@ -615,6 +623,24 @@ def load_run(path, part, args, device, load_dataset, flag="CKPT"):
     return Subject(str(path), results, key, config, model, dataset, data, batch_size, by_batch, metrics, teacher)
 
 
+def load_foreign(path, args, device, load_dataset):
+    """The Subject of public weights, with --arch, or of any module, with --model; path: None where there are none."""
+    data = load_dataset(args.dataset, args.data_dir or "data", None, args.limit_test, device)
+    if args.model:
+        model = common.load_module(args.model, "--model", path)
+    else:
+        mean, std = common.channel_stats(data.train_images)
+        model = common.load_public(path, "CKPT", args.arch, args.mean or mean, args.std or std, data.image_size)
+    classes = predict(model.to(device).requires_grad_(False), data.test_images[:1]).shape[1]
+    if classes != len(data.classes):
+        raise UsageError(f"--dataset: {args.dataset} has {len(data.classes)} classes, the model has {classes}")
+    file = path or Path(args.model.rpartition(":")[0])
+    config = {"script": path.stem if path else args.model, "seed": 0}
+    key = f"{digest(file)} {args.model or args.arch} {args.mean} {args.std}"
+    batch_size = args.batch_size or common.EVAL_BATCH[device.type]
+    return Subject(str(file), file.with_name("evaluation.json"), key, config, model, args.dataset, data, batch_size)
+
+
 def grouped(subjects, leave_out=()):
     """[(name, subjects that differ in their seed and the flags `leave_out` alone)]: the rows of the tables.
 
@@ -1118,7 +1144,10 @@ def main(args):
     torch.backends.cudnn.allow_tf32 = False
     load_dataset = functools.cache(common.load_dataset)
 
-    subjects = [load_run(path, args.part, args, device, load_dataset) for path in args.checkpoints]
+    if args.arch or args.model:
+        subjects = [load_foreign(path, args, device, load_dataset) for path in args.checkpoints or [None]]
+    else:
+        subjects = [load_run(path, args.part, args, device, load_dataset) for path in args.checkpoints]
     subjects = [subject for _, members in grouped(subjects) for subject in members]
     if args.plot_by and (len(args.plot_by) > 2 or all(s.config.get(args.plot_by[-1]) is None for s in subjects)):
         raise UsageError(f"--plot-by: name one or two flags of the runs' config.json, not {' '.join(args.plot_by)}")
@@ -1152,7 +1181,7 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except UsageError as error:
+    except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

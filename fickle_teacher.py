@@ -98,9 +98,10 @@ def main(args):
     run = common.Run(args, device, data.classes)
     if args.method == "ft":
         standard = [round(part * args.teacher_epochs) for part in (0.3, 0.6, 0.75)]
-        teacher, run.header["teacher"] = common.load_teacher(
+        teacher, about = common.load_teacher(
             args, device, data, labels, standard, args.dropout, epochs=args.teacher_epochs
         )
+        run.header |= about
         teacher = fickle(teacher)
     run.checkpoint(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:

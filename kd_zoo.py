@@ -338,8 +338,10 @@ def main(args):
     if method not in ALONE:
         milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]
         dropout = 0.4 if args.add == "ft" else 0.0
-        teacher, run.header["teacher"] = common.load_teacher(args, device, data, labels, milestones, dropout)
-        check_features(args, teacher.built_as["arch"], data)
+        teacher, about = common.load_teacher(args, device, data, labels, milestones, dropout)
+        run.header |= about
+        if hasattr(teacher, "built_as"):
+            check_features(args, teacher.built_as["arch"], data)
         for module in teacher.modules():
             module.training = args.add == "ft" and isinstance(module, nn.Dropout)  # fickle: fickle_teacher.py says why
     if method == "fitnet":
@@ -355,6 +357,7 @@ def main(args):
     if args.compile:
         for net in nets:
             net.compile()
+    by_features = any((args.init_epochs, args.beta, args.gamma, args.lambda_d, args.lambda_a))
 
     for epoch in range(run.epoch, run.epochs):
         for part in parts.values():
@@ -374,13 +377,11 @@ def main(args):
                 first, second = (net(x) for net in nets)
                 loss = dml_loss(first, second, y, tau)
             else:
-                S, s = student(x, features=True)
-                S, s = S.float(), [f.float() for f in s]
+                S, s = student(x, features=True) if by_features else (student(x), None)
                 loss = F.cross_entropy(S, y)
                 if teacher:
                     with torch.no_grad():
-                        T, t = teacher(x, features=True)
-                        T, t = T.float(), [f.float() for f in t]
+                        T, t = teacher(x, features=True) if by_features else (teacher(x), None)
                 if epoch < args.init_epochs:
                     loss = fitnet_loss(parts["regressor"], s, t) if method == "fitnet" else fsp_loss(s, t)
                 elif method == "bss":

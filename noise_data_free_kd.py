@@ -275,7 +275,8 @@ def main(args):
     else:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     run = common.Run(args, device, data.classes)
-    teacher, run.header["teacher"] = common.load_teacher(args, device, data, labels, None, **teacher_recipe(args))
+    teacher, about = common.load_teacher(args, device, data, labels, None, **teacher_recipe(args))
+    run.header |= about
     layers = batch_norms(teacher)
     order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(args.seed)).tolist()
     running = round(args.running_fraction * len(layers))

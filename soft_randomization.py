@@ -79,7 +79,8 @@ def main(args):
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
     run = common.Run(args, device, data.classes)
     if args.method == "sr":
-        teacher, run.header["teacher"] = common.load_teacher(args, device, data, labels, milestones)
+        teacher, about = common.load_teacher(args, device, data, labels, milestones)
+        run.header |= about
     run.checkpoint(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         student.compile()
