@@ -37,14 +37,17 @@ def preset(args):
     The more fickle the teacher, the longer the student listens: 200 epochs without dropout, 250 up to a rate of 0.2,
     300 up to 0.3, 350 above. The teacher always has 200, or that share of other --epochs.
     """
-    rate = args.dropout if args.method == "ft" else 0
+    dropout = (0.2 if args.dataset == "shapes" else 0.4) if args.dropout is None else args.dropout
+    rate = dropout if args.method == "ft" else 0
     epochs = 200 if rate == 0 else 250 if rate <= 0.2 else 300 if rate <= 0.3 else 350
     values = {"noise": "none", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "epochs": epochs}
-    values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2"}
+    values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2", "dropout": dropout}
+    values["teacher_epochs"] = round((args.epochs or epochs) * 200 / epochs)
     if args.dataset == "shapes":
         values |= {"teacher_arch": "wrn-10-2", "student_arch": "wrn-10-1"}
-        values |= {"epochs": epochs // 25, "batch_size": 32, "lr": 0.05}
-    return values | {"teacher_epochs": round((args.epochs or values["epochs"]) * 200 / epochs)}
+        values |= {"limit_train": 300, "batch_size": 32, "lr": 0.05}
+        values |= {"epochs": epochs // 5, "teacher_epochs": 100}  # with dropout, a small teacher wants longer
+    return values
 
 
 def parse_args():
@@ -52,7 +55,7 @@ def parse_args():
     common.add_teacher_arguments(parser)
     add = parser.add_argument_group("method (equation 1, section 4.1)").add_argument
     add("--method", default="ft", choices=("ft", "baseline"), help="baseline: cross-entropy, no teacher")
-    add("--dropout", default=0.4, type=share, help="of the teacher, in training and teaching")
+    add("--dropout", type=share, help="of the teacher, in training and teaching")
     add("--teacher-epochs", type=int, help="of the teacher that is trained")
     add("--alpha", default=0.9, type=share, help="weight of the teacher")
     add("--tau", default=4.0, type=float, help="temperature")

@@ -39,8 +39,8 @@ def preset(args):
     rate = None if noise in ("none", *common.HUMAN) else 0.25
     values = {"noise": noise, "rate": rate, "weight_decay": 5e-4}
     if args.dataset == "shapes":
-        values |= {"teacher_arch": "wrn-10-2", "student_arch": "wrn-10-1"}
-        return values | {"epochs": 15, "batch_size": 32, "lr": 0.05}
+        values |= {"teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1", "rate": rate and 0.4}
+        return values | {"limit_train": 500, "epochs": 60, "batch_size": 32, "lr": 0.05}
     values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2"}
     return values | {"epochs": 200, "batch_size": 128, "lr": 0.1}
 

@@ -36,8 +36,8 @@ def preset(args):
     """The flags that are left out, from section 3 of the paper; on shapes, small nets for a CPU."""
     values = {"noise": "none", "weight_decay": 5e-4}
     if args.dataset == "shapes":
-        values |= {"teacher_arch": "wrn-10-2", "student_arch": "wrn-10-1"}
-        return values | {"epochs": 15, "batch_size": 32, "lr": 0.05}
+        values |= {"teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1", "sigma": 0.1}
+        return values | {"limit_train": 300, "epochs": 40, "batch_size": 32, "lr": 0.05}
     values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2"}
     return values | {"epochs": 200, "batch_size": 128, "lr": 0.1}
 

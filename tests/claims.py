@@ -1,0 +1,311 @@
+"""Every paper's claim on the built-in data: which of them can be seen in runs of a minute, with error bars.
+
+    python tests/claims.py                    # all claims, five seeds; about two core-hours
+    python tests/claims.py sr mc --seeds 3    # those of two scripts
+
+Runs the methods of a claim and what they are compared with through the scripts, as a user calls them, and prints the
+table of claims. The last epoch counts. All seeds have one corruption of the labels and one teacher, as in the papers.
+Run folders and logs stay in runs/claims, and what is there is not run again. The seeds are worked through one after
+another, so that a table is complete for the first of them early on. Writes claims.json beside this file and the picture
+.github/claims.png.
+
+The settings: few images, so that there is room above. Both sides of a comparison have the same, but what TABLE_5 of
+nrd.py gives each loss. What has been tried, and why a claim does not show, stands in RESULTS.md.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = Path("runs/claims")
+
+# --------------------------------------------------------------------------------------------------------------- claims
+
+COMMANDS = {
+    "nrd": {
+        "NRD": "nrd.py",
+        "CE": "nrd.py --loss ce",
+        "GCE": "nrd.py --loss gce",
+        "GJS": "nrd.py --loss gjs",
+    },
+    "ft": {
+        "FT": "fickle_teacher.py",
+        "Hinton": "fickle_teacher.py --dropout 0",
+        "baseline": "fickle_teacher.py --method baseline",
+    },
+    "sr": {
+        "SR": "soft_randomization.py",
+        "GA": "soft_randomization.py --method ga",
+    },
+    "mc": {
+        "MC": "messy_collaboration.py",
+        "Hinton": "messy_collaboration.py --target-noise 0",
+        "baseline": "messy_collaboration.py --method baseline",
+    },
+    "zoo": {
+        "Hinton": "kd_zoo.py",
+        "AT": "kd_zoo.py --method at",
+        "SP": "kd_zoo.py --method sp",
+        "RKD-DA": "kd_zoo.py --method rkd-da",
+        "baseline": "kd_zoo.py --method baseline",
+        "noisy Hinton": "kd_zoo.py --noise sym --rate 0.4",
+        "noisy SP": "kd_zoo.py --noise sym --rate 0.4 --method sp",
+        "noisy baseline": "kd_zoo.py --noise sym --rate 0.4 --method baseline",
+    },
+    "cmd": {
+        "CMD-P": "cmd.py",
+        "CMD-S": "cmd.py --select static",
+        "all": "cmd.py --select all",
+        "zero": "cmd.py --select zero",
+        "CE": "cmd.py --self-kd ce --select zero",
+    },
+    "data-free": {
+        "leaves, current": "noise_data_free_kd.py",
+        "re-estimated": "noise_data_free_kd.py",
+        "as trained": "noise_data_free_kd.py",
+        "leaves, running": "noise_data_free_kd.py --bn running",
+        "Gaussian, current": "noise_data_free_kd.py --source gaussian",
+    },
+}
+
+
+class Claim(NamedTuple):
+    """The arms of `better` are compared with each of `worse`: names of COMMANDS, and the paper's figures."""
+
+    part: str
+    text: str
+    better: dict
+    worse: dict
+    measure: str = "test_acc"  # of metrics.jsonl; "drop": best epoch minus last; or of EVALUATIONS
+    worse_measure: str | None = None  # where it is another one
+    sign: int = 1  # -1 where less is better
+    source: str = ""  # of the paper's figures
+
+
+CLAIMS = [
+    Claim("nrd", "NRD ends above the robust losses", {"NRD": 94.65}, {"CE": 87.74, "GCE": 92.82, "GJS": 93.57},
+          source="CIFAR-10, sym 40 %, Table 2"),
+    Claim("nrd", "NRD memorises fewer wrong labels", {"NRD": None}, {"CE": None}, "train_acc_wrong", sign=-1,
+          source="Figure 4, section 5.2"),
+    Claim("nrd", "NRD's last epoch is near its best", {"NRD": None}, {"CE": None}, "drop", sign=-1,
+          source="Figure 4"),
+    Claim("ft", "a fickle teacher teaches better", {"FT": 94.67}, {"Hinton": 94.28, "baseline": 93.95},
+          source="CIFAR-10, Table 1"),
+    Claim("ft", "… and on corruptions (mCA)", {"FT": 75.09}, {"Hinton": 74.57, "baseline": 74.38}, "mCA",
+          source="CIFAR-10-C, Table 1"),
+    Claim("sr", "SR is more accurate than GA", {"SR": 89.88}, {"GA": 89.09}, source="CIFAR-10, σ 0.1, Table 3"),
+    Claim("sr", "SR is more robust (PGD-20)", {"SR": 22.15}, {"GA": 4.20}, "PGD-20",
+          source="CIFAR-10, σ 0.1, Table 6"),
+    Claim("mc", "MC and Hinton under label noise", {"MC": 68.25, "Hinton": 67.97}, {"baseline": 56.61},
+          source="CIFAR-10, 50 %, Table 7"),
+    Claim("zoo", "distilled students beat the baseline",
+          {"Hinton": 94.28, "AT": 94.50, "SP": 94.64, "RKD-DA": 94.52}, {"baseline": 93.95},
+          source="CIFAR-10, Table III"),
+    Claim("zoo", "… far above under label noise", {"noisy Hinton": 76.32, "noisy SP": 70.32},
+          {"noisy baseline": 64.47}, source="CIFAR-10, 40 %, Table V"),
+    Claim("zoo", "teacher's adversarial images transfer best to AT", {"AT": 91.78},
+          {"Hinton": 71.59, "SP": 78.21, "RKD-DA": 75.91}, "transfer", source="Figure 1, last column"),
+    Claim("cmd", "CMD-P is above other selections", {"CMD-P": 68.29}, {"CMD-S": 67.26, "all": 59.26, "zero": 62.75},
+          source="CIFAR-100, 40 %, Table 1"),
+    Claim("cmd", "ProSelfLC is above cross-entropy", {"zero": 62.75}, {"CE": 48.74}, source="Table 1"),
+    Claim("cmd", "CMD-P memorises fewer wrong labels", {"CMD-P": None}, {"zero": None, "CE": None},
+          "train_acc_wrong", sign=-1, source="section 1"),
+    Claim("data-free", "current statistics teach, running ones do not", {"leaves, current": 89.40},
+          {"leaves, running": 37.04}, source="CIFAR-10, appendix, Table 2"),
+    Claim("data-free", "dead leaves are better than Gaussian noise", {"leaves, current": 89.40},
+          {"Gaussian, current": 85.98}, source="CIFAR-10, appendix, Table 2"),
+    Claim("data-free", "re-estimated statistics recover the student", {"re-estimated": None},
+          {"as trained": None}, "test_acc_adjusted", "test_acc_running", source="Figure 3a"),
+]  # fmt: skip
+
+EVALUATIONS = {  # measure: flags of evaluate.py
+    "mCA": "--cifar-c --limit-test 200",
+    "PGD-20": "--pgd 20 --eps 0.031 --restarts 1 --limit-test 200",
+    "transfer": "--transfer --eps 0.031 --limit-test 100 --teacher TEACHER",  # the student's own
+}
+LABELS = {
+    "train_acc_wrong": "wrong labels memorised (%)", "drop": "best epoch minus last (points)",
+    "mCA": "mean accuracy, corrupted (%)", "PGD-20": "accuracy under PGD-20 (%)",
+    "transfer": "success of teacher's images (%)",
+}  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def folder(command, seed):
+    """The run folder of a command and seed, in runs/claims."""
+    return RUNS / f"{command.replace('.py', '').replace(' --', '-').replace(' ', '=')}-seed{seed}"
+
+
+def log_of(run):
+    """The log file of a training run, beside its folder."""
+    return run.with_name(f"{run.name}.log")
+
+
+def execute(command, log):
+    """Run a script on one thread with its output in the file `log`, unless that is there: it is once all is done."""
+    if log.exists():
+        return
+    log.parent.mkdir(parents=True, exist_ok=True)
+    partial = log.with_name(f"{log.name}.partial")
+    script, *flags = command.split()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(partial, "w", encoding="utf-8") as file:
+        started = [sys.executable, str(ROOT / script), *flags]
+        subprocess.run(started, stdout=file, stderr=subprocess.STDOUT, check=True, env=environment)
+    partial.rename(log)
+
+
+def job(command, seed, measures):
+    """Train, then take the measures that are evaluate.py's."""
+    run = folder(command, seed)
+    execute(f"{command} --seed {seed} --out {run} --resume", log_of(run))
+    for measure in sorted(measures):
+        flags = EVALUATIONS[measure]
+        if measure == "transfer":
+            teacher = re.search(r"^teacher: (\S+),", log_of(run).read_text(encoding="utf-8"), re.MULTILINE)
+            flags = flags.replace("TEACHER", teacher[1])
+        execute(f"evaluate.py {run} {flags} --out {run / measure}", run / f"{measure}.log")
+
+
+def value(command, seed, measure):
+    """What was measured, or None where it is not there yet."""
+    run = folder(command, seed)
+    if not (run / f"{measure}.log" if measure in EVALUATIONS else log_of(run)).exists():
+        return None
+    if measure in EVALUATIONS:
+        summary = json.loads((run / measure / "summary.json").read_text(encoding="utf-8"))
+        if measure == "transfer":
+            return summary["transfer"]["success_rate"][0][-1]  # the last column is the teacher's
+        (numbers,) = summary["models"].values()
+        return next(of["mean"] for column, of in numbers.items() if column.startswith(measure))
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    if measure == "drop":
+        return max(record["test_acc"] for record in metrics) - metrics[-1]["test_acc"]
+    return metrics[-1][measure]
+
+
+# --------------------------------------------------------------------------------------------------------------- report
+
+
+def compare(claim, seeds):
+    """The rows of a claim, a dict for each pair of arms, over the seeds that both have."""
+    rows = []
+    for arm, other in itertools.product(claim.better, claim.worse):
+        a, b = COMMANDS[claim.part][arm], COMMANDS[claim.part][other]
+        pairs = [(value(a, s, claim.measure), value(b, s, claim.worse_measure or claim.measure)) for s in range(seeds)]
+        pairs = [pair for pair in pairs if None not in pair]
+        if not pairs:
+            print(f"left out, not complete: {claim.text}: {arm}, {other}")
+            continue
+        x, y = (list(values) for values in zip(*pairs))
+        difference = claim.sign * (statistics.fmean(x) - statistics.fmean(y))
+        error = math.sqrt((statistics.variance(x) + statistics.variance(y)) / len(x)) if len(x) > 1 else math.inf
+        rows.append({
+            "part": claim.part, "claim": claim.text, "measure": claim.measure, "better": arm, "worse": other,
+            "commands": [a, b], "paper": [claim.better[arm], claim.worse[other]], "paper_from": claim.source,
+            "n": len(x), "values": [x, y], "difference": difference, "standard_error": error,
+            "shows": difference > 2 * error,
+        })  # fmt: skip
+    return rows
+
+
+def spread(values):
+    """72.1 ± 3.4: mean and sample standard deviation."""
+    return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
+def print_table(rows):
+    """Markdown. The difference is positive where it is as the paper has it."""
+    print("\n| | claim | the paper's | ours | n | difference, standard error | shows |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        paper = ", ".join(f"{figure:.2f}" for figure in row["paper"] if figure is not None) or "–"
+        ours = f"{row['better']} **{spread(row['values'][0])}**, {row['worse']} {spread(row['values'][1])}"
+        difference = f"{row['difference']:.1f} ± {row['standard_error']:.1f}"
+        cells = [row["part"], row["claim"], paper, ours, str(row["n"]), difference, "yes" if row["shows"] else "no"]
+        print("|", " | ".join(cells), "|")
+
+
+def draw(path, rows):
+    """A panel a claim: a dot a seed, a line at the mean. Red is what should be above, below where less is better."""
+    from matplotlib.figure import Figure
+
+    panels = {}  # {(part, claim): [rows]}
+    for row in rows:
+        panels.setdefault((row["part"], row["claim"]), []).append(row)
+    columns = 6
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(2.5 * columns, 2.8 * lines), layout="constrained")
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes, ((part, text), compared) in zip(grid, panels.items()):
+        arms = {row["better"]: (row["values"][0], "tab:red") for row in compared}
+        arms |= {row["worse"]: (row["values"][1], "dimgray") for row in compared}
+        for place, (values, colour) in enumerate(arms.values()):
+            x = [place + 0.11 * (i - (len(values) - 1) / 2) for i in range(len(values))]
+            axes.plot(x, values, "o", color=colour, ms=4, alpha=0.6)
+            axes.hlines(statistics.fmean(values), place - 0.36, place + 0.36, color=colour, lw=2)
+        axes.set_xticks(range(len(arms)), [textwrap.fill(name, 9) for name in arms], fontsize="small")
+        axes.set_xlim(-0.6, len(arms) - 0.4)
+        shown = sum(row["shows"] for row in compared)
+        verdict = f"shows in {shown} of {len(compared)}" if len(compared) > 1 else "shows" if shown else "does not show"
+        axes.set_title(textwrap.fill(f"{part}: {text}", 30) + f"\n{verdict}", fontsize="medium")
+        axes.set_ylabel(LABELS.get(compared[0]["measure"], "test accuracy (%)"), fontsize="small")
+        axes.tick_params(labelsize="small")
+        axes.grid(axis="y", alpha=0.3)
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
+    figure.savefig(path, dpi=100)
+    print(f"wrote {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("parts", nargs="*", default=["all"], metavar="PART", help=f"of {', '.join(COMMANDS)} and all")
+    add("--seeds", type=int, default=5, metavar="N", help="0 … N-1")
+    add("--jobs", type=int, default=2, metavar="N", help="runs at a time, a thread each")
+    add("--report", action="store_true", help="run nothing: the table of what is there")
+    args = parser.parse_args()
+    parts = list(COMMANDS) if "all" in args.parts else args.parts
+    claims = [claim for claim in CLAIMS if claim.part in parts]
+
+    todo = {}  # {(seed, command): measures of evaluate.py}, seed by seed
+    for seed in range(0 if args.report else args.seeds):
+        for claim in claims:
+            for arm in claim.better | claim.worse:
+                measures = todo.setdefault((seed, COMMANDS[claim.part][arm]), set())
+                measures |= {claim.measure} & EVALUATIONS.keys()
+    began = time.perf_counter()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = {pool.submit(job, command, seed, of): (seed, command) for (seed, command), of in todo.items()}
+        try:
+            for done, future in enumerate(as_completed(jobs), 1):
+                (seed, command), error = jobs[future], future.exception()
+                minutes = (time.perf_counter() - began) / done * (len(jobs) - done) / 60
+                print(f"{done}/{len(jobs)}, {minutes:.0f} min left: {command}, seed {seed} {error or ''}", flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+    rows = [row for claim in claims for row in compare(claim, args.seeds)]
+    print_table(rows)
+    if claims == CLAIMS and rows and args.seeds > 1:
+        draw(ROOT / ".github/claims.png", rows)
+        (ROOT / "tests/claims.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
