@@ -80,7 +80,7 @@ def preset(args):
         values |= {"student_arch": "wrn-10-1", "teacher_arch": "wrn-16-1"}
         values |= {"limit_train": 500, "epochs": 60} if args.noise not in (None, "none") else {}
         values |= {"init_epochs": 20} if args.method in ("fitnet", "fsp") else {}
-        values |= {"gamma": 100.0} if args.method == "sp" else {}
+        values |= {"gamma": 300.0} if args.method == "sp" else {}
     return values
 
 
