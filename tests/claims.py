@@ -42,8 +42,8 @@ COMMANDS = {
     },
     "ft": {
         "FT": "fickle_teacher.py",
-        "Hinton": "fickle_teacher.py --dropout 0",
-        "baseline": "fickle_teacher.py --method baseline",
+        "Hinton": "fickle_teacher.py --dropout 0 --epochs 50",  # the student's as many as FT's
+        "baseline": "fickle_teacher.py --method baseline --epochs 50",
     },
     "sr": {
         "SR": "soft_randomization.py",
