@@ -111,7 +111,8 @@ def preset(args):
     if args.mutual != "cmd":
         return values | {"epsilon": 0.5}
     eta, b2 = SELECT[args.select or "progressive"]
-    eta = min(eta, 2.0) if shapes else eta  # of Figure 2: in 20 epochs the networks stay less sure
+    if shapes:  # in 20 epochs the networks stay unsure: at eta = 4 next to nothing is below the threshold
+        eta = {"static": 2.0, "progressive": 1.0}.get(args.select or "progressive", eta)
     values |= {"self_kd": "proselflc", "select": "progressive", "epsilon": EPSILON[args.self_kd or "proselflc"]}
     return values | {"b1": 16.0, "eta": eta, "b2": b2}
 
