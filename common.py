@@ -363,7 +363,10 @@ def photographs(name, data_dir, resize, image_size):
     """The Dataset of photographs: the middle square of each, `resize` pixels for training, `image_size` for tests."""
     if resize < image_size:
         raise UsageError(f"--resize: {resize} is smaller than --image-size {image_size}")
-    parts, classes = list_pictures(name, data_dir)
+    try:
+        parts, classes = list_pictures(name, data_dir)
+    except OSError as error:
+        raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
     data = {}
     for part, samples in parts.items():
         side = resize if part == "train" else image_size
@@ -1306,7 +1309,7 @@ def atomic_write(path):
 
 def read_weights_only(path, flag):
     """What torch.save wrote to `path`, tensors on the CPU, without executing pickled code. Raises UsageError."""
-    if not path.is_file():
+    if not Path(path).is_file():
         raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -1604,7 +1607,7 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
             theirs = checkpoint | checkpoint["built_as"]["model"]
             for key, value in ours.items():
                 if theirs[key] != value:
-                    raise UsageError(f"--teacher: {path} has {key} {theirs[key]}, not {value}")
+                    raise UsageError(f"--teacher: {path} has {key} {theirs[key]}, not {value}; leave it out to train one")
             teacher = load_model(checkpoint, "model", device, args.amp)
         else:
             teachers = [train_teacher(own, seed, device, data, labels) for seed in range(args.teacher_seeds)]

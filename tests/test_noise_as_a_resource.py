@@ -197,7 +197,7 @@ def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch):
 
     monkeypatch.setattr(common, "claim", stop)
     changes = ["--dropout 0", "", "--noise sym --rate 0.2", "--noise sym --rate 0.3", "--noise pair --rate 0.2",
-               "--noise sym --rate 0.2 --noise-seed 1", "--limit-train 30", "--epochs 2", "--batch-size 10",
+               "--noise sym --rate 0.2 --noise-seed 1", "--limit-train 30", "--teacher-epochs 2", "--batch-size 10",
                "--lr 0.01", "--weight-decay 0", "--teacher-arch resnet8 --dropout 0"]  # fmt: skip
     for change in changes:
         cli(ft, *TINY, *change.split())
@@ -206,7 +206,7 @@ def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch):
 
 @pytest.mark.parametrize("best", [0, 1])
 def test_the_best_of_several_teachers_teaches(cli, monkeypatch, best):
-    scores = [50 + (seed == best) for seed in (0, 1)] + [90]  # of the teachers and of the student
+    scores = [50 + (seed == best) for seed in (0, 1)] + [51, 90]  # of the teachers, the best again, the student
     monkeypatch.setattr(common, "accuracy", lambda *_: float(scores.pop(0)))
     assert cli(sr, *TINY, "--teacher-seeds", 2, "--out", "run")[::2] == (0, "")
     paths = sorted(map(str, Path("runs/teachers").glob("*/checkpoint.pt")))

@@ -204,7 +204,7 @@ def test_a_run(cli, monkeypatch, source, flags, running):
     monkeypatch.setattr(common, "load_teacher", loaded)
     monkeypatch.setattr(dfkd, "samples", lambda *args: made.append(make(*args)) or made[-1])
     assert cli(dfkd, *SMALL, "--source", source, *flags, "--out", "run")[::2] == (0, "")
-    (teacher, path), checkpoint = teachers[0], saved("run")
+    (teacher, about), checkpoint = teachers[0], saved("run")
     assert len(made) == 2 and [x is noise for (x, _), noise in zip(seen, [made[0]] * 2 + [made[1]] * 2)] == [True] * 4
     T, S = (torch.cat([logits.detach() for _, logits in steps]) for steps in (seen[:4:2], seen[1:4:2]))
     loss = -(np.exp(log_softmax(T)) * log_softmax(S)).sum(1).mean()
@@ -216,7 +216,7 @@ def test_a_run(cli, monkeypatch, source, flags, running):
     S = dfkd.logits_by_statistics(common.load_model(checkpoint), images, 20, 16)[mode]
     assert last["test_loss"] == pytest.approx(F.cross_entropy(S, torch.arange(20) % 3).item(), rel=1e-5)
     # training has changed nothing of the teacher, and its layers are on the statistics asked for
-    before = common.load_checkpoint(path)["model"]
+    before = common.load_checkpoint(about["teacher"])["model"]
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     assert sum(layer.running_mean is not None for layer in dfkd.batch_norms(teacher)) == running
 
