@@ -1607,7 +1607,8 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
             theirs = checkpoint | checkpoint["built_as"]["model"]
             for key, value in ours.items():
                 if theirs[key] != value:
-                    raise UsageError(f"--teacher: {path} has {key} {theirs[key]}, not {value}; leave it out to train one")
+                    differs = f"{key} {theirs[key]}, not {value}"
+                    raise UsageError(f"--teacher: {path} has {differs}; leave it out to train one")
             teacher = load_model(checkpoint, "model", device, args.amp)
         else:
             teachers = [train_teacher(own, seed, device, data, labels) for seed in range(args.teacher_seeds)]

@@ -1,6 +1,7 @@
 """Speed, side by side in one run: ours and what a user would otherwise pick, interleaved, medians after a warm-up.
 
     python tests/benchmark.py [augment|corrupt|attack|leaves|train|photographs|all] [--device …] [--repeats 5]
+    python tests/benchmark.py scaling        # seconds an epoch by images, batch size and threads: .github/scaling.png
 
 Peers: torchvision is there; `pip install -r tests/benchmark-requirements.txt` for kornia, imagecorruptions and
 torchattacks. A peer that is missing, or fails under the installed libraries, is named in a line and left out.
@@ -304,12 +305,56 @@ def photographs(args):
         compare("photographs, random resized crop and flip, images/s", ours, peers, args)
 
 
+def scaling(args):
+    """Seconds an epoch of cross-entropy on WRN-10-1, and the line of what is proportional."""
+    from matplotlib.figure import Figure
+
+    images, labels = (part.to(args.device) for part in common.draw_shapes(50000, seed=0))
+    threads = torch.get_num_threads()
+
+    def epoch(count, batch_size, used=threads):
+        torch.set_num_threads(used)
+        model = common.build_model("wrn-10-1", 10, amp=common.multiplies_bfloat16(args.device.type)).to(args.device)
+        optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+        batches = torch.randperm(count, device=args.device).split(batch_size)
+        for step, index in enumerate([*batches[:3], *batches]):
+            if step == 3:  # after the warm-up
+                if args.device.type == "cuda":
+                    torch.cuda.synchronize(args.device)
+                began = time.perf_counter()
+            loss = F.cross_entropy(model(common.crop_flip(to_float(images[index]))), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        loss.item()
+        return time.perf_counter() - began
+
+    panels = {
+        "images, batch 128": {count: epoch(count, 128) for count in (1000, 2000, 5000, 10000, 20000, 50000)},
+        "batch size, 5,000 images": {size: epoch(5000, size) for size in (16, 32, 64, 128, 256, 512)},
+        "threads, 5,000 images, batch 128": {n: epoch(5000, 128, n) for n in range(1, threads + 1)},
+    }
+    torch.set_num_threads(threads)
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axes, (label, seconds), power in zip(figure.subplots(1, 3), panels.items(), (1, 0, -1)):
+        print(f"{label}: " + ", ".join(f"{x:,}: {value:.2f} s" for x, value in seconds.items()), flush=True)
+        first = next(iter(seconds))
+        axes.loglog([*seconds], [*seconds.values()], "o-", label="measured")
+        line = [seconds[first] * (x / first) ** power for x in seconds]
+        axes.loglog([*seconds], line, "k:", label="equal" if power == 0 else "proportional")
+        axes.set_xticks([*seconds], [f"{x:,}" for x in seconds], rotation=45)
+        axes.minorticks_off()
+        axes.set(xlabel=label, ylabel="seconds an epoch")
+        axes.legend()
+    figure.savefig(Path(__file__).resolve().parent.parent / ".github/scaling.png", dpi=90)
+
+
 WORKS = {work.__name__: work for work in (augment, corrupt, attack, leaves, train, photographs)}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", nargs="?", default="all", choices=[*WORKS, "all"])
+    parser.add_argument("work", nargs="?", default="all", choices=[*WORKS, "all", "scaling"])
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -317,6 +362,8 @@ def main():
     torch.backends.cudnn.benchmark = True
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor() or "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
+    if args.work == "scaling":
+        return scaling(args)
     print("| work | ours | peer | its speed | ratio |\n|---|---|---|---|---|")
     for work in WORKS if args.work == "all" else [args.work]:
         torch.manual_seed(0)
