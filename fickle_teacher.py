@@ -37,7 +37,8 @@ def preset(args):
     The more fickle the teacher, the longer the student listens: 200 epochs without dropout, 250 up to a rate of 0.2,
     300 up to 0.3, 350 above. The teacher always has 200, or that share of other --epochs.
     """
-    dropout = (0.2 if args.dataset == "shapes" else 0.4) if args.dropout is None else args.dropout
+    usual = 0.2 if args.dataset == "shapes" else 0.4
+    dropout = usual if args.dropout is None else args.dropout
     rate = dropout if args.method == "ft" else 0
     epochs = 200 if rate == 0 else 250 if rate <= 0.2 else 300 if rate <= 0.3 else 350
     values = {"noise": "none", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "epochs": epochs}

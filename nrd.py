@@ -111,7 +111,7 @@ def preset(args):
         values |= of_loss.get(args.loss, {})
     if args.dataset == "shapes":
         values |= {"arch": "wrn-10-1", "epochs": 20, "batch_size": 32, "beta": 0.95, "student_augment": "none"}
-        values |= {"lr": {"nrd": 1.5, "gce": 0.1}.get(args.loss, lr)}
+        values["lr"] = {"nrd": 1.5, "gce": 0.1}.get(args.loss, lr)  # gradients too small for so few steps
     values["jsd_scale"] = args.loss in ("js", "gjs") and not common.of_photographs(args.dataset)
     return values | {"views": 10 if args.analyze else 1}
 
