@@ -28,7 +28,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from common import atomic_write, duration
+from common import atomic_write
 
 # Name, command, the paper's figures. A name in a command of evaluate.py is the folder of that run.
 TABLE = """
@@ -230,7 +230,8 @@ def main():
         save(results, args)
 
     def say(text):
-        print(f"{duration(time.monotonic() - began)}  {text}", flush=True)
+        seconds = round(time.monotonic() - began)
+        print(f"{datetime.timedelta(seconds=seconds)}  {text}", flush=True)
 
     waiting = [job for job in waiting if not done(job.name)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
