@@ -427,7 +427,7 @@ def draw_analysis(path, nll, auroc, reliability, clouds, given, true, classes):
                 style["va"] = "bottom" if y > 0.9 else "top" if y < -0.9 else "center"
                 axes.text(x, y, text, parse_math=False, **style)
         kind = "clean" if given[k] == true[k] else "mislabelled"
-        axes.set(title=kind, xlim=(-2, 2), ylim=(-1.35, 1.35), aspect="equal")
+        axes.set(title=kind, xlim=(-2, 2), ylim=(-1.5, 1.6), aspect="equal")
         axes.axis("off")
     right.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     with common.atomic_write(path) as partial:
