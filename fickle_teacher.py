@@ -35,7 +35,7 @@ def preset(args):
     """The flags that are left out, from sections 3 and 4.1 of the paper; on shapes, small nets for a CPU.
 
     The more fickle the teacher, the longer the student listens: 200 epochs without dropout, 250 up to a rate of 0.2,
-    300 up to 0.3, 350 above. The teacher always has 200, or that share of other --epochs.
+    300 up to 0.3, 350 above. The teacher always has 200, or that share of other --epochs; on shapes 100.
     """
     usual = 0.2 if args.dataset == "shapes" else 0.4
     dropout = usual if args.dropout is None else args.dropout
