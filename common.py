@@ -651,12 +651,14 @@ def op_magnitudes(bins, height, width, device, translate=150 / 331, posterize=8)
     return table.to(device)
 
 
-def apply_ops(images, op, magnitude, mode="nearest"):
+def apply_ops(images, op, magnitude, mode="nearest", inplace=False):
     """Apply to each image its own operation: images float [B, 3, H, W] in [0, 1], op int64 [B] in OPS, magnitude [B].
 
-    mode: how warps interpolate, "nearest" or "bilinear"; what comes in from outside the image is black.
+    mode: how warps interpolate, "nearest" or "bilinear"; what comes in from outside the image is black. inplace: the
+    images given may be overwritten.
     """
-    images = images.clone()
+    if not inplace:
+        images = images.clone()
     kinds = (
         (op <= ROTATE, functools.partial(_warp, mode=mode)),
         (op == COLOR, _color),
@@ -797,7 +799,7 @@ def aug_mix(images, severity=3, width=3, depth=-1, alpha=1.0):
         op = torch.randint(EQUALIZE + 1, (len(chains),), device=device)
         op = torch.where(depths > position, op, IDENTITY)
         strength = torch.randint(severity, (len(chains),), device=device)
-        chains = apply_ops(chains, op, _signed(table[op, strength], op), mode="bilinear")
+        chains = apply_ops(chains, op, _signed(table[op, strength], op), mode="bilinear", inplace=True)
 
     def dirichlet(count):  # weights [count, B, 1, 1, 1]
         law = torch.distributions.Dirichlet(torch.full((count,), float(alpha), device=device), validate_args=False)
