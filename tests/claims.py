@@ -4,13 +4,13 @@
     python tests/claims.py sr mc --seeds 3    # those of two scripts
 
 Runs the methods of a claim and what they are compared with through the scripts, as a user calls them, and prints the
-table of claims. The last epoch counts. All seeds have one corruption of the labels and one teacher, as in the papers.
-Run folders and logs stay in runs/claims, and what is there is not run again. The seeds are worked through one after
-another, so that a table is complete for the first of them early on. Writes claims.json beside this file and the picture
-.github/claims.png.
+table of claims. The last epoch counts. All seeds have one corruption of the labels and one teacher, as in the papers,
+so that the errors do not hold what another teacher would change. Run folders and logs stay in runs/claims. What is
+there is not run again; after a change of a script, remove its folders. The seeds are worked through one after another,
+and a table has those that are there. Of all claims, claims.json and the picture .github/claims.png are written too.
 
-The settings: few images, so that there is room above. Both sides of a comparison have the same, but what TABLE_5 of
-nrd.py gives each loss. What has been tried, and why a claim does not show, stands in RESULTS.md.
+The settings are the presets: few images, so that there is room above. Both sides of a comparison have the same epochs,
+images and networks. RESULTS.md has what else was tried, and why a claim does not show.
 """
 
 import argparse
@@ -254,7 +254,7 @@ def draw(path, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("parts", nargs="*", default=["all"], metavar="PART", help=f"of {', '.join(COMMANDS)} and all")
+    add("parts", nargs="*", default="all", choices=[*COMMANDS, "all"], help="claims of these scripts")
     add("--seeds", type=int, default=5, metavar="N", help="0 … N-1")
     add("--jobs", type=int, default=2, metavar="N", help="runs at a time, a thread each")
     add("--report", action="store_true", help="run nothing: the table of what is there")
