@@ -1112,6 +1112,7 @@ def draw_curves(args, groups):
                 band = range(1, length + 1), mean - deviation, mean + deviation
                 axes.fill_between(*band, color=line_style(i)["color"], alpha=0.2, lw=0)
             axes.set(xlabel="epoch", ylabel=key)
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
         for axes in panels[len(names) :]:
             axes.axis("off")

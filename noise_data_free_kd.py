@@ -25,7 +25,7 @@ Raikwar, Mishra: Discovering and Overcoming Limitations of Noise-engineered Data
                         --plot-batch-size CKPT CKPT …
     Figure 4            --show-source
 
-Attained by the first two commands: 61.4 ± 4.7 and 23.9 ± 1.3 % test accuracy (teacher 99.9), last epoch, n = 3, a CPU.
+Attained by the first two commands: 63.0 ± 2.9 and 12.9 ± 0.6 % test accuracy, last epoch, n = 5, a CPU.
 tests/RESULTS.md has Tables 1 and 2 in miniature. Not yet run at the paper's size (dead leaves: 89.4 with current, 37.04
 with running statistics).
 

@@ -19,8 +19,8 @@ section 4.2. GA is cross-entropy on x + delta alone.
     Table 6, Figure 2   … --pgd 20 --plot-by sigma
     Figure 3            … --cifar-c CIFAR-10-C
 
-Attained by the first two commands: 97.3 ± 0.1 and 97.4 ± 0.7 % test accuracy (teacher 99.0), last epoch, n = 3, a CPU.
-Not yet run at the paper's size (84.07 at sigma 0.2, GA 83.41); tests/RESULTS.md has runs of the size of a CPU.
+Attained by the first two commands: 89.0 ± 1.8 and 76.0 ± 5.1 % test accuracy, last epoch, n = 5, a CPU. Not yet run at
+the paper's size (84.07 at sigma 0.2, GA 83.41); tests/RESULTS.md has runs of the size of a CPU.
 """
 
 import torch
