@@ -83,7 +83,7 @@ def preset(args):
         if args.method in ("fitnet", "fsp"):
             values["init_epochs"] = 20
         if args.method == "sp":
-            values["gamma"] = 300.0  # in so few steps 3000 lets the student learn nothing else
+            values["gamma"] = 100.0  # in so few steps 3000 lets the student learn nothing else
     return values
 
 

@@ -108,8 +108,8 @@ CLAIMS = [Claim(part, text, measure, arms(a), arms(b), source) for part, text, m
 
 EVALUATIONS = {  # measure: flags of evaluate.py
     "mCA": "--cifar-c --limit-test 200",
-    "PGD-20": "--pgd 20 --eps 0.031 --restarts 1 --limit-test 200",
-    "transfer": "--transfer --eps 0.031 --limit-test 100 --teacher TEACHER",  # the student's own
+    "PGD-20": "--pgd 20 --eps 0.031 --restarts 1",
+    "transfer": "--transfer --eps 0.031 --limit-test 300 --teacher TEACHER",  # the student's own
 }
 LESS = ("train_acc_wrong", "drop")  # is better
 LABELS = {
