@@ -344,6 +344,8 @@ def scaling(args):
         axes.loglog([*seconds], line, "k:", label="equal" if power == 0 else "proportional")
         axes.set_xticks([*seconds], [f"{x:,}" for x in seconds], rotation=45)
         axes.minorticks_off()
+        if power != 1:
+            axes.set(yscale="linear", ylim=(0, None))
         axes.set(xlabel=label, ylabel="seconds an epoch")
         axes.legend()
     figure.savefig(Path(__file__).resolve().parent.parent / ".github/scaling.png", dpi=90)

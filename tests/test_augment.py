@@ -60,7 +60,7 @@ def drawn(monkeypatch):
     """Records every (op, magnitude, mode) that apply_ops is called with; it returns the images as they are."""
     record = []
 
-    def spy(images, op, magnitude, mode="nearest"):
+    def spy(images, op, magnitude, mode="nearest", inplace=False):
         record.append((op, magnitude, mode))
         return images
 
