@@ -977,8 +977,8 @@ def heat_map(axes, values, rows, columns, title, low=None, high=None):
             axes.text(j, i, f"{v:.3g}", ha="center", va="center", color="w" if dark else "k")
     axes.set_title(title, parse_math=False)
     axes.set_yticks(range(len(rows)), rows, parse_math=False)
-    columns = [textwrap.fill(str(name), 25) for name in columns]
-    axes.set_xticks(range(len(columns)), columns, parse_math=False, rotation=90)
+    names = [textwrap.fill(str(name), 45) for name in columns]
+    axes.set_xticks(range(len(columns)), names, parse_math=False, rotation=90, fontsize="small")
 
 
 def line_style(i):
@@ -989,7 +989,9 @@ def line_style(i):
 def legend_below(figure):
     """One legend for all panels, off the drawing."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    for text in figure.legend(handles, labels, loc="outside lower center", ncols=2).get_texts():
+    labels, columns = [textwrap.fill(label, 85) for label in labels], 2 if max(map(len, labels)) < 45 else 1
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
+    for text in legend.get_texts():
         text.set_parse_math(False)
 
 
@@ -1079,7 +1081,7 @@ def draw_pgd(args, groups, heading):
         f"ε of PGD-{args.pgd[-1]}": [(eps, eps_name(eps), pgd_column(args.pgd[-1], eps)) for eps in args.eps],
     }
     sweeps = {label: points for label, points in sweeps.items() if len(points) > 1}
-    with picture(args, "pgd.png", 7 * len(sweeps), 4.5 + 0.25 * len(groups)) as figure:
+    with picture(args, "pgd.png", 7 * len(sweeps), 4.5 + 0.4 * len(groups)) as figure:
         figure.suptitle(heading, parse_math=False)
         for axes, (label, points) in zip(figure.subplots(1, len(sweeps), squeeze=False).flat, sweeps.items()):
             values, names, columns = zip((0, "0", "accuracy (%)"), *points)
@@ -1100,7 +1102,7 @@ def draw_curves(args, groups):
     names = [key for key, value in groups[0][1][0].metrics[-1].items() if isinstance(value, float)]
     names = [key for key in names if key not in ("lr", "seconds", "images_per_second")]
     rows, columns = math.ceil(len(names) / 3), min(3, len(names))
-    with picture(args, "training.png", 5.5 * columns, 3.6 * rows + 0.25 * len(groups)) as figure:
+    with picture(args, "training.png", 5.5 * columns, 3.6 * rows + 0.3 * len(groups)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flat
         for key, axes in zip(names, panels):
             for i, (name, members) in enumerate(groups):
