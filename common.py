@@ -1551,9 +1551,10 @@ class Run:
         if now - self.drawn > 60 and rank() == 0:
             self.drawn = now
             plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, self.header.get("teacher_acc"))
-        numbers = {key: value for key, value in record.items() if isinstance(value, (int, float))}
-        for key, value in numbers.items() if self.board else ():
-            self.board.add_scalar(key, value, self.epoch)
+        if self.board:
+            for key, value in record.items():
+                if isinstance(value, (int, float)):
+                    self.board.add_scalar(key, value, self.epoch)
         numbers = {"loss": record["train_loss"], **metrics}
         shown = [f"{key} {value:#.4g}" for key, value in numbers.items() if isinstance(value, float)]
         shown += [f"{key} {value:,}" for key, value in numbers.items() if isinstance(value, int)]
