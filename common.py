@@ -661,9 +661,9 @@ def apply_ops(images, op, magnitude, mode="nearest", inplace=False):
         images = images.clone()
     kinds = (
         (op <= ROTATE, functools.partial(_warp, mode=mode)),
-        (op == COLOR, _color),
+        ((op > ROTATE) & (op <= COLOR), _blend),
         (op == SHARPNESS, _sharpness),
-        (((op > ROTATE) & (op < COLOR)) | ((op > SHARPNESS) & (op < EQUALIZE)) | (op == INVERT), _look_up),
+        (((op > SHARPNESS) & (op < EQUALIZE)) | (op == INVERT), _look_up),
         (op == EQUALIZE, _equalize),
     )
     for mask, transform in kinds:
@@ -685,21 +685,18 @@ def check_images(images):
 def _warp(images, op, magnitude, mode):
     """Shear, translate or rotate: sample the input at (a · (x, y, 1), b · (x, y, 1)), in pixels from the centre."""
     height, width = images.shape[2:]
-    kinds = (SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE)
-    shear_x, shear_y, move_x, move_y, degrees = (torch.where(op == kind, magnitude, 0) for kind in kinds)
+    every = torch.arange(ROTATE + 1, device=images.device).view(-1, 1)
+    shear_x, shear_y, move_x, move_y, degrees = (op == every) * magnitude
     cos, sin = (degrees * (math.pi / 180)).cos(), (degrees * (math.pi / 180)).sin()
     a = (cos, shear_x - sin, shear_x * (height / 2) - move_x)  # shears keep the first row and column in place
     b = (shear_y + sin, cos, shear_y * (width / 2) - move_y)
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device).view(-1, 1)
-
-    def parts(row, half):  # no matrix product: where TF32 or bfloat16 is on, it would be too coarse
-        by_x, by_y, shift = (part.view(-1, 1, 1) / half for part in row)
-        return by_x * x, by_y * y, shift
-
-    along, across, shift = (torch.stack(pair, -1) for pair in zip(parts(a, width / 2), parts(b, height / 2)))
-    grid = (along + across).add_(shift)  # [B, 1, W, 2] + [B, H, 1, 2] + [B, 1, 1, 2]
-    return F.grid_sample(images, grid, mode=mode, align_corners=False)
+    # no matrix product: where TF32 or bfloat16 is on, it would be too coarse
+    pairs = [torch.stack((of_x / (width / 2), of_y / (height / 2)), 1) for of_x, of_y in zip(a, b)]
+    by_x, by_y, shift = (pair.view(-1, 2, 1, 1) for pair in pairs)
+    grid = (by_x * x + by_y * y).add_(shift)  # [B, 2, H, W]
+    return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode=mode, align_corners=False)
 
 
 def _gray(images):
@@ -708,10 +705,12 @@ def _gray(images):
     return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
 
 
-def _color(images, op, magnitude):
-    """Saturation: (1 + m) · image - m · grey."""
-    images = images * 255
-    return torch.lerp(_gray(images).floor(), images, 1 + magnitude.view(-1, 1, 1, 1)).clamp_(0, 255).div_(255)
+def _blend(images, op, magnitude):
+    """(1 + m) · image - m · degenerate: black for brightness, the mean grey for contrast, grey for colour."""
+    images, op = images * 255, op.view(-1, 1, 1, 1)
+    gray = _gray(images).floor()
+    degenerate = torch.where(op == COLOR, gray, (op == CONTRAST) * gray.mean((2, 3), keepdim=True))
+    return torch.lerp(degenerate, images, 1 + magnitude.view(-1, 1, 1, 1)).clamp_(0, 255).div_(255)
 
 
 def _sharpness(images, op, magnitude):
@@ -729,25 +728,12 @@ def _look_up(images, op, magnitude):
     value = (images * 255).round_()
     level = torch.arange(256, device=images.device, dtype=torch.float32)
     op, magnitude = op.view(-1, 1, 1), magnitude.view(-1, 1, 1)
-
-    # most are a straight line: scale · level + shift, both [B, 3 or 1, 1]
-    mean = _gray(value).floor().mean((2, 3)).unsqueeze(2)
     darkest, brightest = (end((2, 3)).unsqueeze(2) for end in (value.amin, value.amax))
-    stretch = torch.where(brightest > darkest, 255 / (brightest - darkest), 0)  # 0: one level only, left as it is
-    lines = {
-        BRIGHTNESS: (1 + magnitude, 0.0),
-        CONTRAST: (1 + magnitude, -mean * magnitude),
-        AUTO_CONTRAST: (stretch.where(stretch > 0, 1.0), -darkest * stretch),
-        INVERT: (-1.0, 255.0),
-    }
-    scale, shift = torch.ones_like(darkest), torch.zeros_like(darkest)
-    for name, (new_scale, new_shift) in lines.items():
-        scale, shift = torch.where(op == name, new_scale, scale), torch.where(op == name, new_shift, shift)
-    table = torch.addcmul(shift, scale, level).clamp_(0, 255)
-
+    stretch = 255 / (brightest - darkest)  # inf where there is one level only, which is left as it is
+    table = torch.where((op == AUTO_CONTRAST) & stretch.isfinite(), ((level - darkest) * stretch).clamp(0, 255), level)
     grain = (2 ** (8 - magnitude.clamp(0, 8))).round()
     table = torch.where(op == POSTERIZE, level - level % grain, table)
-    table = torch.where(op == SOLARIZE, torch.where(level >= 255 * magnitude, 255 - level, level), table)
+    table = torch.where((op == INVERT) | ((op == SOLARIZE) & (level >= 255 * magnitude)), 255 - level, table)
     return table.div_(255).gather(2, value.long().flatten(2)).view_as(images)
 
 
@@ -806,8 +792,10 @@ def aug_mix(images, severity=3, width=3, depth=-1, alpha=1.0):
         return law.sample((size,)).T.view(count, size, 1, 1, 1)
 
     keep, change = dirichlet(2)
-    mixed = (dirichlet(width) * chains.view(width, *images.shape)).sum(0)
-    return (keep * images + change * mixed).clamp(0, 1)  # rounding alone can leave [0, 1]
+    mixed = keep * images
+    for weight, chain in zip(change * dirichlet(width), chains.view(width, *images.shape)):
+        mixed.addcmul_(weight, chain)
+    return mixed.clamp_(0, 1)  # rounding alone can leave [0, 1]
 
 
 # The 25 sub-policies of AutoAugment for CIFAR-10: (operation, probability, strength of 0-9), twice.
