@@ -26,6 +26,7 @@ def written(run):
     return finish(run)
 
 
+common.plot_curves = lambda *args: None  # three seconds, and nothing that processes change
 common.Run.finish = written
 for command in commands:
     name, *sys.argv[1:] = shlex.split(command)
