@@ -18,8 +18,8 @@ SMALL = f"--dataset tiny.npz --batch-size 20 {CPU}"
 NETS = "--teacher-arch wrn-10-1 --student-arch wrn-10-1"
 ONE_STEP = f"nrd.py --loss ce --limit-train 32 --limit-test 40 --batch-size 32 {CPU} --out one-step"
 COMMANDS = [
-    f"nrd.py {SMALL}",
-    f"cmd.py {SMALL}",
+    f"nrd.py {SMALL} --arch wrn-10-1",
+    f"cmd.py {SMALL} --arch wrn-10-1",
     f"fickle_teacher.py {SMALL} {NETS} --teacher-epochs 1",
     f"soft_randomization.py {SMALL} {NETS}",
     f"messy_collaboration.py {SMALL} {NETS}",

@@ -41,4 +41,4 @@ def test_the_fork_section_is_a_project(tmp_path):
     assert f"weight_norm {metrics[-1]['weight_norm']:#.4g}" in out and "loss_params=[2.0]" in out
     assert metrics[-1]["test_acc"] > 90  # red against blue
     assert run(*flags, "--resume").splitlines()[-1] == out.splitlines()[-1]
-    assert f"{metrics[-1]['test_acc']:.2f}" in run("evaluate.py", "run/checkpoint.pt", "--ece")
+    assert f"{metrics[-1]['test_acc']:.2f}" in run("evaluate.py", "run/checkpoint.pt")
