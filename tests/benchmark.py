@@ -1,6 +1,7 @@
 """Speed, side by side in one run: ours and what a user would otherwise pick, interleaved, medians after a warm-up.
 
     python tests/benchmark.py [augment|corrupt|attack|leaves|train|photographs|all] [--device …] [--repeats 5]
+    python tests/benchmark.py compiled       # training steps with torch.compile, against those without; minutes
     python tests/benchmark.py scaling        # seconds an epoch by images, batch size and threads: .github/scaling.png
 
 Peers: torchvision is there; `pip install -r tests/benchmark-requirements.txt` for kornia, imagecorruptions and
@@ -8,6 +9,7 @@ torchattacks. A peer that is missing, or fails under the installed libraries, is
 """
 
 import argparse
+import contextlib
 import importlib
 import os
 import platform
@@ -16,13 +18,16 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 import common
@@ -42,7 +47,8 @@ def compare(work, ours, peers, args):
     for _ in range(args.repeats + 1):
         for name, function in {"ours": ours, **peers}.items():
             start = time.perf_counter()
-            count = function()
+            with contextlib.redirect_stdout(sys.stderr):  # progress, which is no part of the table
+                count = function()
             if args.device.type == "cuda":
                 torch.cuda.synchronize(args.device)
             measured[name].append(count / (time.perf_counter() - start))
@@ -188,56 +194,118 @@ def leaves(args):
     print(f"| dead leaves 32×32, images/s | {speed:,.0f} | public generator | {GENERATOR} | {speed / GENERATOR:.2f} |")
 
 
-def race(args, work, archs, views, loss, transform, plain_loss):
-    """A training step on resident images as the scripts take it, and as repositories write it.
+class Step(NamedTuple):
+    """A training step as the scripts take it, and as repositories write it."""
 
-    archs: of student and teacher. views: images float [B, 3, H, W] -> those of the student and those of the teacher;
-    transform: the same of one uint8 image. loss, plain_loss: of the logits of both and the labels.
+    work: str
+    archs: tuple  # of student and teacher
+    views: Callable  # images float [B, 3, H, W] -> those of the student and those of the teacher
+    loss: Callable  # of the logits of both and the labels
+    plain_views: Callable  # the same of one uint8 image
+    plain_loss: Callable
+
+
+def learner(args, archs, losses, memory_format=torch.contiguous_format, amp=False, mode=None):
+    """A function that trains an epoch and returns the number of images. losses: student, teacher -> loss of each step.
+
+    mode: of torch.compile; None: nothing is compiled.
     """
-    images, labels = common.draw_shapes(128 * (40 if args.device.type == "cuda" else 1), seed=0)
-    resident, resident_labels = images.to(args.device), labels.to(args.device)
-    batches = loader(PerSample(images, labels), transform, 128, args.device)
+    nets = [common.build_model(arch, 10, amp=amp) for arch in archs]
+    student, teacher = (net.to(args.device, memory_format=memory_format) for net in nets)
+    teacher.eval().requires_grad_(False)
+    if mode:
+        student.compile(mode=mode)
+        teacher.compile(mode=mode)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
 
-    def run(memory_format, amp, steps):
-        """A function that trains an epoch, given one that yields the loss of each step."""
-        nets = [common.build_model(arch, 10, amp=amp) for arch in archs]
-        student, teacher = (net.to(args.device, memory_format=memory_format) for net in nets)
-        teacher.eval().requires_grad_(False)
-        optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    def epoch():
+        count = 0
+        for value in losses(student, teacher):
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            count += 128
+        value.item()
+        return count
 
-        def epoch():
-            for value in steps(student, teacher):
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-            value.item()
-            return len(images)
+    return epoch
 
-        return epoch
 
-    def ours(student, teacher):
+def few_images(args):
+    return common.draw_shapes(128 * (40 if args.device.type == "cuda" else 1), seed=0)
+
+
+def ours(args, step, mode=None):
+    """An epoch on resident images."""
+    images, labels = (part.to(args.device) for part in few_images(args))
+
+    def losses(student, teacher):
         for index in torch.randperm(len(images), device=args.device).split(128):
-            for_student, for_teacher = views(to_float(resident[index]))
+            torch.compiler.cudagraph_mark_step_begin()
+            for_student, for_teacher = step.views(to_float(images[index]))
             with torch.no_grad():
                 T = teacher(for_teacher)
-            yield loss(student(for_student), T, resident_labels[index])
+            yield step.loss(student(for_student), T, labels[index])
 
-    def theirs(student, teacher):
+    amp = common.multiplies_bfloat16(args.device.type)
+    return learner(args, step.archs, losses, torch.channels_last, amp, mode)
+
+
+def plain(args, step):
+    """An epoch of a float32 NCHW loop over a DataLoader."""
+    batches = loader(PerSample(*few_images(args)), step.plain_views, 128, args.device)
+
+    def losses(student, teacher):
         for (for_student, for_teacher), y in batches:
             S = student(for_student.to(args.device))
             with torch.no_grad():
                 T = teacher(for_teacher.to(args.device))
-            value = plain_loss(S, T, y.to(args.device))
+            value = step.plain_loss(S, T, y.to(args.device))
             yield value
             value.item()
 
-    amp = common.multiplies_bfloat16(args.device.type)
-    peers = {f"plain float32 NCHW loop, DataLoader of {WORKERS} workers": run(torch.contiguous_format, False, theirs)}
-    compare(f"{work}, batch 128, images/s", run(torch.channels_last, amp, ours), peers, args)
+    return learner(args, step.archs, losses)
 
 
 def train(args):
-    """Hinton's step, WRN-40-2 → WRN-16-2, and NRD's with PreActResNet-34."""
+    """Steps of training against the plain loop; and what ours is made of."""
+    for step in steps():
+        epoch = ours(args, step)
+        peers = {f"plain float32 NCHW loop, DataLoader of {WORKERS} workers": plain(args, step)}
+        speed = compare(f"{step.work}, batch 128, images/s", epoch, peers, args)
+        with FlopCounterMode(display=False) as counter:
+            count = epoch()
+        dtype = torch.bfloat16 if common.multiplies_bfloat16(args.device.type) else torch.float32
+        a, x = torch.rand(4096, 4096, device=args.device, dtype=dtype), torch.rand(128, 3, 32, 32, device=args.device)
+
+        def product(a=a):
+            a @ a
+            return 2 * 4096**3
+
+        def augmented(step=step, x=x):
+            step.views(x)
+            return len(x)
+
+        flops, of_product = speed * counter.get_total_flops() / count, compare("", product, {}, args)
+        text = f"{step.work}: {100 * flops / of_product:.0f} % of the FLOP/s of a product of 4096×4096 matrices, "
+        text += f"augmentation {100 * speed / compare('', augmented, {}, args):.1f} % of the time"
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+            epoch()
+            text += f", at most {torch.cuda.max_memory_allocated(args.device) / 2**30:.2f} GiB"
+        print(f"({text})", flush=True)
+
+
+def compiled(args):
+    """The same steps with torch.compile, without and with CUDA graphs, against those without."""
+    for mode in ("default", "reduce-overhead"):
+        for step in steps():
+            peers = {"not compiled": ours(args, step)}
+            compare(f"{step.work}, compiled, mode {mode}, images/s", ours(args, step, mode), peers, args)
+
+
+def steps():
+    """Hinton's, WRN-40-2 → WRN-16-2, and NRD's with PreActResNet-34."""
 
     def hinton(S, T, y):
         return 0.1 * F.cross_entropy(S, y) + 0.9 * kd_zoo.hinton_loss(S, T, 4.0)
@@ -276,9 +344,11 @@ def train(args):
     def plain_two_views(image):
         return student_view(image), teacher_view(image)
 
-    archs = ("wrn-16-2", "wrn-40-2"), ("preact_resnet34", "preact_resnet34")
-    race(args, "Hinton WRN-40-2 → WRN-16-2", archs[0], same_view, hinton, plain_same_view, plain_hinton)
-    race(args, "NRD PreActResNet-34", archs[1], two_views, js, plain_two_views, plain_js)
+    wide, deep = ("wrn-16-2", "wrn-40-2"), ("preact_resnet34", "preact_resnet34")
+    return [
+        Step("Hinton WRN-40-2 → WRN-16-2", wide, same_view, hinton, plain_same_view, plain_hinton),
+        Step("NRD PreActResNet-34", deep, two_views, js, plain_two_views, plain_js),
+    ]
 
 
 def photographs(args):
@@ -351,12 +421,13 @@ def scaling(args):
     figure.savefig(Path(__file__).resolve().parent.parent / ".github/scaling.png", dpi=90)
 
 
-WORKS = {work.__name__: work for work in (augment, corrupt, attack, leaves, train, photographs)}
+WORKS = {work.__name__: work for work in (augment, corrupt, attack, leaves, train, photographs, compiled, scaling)}
+ALL = [name for name in WORKS if name not in ("compiled", "scaling")]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", nargs="?", default="all", choices=[*WORKS, "all", "scaling"])
+    parser.add_argument("work", nargs="?", default="all", choices=[*WORKS, "all"])
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -364,10 +435,8 @@ def main():
     torch.backends.cudnn.benchmark = True
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor() or "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
-    if args.work == "scaling":
-        return scaling(args)
     print("| work | ours | peer | its speed | ratio |\n|---|---|---|---|---|")
-    for work in WORKS if args.work == "all" else [args.work]:
+    for work in ALL if args.work == "all" else [args.work]:
         torch.manual_seed(0)
         WORKS[work](args)
 

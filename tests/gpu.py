@@ -34,6 +34,7 @@ from common import atomic_write
 TABLE = """
 tests | -m pytest -q -rs tests/test_cuda.py |
 speed | tests/benchmark.py train --device cuda |
+compiled | tests/benchmark.py compiled --device cuda |
 hinton | kd_zoo.py --dataset cifar10 --method hinton | 94.28 (teacher 95.11)
 baseline | kd_zoo.py --dataset cifar10 --method baseline | 93.95
 one | kd_zoo.py --dataset cifar10 --method one | 92.80
@@ -71,7 +72,7 @@ SHARED = {  # runs that wait until the first one has trained the teacher that al
     "gauss-cs": "gauss-rs leaves-cs leaves-rs",
 }
 ROOT = Path(__file__).resolve().parent.parent
-ALONE = ("tests", "speed")  # nothing else may use the GPU meanwhile
+ALONE = ("tests", "speed", "compiled")  # nothing else may use the GPU meanwhile
 HEADING = "| command | last epoch | paper | best epoch | teacher | epochs | images/s | processes | peak memory (GiB) |"
 
 
