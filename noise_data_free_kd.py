@@ -74,7 +74,7 @@ def teacher_recipe(args):
     epochs = args.teacher_epochs
     recipe = {"epochs": epochs, "optimizer": "adam", "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0}
     recipe["milestones"] = None  # lr falls where the test loss stops falling
-    if args.dataset == "shapes":  # for which twelve epochs are too few
+    if args.dataset == "shapes":  # twelve epochs are too few for that
         recipe |= {"batch_size": 64, "lr": 2e-3, "milestones": [round(2 / 3 * epochs), round(5 / 6 * epochs)]}
     if Path(args.dataset).stem == "cifar100":
         recipe |= {"optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4}
