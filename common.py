@@ -118,6 +118,7 @@ def parse(parser, preset):
         raise UsageError(f"--rate: --noise {args.noise} has no rate; name another --noise, or leave --rate out")
     changed = {flag: value for flag, value in vars(args).items() if value != parser.get_default(flag)}
     told = {k: v for k, v in changed.items() if k not in ("dataset", "noise", "rate", "seed", *MACHINE)}
+    args.given = {k: str(v) if isinstance(v, Path) else v for k, v in changed.items() if k not in ("seed", *MACHINE)}
     args.name = folder_name(args.script, args.dataset, args.noise, args.rate, told)
     return args
 
@@ -1433,10 +1434,12 @@ class Run:
         self.folder = args.out or Path("runs") / f"{args.name}-seed{args.seed}"
         self.path = self.folder / "checkpoint.pt"
         config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        config.setdefault("given", {})  # of a teacher
         self.header = {
             "script": args.script, "dataset": args.dataset, "classes": list(classes), "epochs": self.epochs,
             "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed},
             "imbalance": vars(args).get("imbalance"), "config": config,
+            "source": Path(sys.argv[0]).read_text(encoding="utf-8"),
         }  # fmt: skip
         if rank() == 0:
             options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
