@@ -31,6 +31,7 @@ import dataclasses
 import fractions
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -197,6 +198,11 @@ def corrupt(images, name, severity, seed=0):
     return torch.cat(parts)
 
 
+def truncated(x):
+    """x in whole steps of 1/255, as np.uint8 and ImageMagick cut off; 1e-4: float32's error in a blur."""
+    return (x * 255 + 1e-4).floor() / 255
+
+
 def normal(like, generator):
     return torch.randn(like.shape, device=like.device, generator=generator)
 
@@ -267,7 +273,7 @@ def glass_blur(x, constants, generator):
     sigma, shift, rounds = constants
     count, _, height, width = x.shape
     place = torch.arange(height * width, device=x.device).view(height, width)
-    pixels = blur(x, sigma).flatten(2)
+    pixels = truncated(blur(x, sigma)).flatten(2)
     for _ in range(rounds):
         draw = (2, count, height - 2 * shift, width - 2 * shift)
         up, left = torch.randint(-shift, shift, draw, device=x.device, generator=generator)
@@ -291,8 +297,7 @@ def trail(x, radius, sigma, degrees):
 
 
 def motion_blur(x, constants, generator):
-    x = trail(x, *constants, uniform(-45, 45, len(x), x, generator))
-    return (x * 255).round() / 255  # as ImageMagick
+    return trail(x, *constants, uniform(-45, 45, len(x), x, generator))
 
 
 def zoomed(x, factor):
@@ -315,8 +320,8 @@ def zoom_blur(x, end, generator):
 def snow(x, constants, generator):
     mean, std, zoom, threshold, radius, sigma, keep = constants
     flakes = zoomed(mean + std * normal(x[:, :1], generator), zoom)
-    flakes = flakes.masked_fill(flakes < threshold, 0).clamp(0, 1)
-    flakes = trail(flakes, radius, sigma, uniform(-135, -45, len(x), x, generator))
+    flakes = truncated(flakes.masked_fill(flakes < threshold, 0).clamp(0, 1))
+    flakes = truncated(trail(flakes, radius, sigma, uniform(-135, -45, len(x), x, generator)))
     red, green, blue = x.unbind(1)
     gray = (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
     return keep * x + (1 - keep) * torch.maximum(x, 1.5 * gray + 0.5) + flakes + flakes.flip(2, 3)
@@ -441,44 +446,22 @@ def box_matrix(size, new):
 
 
 def pixelate(x, share, generator):
-    sides = [(side, int(side * share)) for side in x.shape[2:]]
-    height, width = ((box_matrix(b, a) @ box_matrix(a, b)).to(x.device) for a, b in sides)
-    return (torch.einsum("bkhw,ih,jw->bkij", x, height, width) * 255).round() / 255  # as Pillow does
-
-
-JPEG_TABLES = """
-16 11 10 16 24 40 51 61  12 12 14 19 26 58 60 55  14 13 16 24 40 57 69 56  14 17 22 29 51 87 80 62
-18 22 37 56 68 109 103 77  24 35 55 64 81 104 113 92  49 64 78 87 103 121 120 101  72 92 95 98 112 100 103 99
-17 18 24 47 99 99 99 99  18 21 26 66 99 99 99 99  24 26 56 99 99 99 99 99  47 66 99 99 99 99 99 99
-99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99"""
+    """Down and up again with Pillow's box filter, which rounds to whole levels after each axis."""
+    height, width = x.shape[2:]
+    for new_height, new_width in ((int(height * share), int(width * share)), (height, width)):
+        x = truncated(x @ box_matrix(x.shape[3], new_width).T.to(x.device) + 0.5 / 255)
+        x = truncated(box_matrix(x.shape[2], new_height).to(x.device) @ x + 0.5 / 255)
+    return x
 
 
 def jpeg_compression(x, quality, generator):
-    """The lossy half of JPEG: YCbCr, chroma at half resolution, DCT of 8×8 pixels, rounding to the tables' grain."""
-    scale = 5000 / quality if quality < 50 else 200 - 2 * quality
-    tables = torch.tensor([int(v) for v in JPEG_TABLES.split()], device=x.device).view(2, 8, 8)
-    grain = ((tables * scale + 50) / 100).floor().clamp(1, 255)
-    k = torch.arange(8.0, device=x.device)
-    dct = torch.cos((2 * k + 1) * k.view(-1, 1) * (math.pi / 16)) / 2
-    dct[0] /= math.sqrt(2)
-
-    def coded(plane, grain):
-        blocks = plane.unfold(2, 8, 8).unfold(3, 8, 8) - 128
-        frequencies = torch.einsum("bkmnij,ui,vj->bkmnuv", blocks, dct, dct)
-        frequencies = (frequencies / grain).round() * grain
-        blocks = torch.einsum("bkmnuv,ui,vj->bkminj", frequencies, dct, dct)
-        return blocks.reshape(plane.shape).add(128).round().clamp(0, 255)
-
-    height, width = x.shape[2:]
-    x = F.pad((x * 255).round(), (0, -width % 16, 0, -height % 16), mode="replicate")
-    red, green, blue = x.split(1, 1)
-    luma = (0.299 * red + 0.587 * green + 0.114 * blue).round()
-    chroma = torch.cat([(blue - luma) / 1.772, (red - luma) / 1.402], 1) + 128
-    luma, chroma = coded(luma, grain[0]), coded(F.avg_pool2d(chroma, 2).round(), grain[1])
-    chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear") - 128
-    cb, cr = chroma.split(1, 1)
-    rgb = torch.cat([luma + 1.402 * cr, luma - 0.344136 * cb - 0.714136 * cr, luma + 1.772 * cb], 1)
-    return rgb[..., :height, :width].round() / 255
+    """By Pillow, as CIFAR-C's: image by image, on the CPU."""
+    coded = []
+    for image in (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        coded.append(np.asarray(Image.open(file)))
+    return to_float(torch.from_numpy(np.stack(coded)).permute(0, 3, 1, 2).to(x.device))
 
 
 def sampled(x, points, repeat):
@@ -507,14 +490,7 @@ def elastic_transform(x, constants, generator):
     return sampled(x, points + shift.permute(0, 2, 3, 1), repeat=True)
 
 
-CORRUPTIONS = {
-    function.__name__: function
-    for function in (
-        gaussian_noise, shot_noise, impulse_noise, speckle_noise, gaussian_blur, defocus_blur, glass_blur, motion_blur,
-        zoom_blur, snow, frost, fog, spatter, brightness, contrast, saturate, pixelate, jpeg_compression,
-        elastic_transform,
-    )
-}  # fmt: skip
+CORRUPTIONS = {name: globals()[name] for name in SEVERITIES}  # the functions above
 
 
 def read_cifar_c(folder, subjects):
