@@ -15,8 +15,8 @@ import argparse
 import codecs
 import contextlib
 import datetime
-import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -36,6 +36,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: run folders are not locked there
+    fcntl = None
 
 # torchvision and matplotlib are imported where they are used: each takes a second, and --help should not wait for them.
 
@@ -58,24 +63,45 @@ def share(text):
     return value
 
 
-def argument_parser(file, doc):
-    """The parser of the script `file` with the flags that every training script has. `parse` completes it."""
-    parser = argparse.ArgumentParser(Path(file).name, description=doc, formatter_class=HelpFormatter, add_help=False)
+def positive(text):
+    """argparse type: a float above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def count(text):
+    """argparse type: an int from 1 up."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def argument_parser(file, doc, notes=None):
+    """The parser of the script `file` with the flags that every training script has. `parse` completes it.
+
+    doc, notes: what --help shows before and after the flags.
+    """
+    parser = argparse.ArgumentParser(
+        Path(file).name, description=doc, epilog=notes, formatter_class=HelpFormatter, add_help=False
+    )
     parser.set_defaults(script=Path(file).stem)
     add = parser.add_argument_group("data and label noise").add_argument
     add("--dataset", default="shapes", metavar="NAME", help=DATASETS)
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where data sets are kept")
     add("--noise", choices=NOISE_KINDS, help="how training labels are corrupted")
     add("--rate", type=share, help="share of training labels to corrupt; human-* has its own")
-    add("--noise-seed", type=int, default=0, help="of label noise and class imbalance: one corruption for all --seed")
-    add("--limit-train", type=int, metavar="N", help="use N evenly spaced training samples")
-    add("--limit-test", type=int, metavar="N", help="use N evenly spaced test samples")
-    add("--resize", type=int, default=256, metavar="PIXELS", help="photographs: side of the square that is kept")
-    add("--image-size", type=int, default=224, metavar="PIXELS", help="photographs: side of the crop a model sees")
+    add("--noise-seed", type=int, default=0, help="of label noise: one corruption for all --seed")
+    add("--limit-train", type=count, metavar="N", help="use N evenly spaced training samples")
+    add("--limit-test", type=count, metavar="N", help="use N evenly spaced test samples")
+    add("--resize", type=count, default=256, metavar="PIXELS", help="photographs: side of the square that is kept")
+    add("--image-size", type=count, default=224, metavar="PIXELS", help="photographs: side of the crop a model sees")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, help="passes over the training set; the schedule scales along")
-    add("--batch-size", type=int, help="images a step; the incomplete last batch is left out")
+    add("--epochs", type=count, help="passes over the training set; the schedule scales along")
+    add("--batch-size", type=count, help="images a step; the incomplete last batch is left out")
     add("--lr", type=float, help="initial learning rate")
     add("--weight-decay", type=float, help="L2 penalty of the optimiser")
     add("--seed", type=int, nargs="+", default=[0], help="of weights, batches, augmentation; several: a run each")
@@ -84,42 +110,68 @@ def argument_parser(file, doc):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--amp", action=argparse.BooleanOptionalAction, help="models compute in bfloat16; on where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the models")
-    add("--out", type=Path, metavar="DIR", help="run folder; None: runs/, named by every flag that is not the preset's")
+    add("--out", type=Path, metavar="DIR", help="run folder; None: in runs/, named by the flags that are given")
     add("--resume", action="store_true", help="continue the run in the run folder, or start it")
     add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too, into the run folder")
     return parser
 
 
+TEACHER = ("teacher", "teacher_arch", "teacher_model", "mean", "std", "teacher_seeds")
+
+
 def add_teacher_arguments(parser):
-    """Add the flags of a script that distils from a teacher."""
+    """Add the flags of a script that distils from a teacher: TEACHER and --student-arch."""
     add = parser.add_argument_group("teacher and student").add_argument
     add("--teacher", type=Path, metavar="CKPT", help="checkpoint.pt, or public weights; None: train a teacher, once")
     add("--teacher-arch", metavar="ARCH", help="of the teacher that is trained, or of public weights")
     add("--teacher-model", metavar="FILE.py:NAME", help="NAME() gives the teacher, from images in [0, 1] to logits")
     add("--mean", nargs=3, type=float, help="of the images that public weights expect; None: of the training images")
     add("--std", nargs=3, type=float, help="the same, standard deviation")
-    add("--teacher-seeds", type=int, default=1, metavar="K", help="train K teachers, take the best")
+    add("--teacher-seeds", type=count, default=1, metavar="K", help="train K teachers, take the best")
     add("--student-arch", metavar="ARCH", help="wrn-D-K, resnetD, …")
 
 
-MACHINE = ("out", "resume", "device", "data_dir", "tensorboard")  # may differ between a run and its continuation
+# These flags do not decide what a run computes, and neither does its name.
+MACHINE = ("out", "resume", "device", "data_dir", "tensorboard")
 
 
 def parse(parser, preset):
     """The command line as a Namespace; flags that are left out have the values of preset(flags as given), a dict.
 
-    `name` is the run folder's: the script, the data set, the noise, and every flag that differs from the preset.
+    `given` is a dict of the flags on the command line that change something: whose value differs from what it would be
+    if that flag were left out. `name` is the run folder's: the script, the data set, the noise, and these flags.
     """
-    given = parser.parse_known_args()[0]
-    parser.set_defaults(amp=multiplies_bfloat16(given.device), **preset(given))
+    defaults = vars(parser.parse_known_args([])[0])
+    unset = object()
+    typed = vars(parser.parse_known_args(namespace=argparse.Namespace(**dict.fromkeys(defaults, unset)))[0])
+    typed = {flag: value for flag, value in typed.items() if value is not unset}
+
+    def completed(flags):
+        values = {**defaults, **flags}
+        return {**values, "amp": multiplies_bfloat16(values["device"]), **preset(argparse.Namespace(**values)), **flags}
+
+    parser.set_defaults(**completed(typed))  # --help shows them
     parser.add_argument("-h", "--help", action="help", help="show this and exit")
     args = parser.parse_args()
-    if args.rate is not None and args.noise in ("none", *HUMAN):
-        raise UsageError(f"--rate: --noise {args.noise} has no rate; name another --noise, or leave --rate out")
-    changed = {flag: value for flag, value in vars(args).items() if value != parser.get_default(flag)}
-    told = {k: v for k, v in changed.items() if k not in ("dataset", "noise", "rate", "seed", *MACHINE)}
+    args.given = {}
+    for flag in (flag for flag in typed if flag not in ("seed", *MACHINE)):
+        others = {other: value for other, value in typed.items() if other != flag}
+        if typed[flag] != completed(others)[flag]:
+            args.given[flag] = str(typed[flag]) if isinstance(typed[flag], Path) else typed[flag]
+    if args.noise in ("none", *HUMAN):
+        refuse(args, ("rate",), f"--noise {args.noise} has no rate")
+    if not of_photographs(args.dataset):
+        refuse(args, ("resize", "image_size"), f"--dataset {args.dataset} keeps its size")
+    told = {flag: value for flag, value in args.given.items() if flag not in ("dataset", "noise", "rate")}
     args.name = folder_name(args.script, args.dataset, args.noise, args.rate, told)
     return args
+
+
+def refuse(args, flags, why):
+    """Raise UsageError where one of these flags is given: nothing reads it, but it would stand in the run's name."""
+    for flag in flags:
+        if flag in args.given:
+            raise UsageError(f"--{flag.replace('_', '-')}: {why}; leave it out")
 
 
 def multiplies_bfloat16(device):
@@ -131,12 +183,15 @@ def multiplies_bfloat16(device):
 
 
 def folder_name(script, dataset, noise, rate, flags):
-    """script-dataset-noise-flag=value-…, in characters that every file system takes."""
+    """script-dataset-noise-flag=value-…, in characters that every file system takes; long names end in a digest."""
     noise = "clean" if noise == "none" else noise if rate is None else f"{noise}{rate:.12g}"
     parts = [script, dataset.removesuffix(".npz"), noise]
     for flag, value in flags.items():
         parts.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
-    return re.sub(r"[^\w.,=+-]", "_", "-".join(parts))
+    name = re.sub(r"[^\w.,=+-]", "_", "-".join(parts))
+    if len(name.encode()) > 200:
+        name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
 
 
 def run(parse_args, main):
@@ -146,6 +201,9 @@ def run(parse_args, main):
     """
     if not dist.is_torchelastic_launched():  # else torchrun ends a process that waits for others by SIGTERM
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ± gets a question mark
     try:
         args = parse_args()
         results = []
@@ -1150,9 +1208,11 @@ def build_model(
         head = pooled(nn.BatchNorm2d(64 * k), nn.ReLU(), classifier=nn.Linear(64 * k, num_classes))
         stem = conv_stem(16)
     elif arch in ("preact_resnet18", "preact_resnet34"):
-        blocks = stages(PreActBlock, (64, 64, 128, 256, 512), (2, 2, 2, 2) if arch.endswith("18") else (3, 4, 6, 3))
-        head = pooled(nn.BatchNorm2d(512), nn.ReLU(), classifier=nn.Linear(512, num_classes))
-        stem = conv_stem(64)
+        widths, depths = (64, 64, 128, 256, 512), (2, 2, 2, 2)
+        if arch == "preact_resnet34":  # that of GJS's code, which NRD's tables compare
+            widths, depths = (32, 32, 64, 128), (5, 5, 5)
+        stem, blocks = conv_stem(widths[0]), stages(PreActBlock, widths, depths)
+        head = pooled(nn.BatchNorm2d(widths[-1]), nn.ReLU(), classifier=nn.Linear(widths[-1], num_classes))
     elif arch in ("resnet18", "resnet34", "resnet50", "resnet101"):
         net = library_model(arch, num_classes, pretrained)
         stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool) if large else conv_stem(64, net.bn1, net.relu)
@@ -1311,8 +1371,9 @@ def load_checkpoint(path, flag="checkpoint"):
     """The dict that `Run` saved at `path`, tensors on the CPU, read without executing pickled code.
 
     Keys: model and the other parts of the training state, each with its entry in built_as; script, dataset, classes,
-    noise (kind, rate, seed), imbalance, config, metrics (a dict an epoch), epoch, epochs, rng. Says how far unfinished
-    training is. Raises UsageError where there is no such file, where it is none of ours, where no epoch is finished.
+    noise (kind, rate, seed), imbalance, config, source (the script's text), metrics (a dict an epoch), epoch, epochs,
+    rng. Says how far unfinished training is. Raises UsageError where there is no such file, where it is none of ours,
+    where no epoch is finished.
     """
     checkpoint = read_weights_only(path, flag)
     if not isinstance(checkpoint, dict) or not {"built_as", "epoch", "epochs"} <= checkpoint.keys():
@@ -1390,18 +1451,21 @@ def claim(folder, config, resume, wait):
         raise UsageError(f"--out: {folder} is not empty; name a new folder")
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UsageError(f"--out: another process is at work in {folder}") from None
     except OSError:
         pass  # a file system without locks: nothing holds the folder
+    for partial in folder.glob("*.partial.*"):  # of a process that was killed while it wrote
+        partial.unlink()
     file.seek(0)
     text = file.read()
     if text and f'"script": "{config["script"]}"' not in text:
         raise UsageError(f"--out: {path} is not of a run of {config['script']}; name a new folder")
     if (folder / "checkpoint.pt").exists():
         old = json.loads(text)
-        keys = sorted(config.keys() - {*MACHINE, "torch", "commit"})
+        keys = sorted(config.keys() - {*MACHINE, "given", "name", "torch", "commit"})
         differs = [f"{k} ({old.get(k)} there, {config[k]} here)" for k in keys if old.get(k) != config[k]]
         if differs:
             raise UsageError(f"--out: {folder} holds another run: {', '.join(differs)}; name another folder")
@@ -1432,11 +1496,15 @@ class Run:
         self.args, self.device, self.epochs = args, device, epochs or args.epochs
         self.folder = args.out or Path("runs") / f"{args.name}-seed{args.seed}"
         self.path = self.folder / "checkpoint.pt"
+        if args.batch_size % world_size():
+            raise UsageError(f"--batch-size: {args.batch_size} cannot be split over {world_size()} processes")
         config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        source = Path(__file__).with_name(f"{args.script}.py")  # a fork has no commit
         self.header = {
             "script": args.script, "dataset": args.dataset, "classes": list(classes), "epochs": self.epochs,
             "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed},
             "imbalance": vars(args).get("imbalance"), "config": config,
+            "source": source.read_text(encoding="utf-8") if source.exists() else "",
         }  # fmt: skip
         if rank() == 0:
             options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
@@ -1451,7 +1519,8 @@ class Run:
                 raise UsageError("--tensorboard: needs the package; pip install tensorboard") from None
             self.board = SummaryWriter(self.folder)
         barrier()
-        print(textwrap.fill(" ".join(f"{k}={v}" for k, v in config.items()), 120, break_on_hyphens=False), flush=True)
+        shown = " ".join(f"{key}={value}" for key, value in config.items() if key != "given")
+        print(textwrap.fill(shown, 120, break_on_hyphens=False), flush=True)
         self.saved = load_checkpoint(self.path, "--resume") if args.resume and self.path.exists() else {"metrics": []}
         self.metrics, self.done_before = self.saved["metrics"], len(self.saved["metrics"])
 
@@ -1491,7 +1560,10 @@ class Run:
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         if rank() == 0:
             with atomic_write(path or self.path) as partial:
-                torch.save(checkpoint, partial)
+                try:
+                    torch.save(checkpoint, partial)
+                except RuntimeError as error:  # so PyTorch's writer calls a full disk
+                    raise OSError(f"{path or self.path} cannot be written; is the disk full? ({error})") from None
             with atomic_write(self.folder / "metrics.jsonl") as partial:
                 partial.write_text("".join(json.dumps(record) + "\n" for record in self.metrics), encoding="utf-8")
 

@@ -15,8 +15,8 @@ import fickle_teacher as ft
 import messy_collaboration as mc
 import soft_randomization as sr
 
-TINY = ["--dataset", "tiny.npz", "--batch-size", 20, "--epochs", 1, "--device", "cpu"]
-TINY += ["--teacher-arch", "wrn-10-1", "--student-arch", "resnet8"]
+ALONE = ["--dataset", "tiny.npz", "--batch-size", 20, "--epochs", 1, "--device", "cpu", "--student-arch", "resnet8"]
+TINY = [*ALONE, "--teacher-arch", "wrn-10-1"]
 
 
 @pytest.fixture(autouse=True)
@@ -78,8 +78,8 @@ def seen(monkeypatch):
 @pytest.mark.parametrize("script, single", [(ft, "baseline"), (sr, "ga"), (mc, "baseline")])
 def test_a_run_minimises_equation_1_or_cross_entropy(cli, seen, script, single, alone):
     """The mean over its steps. The teacher's weights, gradients and BatchNorm stay as they are."""
-    flags = ["--method", single] if alone else ["--alpha", 0.7, "--tau", 3]
-    status, out, err = cli(script, *TINY, *flags, "--out", "run")
+    flags = [*ALONE, "--method", single] if alone else [*TINY, "--alpha", 0.7, "--tau", 3]
+    status, out, err = cli(script, *flags, "--out", "run")
     assert (status, err) == (0, "") and out.splitlines()[-1].endswith(": run")
     answers, alpha = (seen["S"], 0) if alone else (seen["T"], 0.7)
     steps = [(S, T, y.numpy()) for (_, S), (_, T), y in zip(seen["S"], answers, seen["y"], strict=True)]
@@ -219,8 +219,8 @@ def test_a_given_teacher_is_used_where_it_fits_and_refused_where_not(cli, tmp_pa
     small = np.zeros((40, 3, 16, 16), np.uint8)
     write_npz(tmp_path / "small.npz", train_images=small, test_images=small[:20])
     write_npz(tmp_path / "other.npz", classes=np.array(["ant", "bee", "cow"]))
-    assert cli(sr, *TINY, "--method", "ga", "--out", "made")[0] == 0
-    flags = [*TINY, "--teacher", "made/checkpoint.pt"]
+    assert cli(sr, *ALONE, "--method", "ga", "--out", "made")[0] == 0
+    flags = [*ALONE, "--teacher", "made/checkpoint.pt"]
     for script, changes, says in (
         (sr, ["--dataset", "other.npz"], "classes ['ant', 'bee', 'cat'], not ['ant', 'bee', 'cow'];"),
         (sr, ["--noise", "sym", "--rate", 0.2], "noise {'kind': 'none',"),
