@@ -631,13 +631,12 @@ OPS = (
 )
 SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, BRIGHTNESS, CONTRAST, COLOR, SHARPNESS = range(9)
 POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE, IDENTITY, INVERT = range(9, 15)
-# The columns of the table. The kind of operation. A warp's matrix: by what (x, y, 1) are multiplied to give x and y. A
-# blend's factor, and how much of the grey image and of the mean grey is in the other image. Posterize's step between
-# levels. The level from which on solarize inverts.
+# The columns of the table: the kind of operation; a warp's matrix, x = X_X · x + X_Y · y + X_1 and the same for y; a
+# blend's factor, and the shares of the grey image and of the mean grey in the image blended with; posterize's step
+# between levels; the level from which on solarize inverts.
 KIND, X_X, X_Y, X_1, Y_X, Y_Y, Y_1, FACTOR, GRAY, MEAN_GRAY, STEP, THRESHOLD = range(12)
 
-
-_tables = {}  # what op_table has computed, by its arguments; torch.compile would compute it anew with functools.cache
+_tables = {}  # op_table's results by its arguments; not functools.cache, through which torch.compile looks
 
 
 def op_table(bins, height, width, device, translate=150 / 331, posterize=8):
@@ -698,7 +697,7 @@ def apply_ops(images, table, op, strength, negative, mode="nearest"):
             mine = mask.nonzero().squeeze(1)
             if len(mine):
                 images.index_copy_(0, mine, transform(images.index_select(0, mine), rows.index_select(0, mine)))
-        else:  # compute all rows: to count them the host would wait for the device
+        else:  # compute all rows: to count those concerned, the host would wait for the device
             images = torch.where(mask.view(-1, 1, 1, 1), transform(images, rows), images)
     return images
 
@@ -729,10 +728,10 @@ def _gray(images):
 
 
 def _blend(images, rows):
-    """factor · image + (1 - factor) · other: black for brightness, the mean grey for contrast, grey for colour."""
+    """factor · image + (1 - factor) · another: black for brightness, the mean grey for contrast, grey for colour."""
     gray = _gray(images).floor_()
-    other = _column(rows, GRAY) * gray + _column(rows, MEAN_GRAY) * gray.mean((2, 3), keepdim=True)
-    return torch.lerp(other, images, _column(rows, FACTOR)).clamp_(0, 255)
+    another = _column(rows, GRAY) * gray + _column(rows, MEAN_GRAY) * gray.mean((2, 3), keepdim=True)
+    return torch.lerp(another, images, _column(rows, FACTOR)).clamp_(0, 255)
 
 
 def _sharpness(images, rows):
