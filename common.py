@@ -675,63 +675,88 @@ def human_labels(clean, kind, data_dir):
 
 
 # --------------------------------------------------------------------------------------------------------- augmentation
-# Batched on the images' device, every sample with a draw of its own. An operation is of one of three kinds, each a
-# handful of kernels however large the batch: a warp (one grid_sample), a blend with a degenerate image, or a look-up
-# table per sample and channel (one gather). Pixel values follow the 8-bit operations of torchvision.transforms.v2.
+# Batched on the images' device, every sample with a draw of its own. What an operation does at a strength is one row of
+# a table of numbers: the matrix of a warp, the factor of a blend, and so on. A batch takes its rows; then each of six
+# kinds of operation changes the images that are its own, in a handful of kernels however large the batch.
+# Pixel values follow the 8-bit operations of torchvision.transforms.v2.
 
 OPS = (
     *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),  # warps
-    *("Brightness", "Contrast", "Color", "Sharpness"),  # up to here the magnitude has a random sign
+    *("Brightness", "Contrast", "Color", "Sharpness"),  # blends; up to here the strength has a random sign
     *("Posterize", "Solarize", "AutoContrast", "Equalize"),  # up to here AugMix
     "Identity",  # up to here RandAugment
     "Invert",  # AutoAugment
 )
 SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, BRIGHTNESS, CONTRAST, COLOR, SHARPNESS = range(9)
 POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE, IDENTITY, INVERT = range(9, 15)
+# The columns of the table: the kind of operation; a warp's matrix, x = X_X · x + X_Y · y + X_1 and the same for y; a
+# blend's factor, and the shares of the grey image and of the mean grey in the image blended with; posterize's step
+# between levels; the level from which on solarize inverts.
+KIND, X_X, X_Y, X_1, Y_X, Y_Y, Y_1, FACTOR, GRAY, MEAN_GRAY, STEP, THRESHOLD = range(12)
+
+_tables = {}  # op_table's results by its arguments; not functools.cache, through which torch.compile looks
 
 
-@functools.cache
-def op_magnitudes(bins, height, width, device, translate=150 / 331, posterize=8):
-    """Magnitude of each operation at each strength: float32 [15, bins] on `device`, as torchvision's spaces.
+def op_table(bins, height, width, device, translate=150 / 331, posterize=8):
+    """What each operation does at each strength, with + and with -: float32 [15, bins, 2, 12] on `device`.
 
-    Shear as a slope, translation in whole pixels, rotation in degrees, posterize in bits, solarize as a threshold in
-    [0, 1], brightness, contrast, colour and sharpness as the blend factor minus one. AutoAugment and RandAugment
-    translate by up to 150/331 of the side and posterize to 8 … 4 bits; AugMix by up to 1/3 and to 4 … 0 bits.
+    Strengths are evenly spaced as in torchvision's spaces, from nothing to a shear of 0.3, a turn of 30°, a move of
+    `translate` times the side in whole pixels, a blend by 1 ± 0.9, `posterize` - 4 bits, solarize from 0 on.
+    AutoAugment and RandAugment move by up to 150/331 of the side and posterize to 8 … 4 bits; AugMix moves by up to
+    1/3 and posterizes to 4 … 0 bits.
     """
-    table = torch.zeros(len(OPS), bins)
-    table[[SHEAR_X, SHEAR_Y]] = torch.linspace(0, 0.3, bins)
-    table[TRANSLATE_X] = torch.linspace(0, translate * width, bins).trunc()
-    table[TRANSLATE_Y] = torch.linspace(0, translate * height, bins).trunc()
-    table[ROTATE] = torch.linspace(0, 30, bins)
-    table[[BRIGHTNESS, CONTRAST, COLOR, SHARPNESS]] = torch.linspace(0, 0.9, bins)
-    table[POSTERIZE] = (posterize - torch.arange(bins) / ((bins - 1) / 4)).round()
-    table[SOLARIZE] = torch.linspace(1, 0, bins)
-    return table.to(device)
+    key = (bins, height, width, device, translate, posterize)
+    if key in _tables:
+        return _tables[key]
+
+    def spaced(start, end):
+        return torch.linspace(start, end, bins).view(-1, 1)
+
+    sign = torch.tensor([1.0, -1.0])
+    shear, angle, change = spaced(0, 0.3) * sign, spaced(0, 30) * sign * (math.pi / 180), spaced(0, 0.9) * sign
+    move_x, move_y = (spaced(0, translate * side).trunc() * sign for side in (width, height))
+    bits = (posterize - torch.arange(bins) / ((bins - 1) / 4)).round().view(-1, 1)
+
+    table = torch.zeros(len(OPS), bins, 2, 12)
+    kinds = [1] * 5 + [2] * 3 + [3, 4, 4, 5, 6, 0, 4]  # in the order of apply_ops; 0: nothing is done
+    table[..., KIND] = torch.tensor(kinds).view(-1, 1, 1)
+
+    table[..., [X_X, Y_Y]] = 1
+    table[SHEAR_X, ..., X_Y], table[SHEAR_X, ..., X_1] = shear, shear * (height / 2)  # keeps the first row in place
+    table[SHEAR_Y, ..., Y_X], table[SHEAR_Y, ..., Y_1] = shear, shear * (width / 2)  # keeps the first column in place
+    table[TRANSLATE_X, ..., X_1], table[TRANSLATE_Y, ..., Y_1] = -move_x, -move_y
+    table[ROTATE, ..., X_X] = table[ROTATE, ..., Y_Y] = angle.cos()
+    table[ROTATE, ..., X_Y], table[ROTATE, ..., Y_X] = -angle.sin(), angle.sin()
+    table[..., X_X : X_1 + 1] /= width / 2  # from pixels to grid_sample's units
+    table[..., Y_X : Y_1 + 1] /= height / 2
+
+    table[BRIGHTNESS : SHARPNESS + 1, ..., FACTOR] = 1 + change
+    table[COLOR, ..., GRAY] = table[CONTRAST, ..., MEAN_GRAY] = 1
+
+    table[..., STEP], table[..., THRESHOLD] = 1, 256
+    table[POSTERIZE, ..., STEP] = 2 ** (8 - bits)
+    table[SOLARIZE, ..., THRESHOLD] = 255 * spaced(1, 0)
+    table[INVERT, ..., THRESHOLD] = 0
+    _tables[key] = table.to(device)
+    return _tables[key]
 
 
-def apply_ops(images, op, magnitude, mode="nearest", inplace=False):
-    """Apply to each image its own operation: images float [B, 3, H, W] in [0, 1], op int64 [B] in OPS, magnitude [B].
+def apply_ops(images, table, op, strength, negative, mode="nearest"):
+    """Apply to each image its own operation, the row [op, strength, negative] of the table; all three int64 [B].
 
-    mode: how warps interpolate, "nearest" or "bilinear"; what comes in from outside the image is black. inplace: the
-    images given may be overwritten.
+    images: float [B, 3, H, W] in 0 … 255, overwritten; returns the same. mode: how warps interpolate, "nearest" or
+    "bilinear"; what comes in from outside the image is black.
     """
-    if not inplace:
-        images = images.clone()
-    kinds = (
-        (op <= ROTATE, functools.partial(_warp, mode=mode)),
-        ((op > ROTATE) & (op <= COLOR), _blend),
-        (op == SHARPNESS, _sharpness),
-        (((op > SHARPNESS) & (op < EQUALIZE)) | (op == INVERT), _look_up),
-        (op == EQUALIZE, _equalize),
-    )
-    for mask, transform in kinds:
-        if images.device.type == "cpu":  # compute only the rows concerned
-            rows = mask.nonzero().squeeze(1)
-            if len(rows):
-                some = (values.index_select(0, rows) for values in (images, op, magnitude))
-                images.index_copy_(0, rows, transform(*some))
-        else:  # compute all rows: counting them would make the host wait for the device
-            images = torch.where(mask.view(-1, 1, 1, 1), transform(images, op, magnitude), images)
+    rows = table[op, strength, negative]
+    kinds = (functools.partial(_warp, mode=mode), _blend, _sharpness, _levels, _auto_contrast, _equalize)
+    masks = rows[:, KIND] == torch.arange(1, 7, device=images.device).view(-1, 1)
+    for mask, transform in zip(masks, kinds):
+        if images.device.type == "cpu" and not torch.compiler.is_compiling():  # compute only the rows concerned
+            mine = mask.nonzero().squeeze(1)
+            if len(mine):
+                images.index_copy_(0, mine, transform(images.index_select(0, mine), rows.index_select(0, mine)))
+        else:  # compute all rows: to count those concerned, the host would wait for the device
+            images = torch.where(mask.view(-1, 1, 1, 1), transform(images, rows), images)
     return images
 
 
@@ -740,120 +765,112 @@ def check_images(images):
         raise ValueError(f"images are {images.dtype} {list(images.shape)}, not float [B, 3, H, W] in [0, 1]")
 
 
-def _warp(images, op, magnitude, mode):
-    """Shear, translate or rotate: sample the input at (a · (x, y, 1), b · (x, y, 1)), in pixels from the centre."""
+def _column(rows, name):
+    return rows[:, name].view(-1, 1, 1, 1)
+
+
+def _warp(images, rows, mode):
+    """Shear, translate or rotate: sample the input at matrix · (x, y, 1), x and y in pixels from the centre."""
     height, width = images.shape[2:]
-    every = torch.arange(ROTATE + 1, device=images.device).view(-1, 1)
-    shear_x, shear_y, move_x, move_y, degrees = (op == every) * magnitude
-    cos, sin = (degrees * (math.pi / 180)).cos(), (degrees * (math.pi / 180)).sin()
-    a = (cos, shear_x - sin, shear_x * (height / 2) - move_x)  # shears keep the first row and column in place
-    b = (shear_y + sin, cos, shear_y * (width / 2) - move_y)
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device).view(-1, 1)
-    # no matrix product: where TF32 or bfloat16 is on, it would be too coarse
-    pairs = [torch.stack((of_x / (width / 2), of_y / (height / 2)), 1) for of_x, of_y in zip(a, b)]
-    by_x, by_y, shift = (pair.view(-1, 2, 1, 1) for pair in pairs)
-    grid = (by_x * x + by_y * y).add_(shift)  # [B, 2, H, W]
+    by_x, by_y, shift = rows[:, X_X : Y_1 + 1].view(-1, 2, 3, 1, 1).unbind(2)
+    grid = (by_x * x + by_y * y).add_(shift)  # no matrix product: with TF32 or bfloat16 on, it would be too coarse
     return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode=mode, align_corners=False)
 
 
 def _gray(images):
     """Luma of images [B, 3, H, W]: [B, 1, H, W]. The 8-bit operations round it down."""
-    red, green, blue = images.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+    red, green, blue = images.split(1, 1)
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def _blend(images, op, magnitude):
-    """(1 + m) · image - m · degenerate: black for brightness, the mean grey for contrast, grey for colour."""
-    images, op = images * 255, op.view(-1, 1, 1, 1)
-    gray = _gray(images).floor()
-    degenerate = torch.where(op == COLOR, gray, (op == CONTRAST) * gray.mean((2, 3), keepdim=True))
-    return torch.lerp(degenerate, images, 1 + magnitude.view(-1, 1, 1, 1)).clamp_(0, 255).div_(255)
+def _blend(images, rows):
+    """factor · image + (1 - factor) · another: black for brightness, the mean grey for contrast, grey for colour."""
+    gray = _gray(images).floor_()
+    another = _column(rows, GRAY) * gray + _column(rows, MEAN_GRAY) * gray.mean((2, 3), keepdim=True)
+    return torch.lerp(another, images, _column(rows, FACTOR)).clamp_(0, 255)
 
 
-def _sharpness(images, op, magnitude):
-    """(1 + m) · image - m · smoothed image, which has the border of the image itself."""
-    images = images * 255
+def _sharpness(images, rows):
+    """factor · image + (1 - factor) · smoothed image, which has the border of the image itself."""
     box = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     box = box[..., :-2] + box[..., 1:-1] + box[..., 2:]
     smooth = images.clone()
     smooth[:, :, 1:-1, 1:-1] = box.add_(images[:, :, 1:-1, 1:-1], alpha=4).div_(13).round_()
-    return torch.lerp(smooth, images, 1 + magnitude.view(-1, 1, 1, 1)).clamp_(0, 255).div_(255)
+    return torch.lerp(smooth, images, _column(rows, FACTOR)).clamp_(0, 255)
 
 
-def _look_up(images, op, magnitude):
-    """The operations that map each level to another: build every sample's table of 256, look its pixels up."""
-    value = (images * 255).round_()
-    level = torch.arange(256, device=images.device, dtype=torch.float32)
-    op, magnitude = op.view(-1, 1, 1), magnitude.view(-1, 1, 1)
-    darkest, brightest = (end((2, 3)).unsqueeze(2) for end in (value.amin, value.amax))
-    stretch = 255 / (brightest - darkest)  # inf where there is one level only, which is left as it is
-    table = torch.where((op == AUTO_CONTRAST) & stretch.isfinite(), ((level - darkest) * stretch).clamp(0, 255), level)
-    grain = (2 ** (8 - magnitude.clamp(0, 8))).round()
-    table = torch.where(op == POSTERIZE, level - level % grain, table)
-    table = torch.where((op == INVERT) | ((op == SOLARIZE) & (level >= 255 * magnitude)), 255 - level, table)
-    return table.div_(255).gather(2, value.long().flatten(2)).view_as(images)
+def _levels(images, rows):
+    """Posterize: levels down to a multiple of the step. Solarize, invert: from the threshold on upside down."""
+    step = _column(rows, STEP)
+    level = (images.round() / step).floor_() * step
+    return torch.where(level < _column(rows, THRESHOLD), level, 255 - level)
 
 
-def _equalize(images, *_):
-    """Equalize the histogram of each channel."""
-    pixels = images[0, 0].numel()
-    value = (images * 255).round_().long().flatten(2)
+def _auto_contrast(images, _):
+    """Stretch each channel to 0 … 255; one of a single level stays."""
+    level = images.round()
+    low, high = level.amin((2, 3), keepdim=True), level.amax((2, 3), keepdim=True)
+    return torch.where(low < high, (level - low) / (high - low) * 255, level)
+
+
+def _equalize(images, _):
+    """Equalize the histogram of each channel; one with fewer than 255 pixels below its brightest level stays."""
+    level = images.round().long().flatten(2)
     histogram = torch.zeros(len(images), 3, 256, dtype=torch.int64, device=images.device)
-    histogram.scatter_add_(2, value, torch.ones_like(value))
-    step = (pixels - histogram.gather(2, value.amax(2, keepdim=True))) // 255  # all but the brightest level
+    histogram.scatter_add_(2, level, torch.ones_like(level))
     below = histogram.cumsum(2) - histogram
-    equal = (below + step // 2) // step.clamp(min=1)
-    table = torch.where(step > 0, equal, torch.arange(256, device=images.device)).clamp(max=255) / 255
-    return table.gather(2, value).view_as(images)
+    step = below.gather(2, level.amax(2, keepdim=True)) // 255
+    equal = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
+    return torch.where(step > 0, equal.gather(2, level), level).to(images.dtype).view_as(images)
 
 
-def _signed(magnitude, op):
-    """Flip the sign of half of the magnitudes, for the operations that have one."""
-    flip = (torch.rand_like(magnitude) < 0.5) & (op <= SHARPNESS)
-    return torch.where(flip, -magnitude, magnitude)
+def _coins(count, device):
+    """Whether each strength is negative: int64 [count], 0 or 1."""
+    return (torch.rand(count, device=device) < 0.5).long()
 
 
 def rand_augment(images, num_ops, magnitude):
     """RandAugment: `num_ops` operations in turn, each drawn uniformly from 14, at strength `magnitude` of 0 … 30.
 
+    This is torchvision's form. The authors of GJS used another package, whose (1, 3) is four times as strong.
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
-    table = op_magnitudes(31, *images.shape[2:], images.device)
+    count, device = len(images), images.device
+    table = op_table(31, *images.shape[2:], device)
+    images = images * 255
     for _ in range(num_ops):
-        op = torch.randint(IDENTITY + 1, (len(images),), device=images.device)
-        images = apply_ops(images, op, _signed(table[op, magnitude], op))
-    return images
+        op = torch.randint(IDENTITY + 1, (count,), device=device)
+        images = apply_ops(images, table, op, magnitude, _coins(count, device))
+    return images.div_(255)
 
 
-def aug_mix(images, severity=3, width=3, depth=-1, alpha=1.0):
-    """AugMix: the image mixed with `width` chains of operations, weights Dirichlet(alpha) and Beta(alpha, alpha).
+def aug_mix(images, severity=3, width=3, depth=-1):
+    """AugMix: the image mixed with `width` chains of operations, by weights Dirichlet(1, …, 1) and Beta(1, 1).
 
     severity: strengths are drawn from the first `severity` of 10. depth: operations a chain; -1 draws 1-3 for each.
+    This is torchvision's form; the changes of the original code are 1.4 times as large.
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
-    size, device = len(images), images.device
-    table = op_magnitudes(10, *images.shape[2:], device, translate=1 / 3, posterize=4)
-    chains = images.repeat(width, 1, 1, 1)
-    low, high = (1, 3) if depth < 1 else (depth, depth)
-    depths = torch.randint(low, high + 1, (len(chains),), device=device)
-    for position in range(high):
-        op = torch.randint(EQUALIZE + 1, (len(chains),), device=device)
-        op = torch.where(depths > position, op, IDENTITY)
-        strength = torch.randint(severity, (len(chains),), device=device)
-        chains = apply_ops(chains, op, _signed(table[op, strength], op), mode="bilinear", inplace=True)
-
-    def dirichlet(count):  # weights [count, B, 1, 1, 1]
-        law = torch.distributions.Dirichlet(torch.full((count,), float(alpha), device=device), validate_args=False)
-        return law.sample((size,)).T.view(count, size, 1, 1, 1)
-
-    keep, change = dirichlet(2)
-    mixed = keep * images
-    for weight, chain in zip(change * dirichlet(width), chains.view(width, *images.shape)):
-        mixed.addcmul_(weight, chain)
-    return mixed.clamp_(0, 1)  # rounding alone can leave [0, 1]
+    count, device = len(images), images.device
+    table = op_table(10, *images.shape[2:], device, translate=1 / 3, posterize=4)
+    longest = depth if depth > 0 else 3
+    draws = (longest, width * count)
+    op, strength, negative = (torch.randint(n, draws, device=device) for n in (EQUALIZE + 1, severity, 2))
+    if depth < 1:
+        length = torch.randint(1, 4, (width * count,), device=device)
+        op = torch.where(torch.arange(3, device=device).view(-1, 1) < length, op, IDENTITY)
+    chains = (images.expand(width, *images.shape) * 255).flatten(0, 1)
+    for step in zip(op, strength, negative):
+        chains = apply_ops(chains, table, *step, mode="bilinear")
+    weights = torch.empty(width, count, 1, 1, 1, device=device).exponential_()
+    weights /= weights.sum(0)  # now Dirichlet(1, …, 1)
+    mixed = chains.view(width, *images.shape).mul_(weights / 255).sum(0)
+    beta = torch.rand(count, 1, 1, 1, device=device)  # Beta(1, 1)
+    return torch.lerp(images, mixed, beta).clamp_(0, 1)  # rounding alone can leave [0, 1]
 
 
 # The 25 sub-policies of AutoAugment for CIFAR-10: (operation, probability, strength of 0-9), twice.
@@ -875,14 +892,16 @@ def auto_augment(images):
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
-    table = op_magnitudes(10, *images.shape[2:], images.device)
-    ops, probabilities, strengths = auto_augment_policy(images.device)
-    policy = torch.randint(len(ops), (len(images),), device=images.device)
+    count, device = len(images), images.device
+    table = op_table(10, *images.shape[2:], device)
+    ops, probabilities, strengths = auto_augment_policy(device)
+    policy = torch.randint(len(ops), (count,), device=device)
+    images = images * 255
     for turn in (0, 1):
-        active = torch.rand(len(images), device=images.device) < probabilities[policy, turn]
+        active = torch.rand(count, device=device) < probabilities[policy, turn]
         op = torch.where(active, ops[policy, turn], IDENTITY)
-        images = apply_ops(images, op, _signed(table[op, strengths[policy, turn]], op))
-    return images
+        images = apply_ops(images, table, op, strengths[policy, turn], _coins(count, device))
+    return images.div_(255)
 
 
 @functools.cache
@@ -956,7 +975,8 @@ def _resized_crop(images, top, left, height, width, size):
 def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2):
     """Colour jitter: factors uniform in [1 - s, 1 + s] for each image, hue turned by up to ± `hue` of a full turn.
 
-    The order of the four is drawn for the whole batch. images: float [B, 3, H, W] in [0, 1]; returns the same.
+    The order of the four is drawn for the whole batch, on the host: torch.compile cannot take it into one graph.
+    images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
 
