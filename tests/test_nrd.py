@@ -187,7 +187,7 @@ def test_views_are_the_appendix_s(monkeypatch):
     small, large = torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 40, 40)
     crop = ("crop_flip", 4, "zero")  # padding 4, black
     resized, flip = ("random_resized_crop", 32, (0.08, 1.0), (3 / 4, 4 / 3)), ("crop_flip", 0, "zero", None)
-    aug_mix = ("aug_mix", 3, 3, -1, 1.0)  # severity, width, depth 1-3, alpha
+    aug_mix = ("aug_mix", 3, 3, -1)  # severity, width, depth 1-3
     cases = [
         (lambda: nrd.student_view(small, "paper", 32), [("rand_augment", 1, 3), (*crop, None), ("cutout", 5)]),
         (lambda: nrd.teacher_view(small, 32), [aug_mix, (*crop, None)]),
