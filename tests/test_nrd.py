@@ -202,6 +202,14 @@ def test_views_are_the_appendix_s(monkeypatch):
         assert calls == names
 
 
+def test_views_compile_without_a_graph_break():
+    """On the path that CUDA takes: a compiled graph computes all rows."""
+    x = torch.rand(4, 3, 32, 32)
+    for view, arguments in ((nrd.student_view, ("paper", 32)), (nrd.teacher_view, (32,))):
+        explained = torch._dynamo.explain(view)(x, *arguments)
+        assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+
+
 def test_jsd_scale_divides_the_loss(train):
     scaled, plain = train("--lr", "0")["train_loss"], train("--lr", "0", "--no-jsd-scale")["train_loss"]
     assert plain / scaled == pytest.approx(-0.8 * math.log(0.8), rel=1e-5)
