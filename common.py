@@ -1665,7 +1665,8 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     data: the Dataset. labels: int64 [N], the training labels as the student is given them. A standard teacher is
     trained by SGD with the student's epochs, batch size, lr and weight decay, `milestones` (epochs after which lr falls
     to a fifth; None: to a tenth where the test loss has not fallen for ten), crops padded by reflection, and flips.
-    recipe: epochs, batch_size, lr, weight_decay and optimizer ("sgd" or "adam"), where they are other ones. It stays in
+    recipe: epochs, batch_size, lr, weight_decay and optimizer ("sgd" or "adam"), where they are other ones; normalize:
+    whether the teacher normalises by the training images' mean and deviation, which others leave alone. It stays in
     a folder of runs/teachers named by all of that. Of --teacher-seeds K, seeds 0 … K-1, the most accurate one teaches.
     Returns the model in evaluation mode without gradients, and what the checkpoint keeps of it: {"teacher": its path,
     "teacher_acc": its test accuracy in percent}. The global random states stay as they are.
@@ -1721,7 +1722,8 @@ def train_teacher(own, seed, device, data, labels):
     torch.manual_seed(seed)
     run = Run(args, device, data.classes, wait=True)
     classes, size = len(data.classes), data.image_size
-    model = build_model(args.arch, classes, args.dropout, image_size=size, amp=args.amp).to(device)
+    stats = channel_stats(data.train_images) if vars(args).get("normalize") else ()
+    model = build_model(args.arch, classes, args.dropout, *stats, image_size=size, amp=args.amp).to(device)
     algorithm = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam}[args.optimizer]
     optimizer = algorithm(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     if args.milestones:
