@@ -184,7 +184,10 @@ def multiplies_bfloat16(device):
 
 def folder_name(script, dataset, noise, rate, flags):
     """script-dataset-noise-flag=value-…, in characters that every file system takes; long names end in a digest."""
-    noise = "clean" if noise == "none" else noise if rate is None else f"{noise}{rate:.12g}"
+    if noise == "none":
+        noise = "clean"
+    elif rate is not None:
+        noise = f"{noise}{rate:.12g}"
     parts = [script, dataset.removesuffix(".npz"), noise]
     for flag, value in flags.items():
         parts.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
@@ -1786,7 +1789,11 @@ def plot_curves(path, metrics, title, teacher_acc=None):
     for key in [*names, "lr"]:
         if isinstance(metrics[-1][key], (int, float)):
             of_training = "training labels (%)" if key.startswith("train_acc") else "accuracy (%)"
-            panel = of_training if "acc" in key or "top5" in key else "loss" if "loss" in key else key
+            panel = key
+            if "acc" in key or "top5" in key:
+                panel = of_training
+            elif "loss" in key:
+                panel = "loss"
             panels.setdefault(panel, []).append(key)
     epochs = [record["epoch"] for record in metrics]
     figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")

@@ -41,7 +41,10 @@ def preset(args):
     rate = usual if args.dropout is None else args.dropout
     if args.method == "baseline":
         rate = 0
-    epochs = 200 if rate == 0 else 250 if rate <= 0.2 else 300 if rate <= 0.3 else 350
+    epochs = 350
+    for highest, fewer in ((0.3, 300), (0.2, 250), (0, 200)):
+        if rate <= highest:
+            epochs = fewer
     values = {"noise": "none", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "epochs": epochs}
     values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2", "dropout": usual}
     values["teacher_epochs"] = round((args.epochs or epochs) * 200 / epochs)

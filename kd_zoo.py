@@ -53,8 +53,9 @@ def preset(args):
     alpha = values.get("alpha", 0.0) if args.alpha is None else args.alpha
     values["ce"] = 1 - alpha
     student = args.student_arch or "wrn-16-2"
-    large = "resnet26x4" if student.endswith("x4") else "resnet26" if student.startswith("resnet") else "wrn-40-2"
-    values["teacher_arch"] = large
+    values["teacher_arch"] = "wrn-40-2"
+    if student.startswith("resnet"):
+        values["teacher_arch"] = "resnet26x4" if student.endswith("x4") else "resnet26"
     if args.dataset == "shapes":
         values |= {"student_arch": "wrn-10-1", "teacher_arch": "wrn-16-1", "batch_size": 32, "lr": 0.05}
         values |= {"limit_train": 300, "epochs": 40}
@@ -151,7 +152,8 @@ def boundary_samples(teacher, x, y, S, T, size=32, steps=10, step_size=0.3):
     if len(base) == 0:
         return x[:0]
     x, y = x[base], y[base]
-    target = p_T[base].scatter(1, y.unsqueeze(1), 0).clamp(min=1e-12).scatter(1, y.unsqueeze(1), 0).multinomial(1)
+    wrong = torch.ones_like(p_T[base]).scatter(1, y.unsqueeze(1), 0)  # 1 for a wrong class, 0 for y
+    target = (wrong * p_T[base].clamp(min=1e-12)).multinomial(1)
     moved = x.clone()
     for _ in range(steps):
         with torch.enable_grad():
@@ -196,8 +198,8 @@ def attention_loss(s, t):
 
 def similarity_loss(s, t):
     """1/b² ‖G_T - G_S‖_F² of block 3's Gram matrices between samples, rows of unit length (Tung and Mori 2019)."""
-    G_S, G_T = (F.normalize(f @ f.T) for f in (features[-1].flatten(1) for features in (s, t)))
-    return F.mse_loss(G_S, G_T)
+    f_S, f_T = s[-1].flatten(1), t[-1].flatten(1)
+    return F.mse_loss(F.normalize(f_S @ f_S.T), F.normalize(f_T @ f_T.T))
 
 
 def embedded(f):
