@@ -1522,6 +1522,7 @@ class Run:
         if args.batch_size % world_size():
             raise UsageError(f"--batch-size: {args.batch_size} cannot be split over {world_size()} processes")
         config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        config.setdefault("given", {})  # of a teacher
         source = Path(__file__).with_name(f"{args.script}.py")  # a fork has no commit
         self.header = {
             "script": args.script, "dataset": args.dataset, "classes": list(classes), "epochs": self.epochs,
