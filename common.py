@@ -345,9 +345,11 @@ def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, devic
         a third of the device's memory stay memory-mapped on the host.
     limit_train, limit_test: keep that many samples, evenly spaced, so that a file sorted by class stays balanced.
     resize, image_size: of photographs, the side in pixels of training images and of test images.
-    Raises UsageError for an unknown name and a malformed file, OSError where files are missing or a download fails.
+    Raises UsageError for an unknown name, for files that are missing or malformed, and where a download fails.
     """
-    name, data_dir, device = str(name), Path(data_dir), torch.device(device)
+    name = str(name)
+    data_dir = Path(data_dir)
+    device = torch.device(device)
     if name == "shapes":
         data = Dataset(*draw_shapes(2000, seed=0), *draw_shapes(1000, seed=1), SHAPES_CLASSES)
     elif name.endswith(".npz"):
@@ -366,13 +368,14 @@ def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, devic
         if limit is not None:
             rows = evenly_spaced(len(labels), limit)
             images, labels = images[rows], labels[rows]
-        cuda = device.type == "cuda"
-        fits = not cuda or images.numel() < torch.cuda.get_device_properties(device).total_memory / 3
-        return images.to(device) if fits else images, labels.to(device)
+        if device.type == "cuda" and images.numel() >= torch.cuda.get_device_properties(device).total_memory / 3:
+            return images, labels.to(device)
+        return images.to(device), labels.to(device)
 
     train = part(data.train_images, data.train_labels, limit_train)
     test = part(data.test_images, data.test_labels, limit_test)
-    return Dataset(*train, *test, data.classes, data.imagenet and part(*data.imagenet))
+    imagenet = part(*data.imagenet) if data.imagenet else None
+    return Dataset(*train, *test, data.classes, imagenet)
 
 
 def evenly_spaced(total, limit):
@@ -384,13 +387,16 @@ def evenly_spaced(total, limit):
 def read_npz(path):
     """The Dataset in an .npz file, read without pickle. Raises UsageError for a missing file and for wrong arrays."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.lib.npyio.NpzFile(path) as file:  # np.load would take a web page for a pickle
             arrays = {name: np.ascontiguousarray(file[name]) for name in ARRAYS}
     except Exception as error:  # no such file, or whatever a damaged or foreign one makes numpy raise
-        raise UsageError(f"--dataset: {path} is no .npz file with {', '.join(ARRAYS)} ({error})") from None
+        advice = "remove it to download it again" if path.stem in BENCHMARKS else "README says how to write one"
+        raise UsageError(f"--dataset: {path} is no .npz file with {', '.join(ARRAYS)} ({error}); {advice}") from None
     classes = [str(name) for name in arrays["classes"].ravel()]
     for part in ("train", "test"):
-        images, labels, where = arrays[f"{part}_images"], arrays[f"{part}_labels"], f"--dataset: {path}: {part}"
+        images = arrays[f"{part}_images"]
+        labels = arrays[f"{part}_labels"]
+        where = f"--dataset: {path}: {part}"
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
             raise UsageError(f"{where}_images is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W]")
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
@@ -399,21 +405,29 @@ def read_npz(path):
             span = f"{labels.min()} to {labels.max()}"
             raise UsageError(f"{where}_labels are {span}, but {len(classes)} classes are named")
         arrays[f"{part}_labels"] = labels.astype(np.int64)
-    return Dataset(*(torch.from_numpy(arrays[name]) for name in ARRAYS[:4]), classes)
+    tensors = [torch.from_numpy(arrays[name]) for name in ARRAYS[:4]]
+    return Dataset(*tensors, classes)
 
 
 def download(name, path):
     """Fetch cifar10, cifar100 or svhn with torchvision and write it to `path` as .npz."""
-    import torchvision
+    from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
     print(f"downloading {name} into {path}", flush=True)
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN}[name]
+    splits = ("train", "test") if name == "svhn" else (True, False)
+    try:
+        parts = [source(path.parent, split, download=True) for split in splits]
+    except (OSError, RuntimeError) as error:  # RuntimeError: something else came, such as a web page
+        advice = f"try again, or bring {path} from a machine where it works"
+        raise UsageError(f"--dataset {name}: torchvision's download failed ({error}); {advice}") from None
     if name == "svhn":
-        parts = [torchvision.datasets.SVHN(path.parent, split, download=True) for split in ("train", "test")]
-        images, labels, classes = [p.data for p in parts], [p.labels for p in parts], [str(d) for d in range(10)]
+        images = [part.data for part in parts]
+        labels = [part.labels for part in parts]
+        classes = [str(digit) for digit in range(10)]
     else:
-        source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-        parts = [source(path.parent, train, download=True) for train in (True, False)]
-        images, labels = [p.data.transpose(0, 3, 1, 2) for p in parts], [p.targets for p in parts]
+        images = [part.data.transpose(0, 3, 1, 2) for part in parts]
+        labels = [part.targets for part in parts]
         classes = parts[0].classes
     arrays = (images[0], np.int64(labels[0]), images[1], np.int64(labels[1]), np.array(classes))
     with atomic_write(path) as partial:
@@ -426,13 +440,13 @@ def photographs(name, data_dir, resize, image_size):
         raise UsageError(f"--resize: {resize} is smaller than --image-size {image_size}")
     try:
         parts, classes = list_pictures(name, data_dir)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: as in `download`
         raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
     data = {}
     for part, samples in parts.items():
         side = resize if part == "train" else image_size
-        path = data_dir / "decoded" / f"{name.replace('/', '_')}-{part}-{resize}-{side}.npy"
-        data[part] = decode(samples, resize, side, path)
+        stem = re.sub(r"[^\w.-]", "_", name)[-60:]  # which every file system takes
+        data[part] = decode(samples, resize, side, data_dir / "decoded" / f"{stem}-{part}-{resize}-{side}.raw")
     return Dataset(*data["train"], *data["test"], classes, data.get("imagenet"))
 
 
@@ -454,16 +468,20 @@ def list_pictures(name, data_dir):
     if name.startswith("imagefolder:"):
         root = Path(name.removeprefix("imagefolder:"))
         folder = root / "test" if (root / "test").is_dir() else root / "val"
-        train, test = (torchvision.datasets.ImageFolder(part) for part in (root / "train", folder))
+        train = torchvision.datasets.ImageFolder(root / "train")
+        test = torchvision.datasets.ImageFolder(folder)
         if train.classes != test.classes:
             odd = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
             raise UsageError(f"--dataset {name}: train and {folder.name} have other classes: {odd}")
         return {"train": train.samples, "test": test.samples}, train.classes
-    root, parts = data_dir / "webvision", {}
-    synsets = [line.split() for line in (root / "info/synsets.txt").read_text().splitlines()[:50]]
+    root = data_dir / "webvision"
+    lines = (root / "info/synsets.txt").read_text(encoding="utf-8").splitlines()
+    synsets = [line.split() for line in lines[:50]]
     lists = {"train": ("train_filelist_google.txt", root), "test": ("val_filelist.txt", root / "val_images_256")}
+    parts = {}
     for part, (file, folder) in lists.items():
-        rows = [line.rsplit(maxsplit=1) for line in (root / "info" / file).read_text().splitlines()]
+        lines = (root / "info" / file).read_text(encoding="utf-8").splitlines()
+        rows = [line.rsplit(maxsplit=1) for line in lines]
         parts[part] = [(folder / path, int(label)) for path, label in rows if int(label) < 50]
     val = data_dir / "imagenet" / "val"
     if val.is_dir():
@@ -473,14 +491,24 @@ def list_pictures(name, data_dir):
 
 
 def read_square(file, resize, side):
-    """The picture in `file`: shorter side resized, middle square cut out: uint8 [3, side, side]; None: unreadable."""
-    from torchvision.datasets.folder import pil_loader
+    """The picture in `file`: shorter side resized, middle square cut out: uint8 [3, side, side]; None: unreadable.
+
+    The pixels are as stored, like torchvision's ImageFolder: EXIF's orientation and transparency do not count, and of
+    several frames the first does. Grey levels of 16 bits are scaled to 8. Unreadable are those of 32 bits too, whose
+    range is unknown, and pictures of more than 179 million pixels.
+    """
+    from PIL import Image
     from torchvision.transforms import v2
 
     square = v2.Compose([v2.PILToTensor(), v2.Resize(resize), v2.CenterCrop(side)])
     try:
-        return square(pil_loader(file))
-    except (OSError, SyntaxError, ValueError):  # as Pillow has it
+        with Image.open(file) as picture:
+            if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
+                return None
+            if picture.mode.startswith("I"):  # convert would make 255 of all levels above 255
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            return square(picture.convert("RGB"))
+    except Exception:  # whatever a damaged or a huge file makes Pillow raise
         return None
 
 
@@ -488,30 +516,41 @@ def decode(samples, resize, side, path):
     """The pictures of samples, a list of (file, label): memory-mapped uint8 [n, 3, side, side], and labels int64 [n].
 
     They are decoded once, into `path`, and again where the files have changed. Unreadable ones are named and left out.
+    Raises UsageError where none is left.
     """
-    files, labels = zip(*samples)
-    known = [[str(file), os.path.getmtime(file) if os.path.exists(file) else None] for file in files]
+    files = [file for file, _ in samples]
+    known = []
+    for file in files:
+        stat = os.stat(file) if os.path.exists(file) else None
+        # ctime: an archive sets mtime, often to one time for all files
+        known.append([str(file), stat and [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]])
     record = path.with_suffix(".json")  # of what is in `path`; it is written last
-    saved = json.loads(record.read_text()) if record.exists() else {}
+    saved = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     if saved.get("files") != known or not path.exists():
-        rows, own = [], torch.Generator()  # the global generator is for the draws of the method
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         read = functools.partial(read_square, resize=resize, side=side)  # what the workers make of each file
-        workers = min(os.cpu_count(), 16)
-        loader = torch.utils.data.DataLoader(files, None, num_workers=workers, collate_fn=read, generator=own)
-        with atomic_write(path) as partial:
-            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 3, side, side))
+        own = torch.Generator()  # the global generator is for the draws of the method
+        loader = torch.utils.data.DataLoader(files, None, num_workers=min(cores, 16), collate_fn=read, generator=own)
+        rows = []
+        # written, not mapped: on a full disk, writing into a map kills the process
+        with atomic_write(path) as partial, open(partial, "wb") as pixels:
             for i, image in enumerate(progress(loader, f"decoding {len(files):,} pictures into {path}")):
                 if image is None:
                     print(f"cannot be read and is left out: {files[i]}", file=sys.stderr)
                 else:
-                    pixels[len(rows)] = image
+                    pixels.write(image.numpy().tobytes())
                     rows.append(i)
+            record.unlink(missing_ok=True)  # it tells of the old pixels
         saved = {"files": known, "rows": rows}
         with atomic_write(record) as partial:
-            partial.write_text(json.dumps(saved))
+            partial.write_text(json.dumps(saved), encoding="utf-8")
         print(f"decoded {len(rows):,} pictures, left out {len(files) - len(rows):,}")
     rows = saved["rows"]
-    return torch.from_numpy(np.load(path, mmap_mode="c"))[: len(rows)], torch.tensor(labels)[rows]
+    if not rows:
+        raise UsageError(f"--dataset: none of the {len(files):,} pictures of {path.stem} can be read")
+    images = np.memmap(path, np.uint8, "c", shape=(len(rows), 3, side, side))
+    labels = [samples[i][1] for i in rows]
+    return torch.from_numpy(images), torch.tensor(labels)
 
 
 FORMS = ("disc", "bar", "triangle", "cross", "ring")
@@ -530,11 +569,13 @@ def draw_shapes(count, seed, size=32):
         return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
 
     labels = torch.randperm(count, generator=generator) % 10
-    form, dotted = (labels // 2).view(-1, 1, 1), (labels % 2).view(-1, 1, 1).bool()
+    form = (labels // 2).view(-1, 1, 1)
+    dotted = (labels % 2).view(-1, 1, 1).bool()
     axis = (torch.arange(size) + 0.5) * (2 / size) - 1
     x, y = axis.view(1, 1, -1), axis.view(1, -1, 1)
 
-    t, flip = uniform(-1, 1), torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    t = uniform(-1, 1)
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     cos, sin = flip * (1 - t * t) / (1 + t * t), flip * 2 * t / (1 + t * t)  # a point of the unit circle, without sin()
     dx, dy = x - uniform(-0.2, 0.2), y - uniform(-0.2, 0.2)
     u, v = cos * dx + sin * dy, cos * dy - sin * dx  # coordinates in the form's own frame
@@ -552,7 +593,8 @@ def draw_shapes(count, seed, size=32):
     inside = outline.gather(0, form.expand(1, count, size, size))[0] <= 1
 
     frequency = uniform(2.6, 3.4)
-    a, b = (u * frequency + uniform(0, 1)) % 1 - 0.5, (v * frequency + uniform(0, 1)) % 1 - 0.5
+    a = (u * frequency + uniform(0, 1)) % 1 - 0.5
+    b = (v * frequency + uniform(0, 1)) % 1 - 0.5
     texture = torch.where(dotted, a * a + b * b < 0.12, a.abs() < 0.25)
 
     light, dark = uniform(0.7, 1, 3), uniform(0, 0.3, 3)
@@ -561,9 +603,11 @@ def draw_shapes(count, seed, size=32):
     for _ in range(3):  # clutter behind the form
         spot = (x - uniform(-1, 1)) ** 2 + (y - uniform(-1, 1)) ** 2 < uniform(0.08, 0.2) ** 2
         image = torch.where(spot.unsqueeze(1), uniform(0.2, 0.8, 3), image)
-    image = torch.where(inside.unsqueeze(1), torch.where(texture.unsqueeze(1), light, dark), image)
+    fabric = torch.where(texture.unsqueeze(1), light, dark)
+    image = torch.where(inside.unsqueeze(1), fabric, image)
     noise = torch.rand(count, 3, size, size, generator=generator) - 0.5
-    return ((image + 0.15 * noise).clamp(0, 1) * 255).round().byte(), labels
+    image = (image + 0.15 * noise).clamp(0, 1)
+    return (image * 255).round().byte(), labels
 
 
 def channel_stats(images):
@@ -573,10 +617,13 @@ def channel_stats(images):
     """
     if min(images.shape[2:]) >= 128:
         return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double().cpu()
-    share, level = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64) / 255
+    histograms = [torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]
+    counts = torch.stack(histograms).double().cpu()
+    share = counts / counts.sum(1, keepdim=True)
+    level = torch.arange(256, dtype=torch.float64) / 255
     mean = (share * level).sum(1)
-    std = ((share * level**2).sum(1) - mean**2).clamp(min=0).sqrt()
+    variance = (share * level**2).sum(1) - mean**2
+    std = variance.clamp(min=0).sqrt()
     return mean.tolist(), std.where(std > 0, 1.0).tolist()  # 1 for a constant channel: one divides by it
 
 
@@ -628,7 +675,8 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
     if kind != "none" and not (rate is not None and 0 <= rate <= 1):
         raise UsageError(f"--rate: --noise {kind} needs a rate in [0, 1], not {rate}")
     generator = torch.Generator().manual_seed(seed)
-    clean, count = labels.cpu(), len(labels)
+    clean = labels.cpu()
+    count = len(labels)
     noisy = clean.clone()
     if kind == "sym":
         if per_sample:
@@ -663,14 +711,18 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
 def human_labels(clean, kind, data_dir):
     """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, all of them or evenly spaced."""
     path = Path(data_dir) / ("CIFAR-100_human.pt" if kind == "human-noisy" else "CIFAR-10_human.pt")
-    if not path.is_file():
-        raise UsageError(f"--noise {kind}: no {path}; it is part of CIFAR-N (github.com/UCSC-REAL/cifar-10-100n)")
     # The file is a pickle of numpy arrays: allow torch's restricted unpickler what builds those, and nothing else.
-    rebuild = np.empty(0).__reduce__()[0]
-    arrays = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
-    with torch.serialization.safe_globals([*arrays, type(np.dtype(np.int64))]):
-        content = torch.load(path, weights_only=True)
-    truth, noisy = (torch.from_numpy(np.int64(content[k])) for k in ("clean_label", HUMAN[kind]))
+    array = np.empty(0)
+    rebuild, *_ = array.__reduce__()  # the function that makes an array; numpy 2 has given it another name
+    allowed = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
+    try:
+        with torch.serialization.safe_globals([*allowed, type(np.dtype(np.int64))]):
+            content = torch.load(path, weights_only=True)
+        truth = torch.from_numpy(np.int64(content["clean_label"]))
+        noisy = torch.from_numpy(np.int64(content[HUMAN[kind]]))
+    except Exception as error:  # no such file, or whatever a damaged or foreign one makes the unpickler raise
+        advice = "take it from CIFAR-N (github.com/UCSC-REAL/cifar-10-100n)"
+        raise UsageError(f"--noise {kind}: cannot read {path} ({type(error).__name__}); {advice}") from None
     rows = evenly_spaced(len(truth), len(clean))
     if not torch.equal(truth[rows], clean):
         raise UsageError(f"--noise {kind}: {path} labels another data set, or the images are not in the official order")
