@@ -1345,13 +1345,17 @@ def predict(model, images, batch_size=None):
     """Logits float32 [N, C], on the model's device, of uint8 images [N, 3, H, W]; the model is in evaluation mode.
 
     batch_size: None takes that of EVAL_BATCH. Under torchrun every process has the logits of the first.
+    Raises UsageError where the model gives something else than logits.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}, not uint8")
-    device, training, logits = next(model.parameters()).device, model.training, None
+    device = next(model.parameters(), images).device  # a module of other people may have no parameters
+    training, logits = model.training, None
     model.eval()
     for rows in evenly_split(torch.arange(len(images), device=images.device), batch_size or EVAL_BATCH[device.type]):
         part = model(to_float(images[rows].to(device)))
+        if not torch.is_tensor(part) or part.dim() != 2:
+            raise UsageError(f"{type(model).__name__} gives a {type(part).__name__}; it must give logits [B, C] alone")
         logits = part.new_empty(len(images), part.shape[1]) if logits is None else logits
         logits[rows.to(device)] = part
     model.train(training)
@@ -1439,6 +1443,13 @@ def read_weights_only(path, flag):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if name:
+            alone = f'torch.save(torch.load("{path}", weights_only=False)["model"], "weights.pt")'
+            raise UsageError(
+                f"{flag}: {path} holds {name[1]} beside tensors, and to read that may run foreign code; if you trust "
+                f'the file, save its weights alone: {alone}; of a whole module .state_dict() in place of ["model"]'
+            ) from None
         raise UsageError(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})") from None
 
 
@@ -1469,48 +1480,79 @@ def load_model(checkpoint, part="model", device="cpu", amp=False):
 
 
 def public_state(path, flag):
-    """The state_dict in a file of other people's, alone or under "model", "state_dict" or "net", without "module."."""
+    """The state_dict in a file of other people's, without the prefixes that DataParallel and others put before names.
+
+    It stands there alone or under "model", "state_dict", "net", "model_state_dict" or "student". Of a file with a
+    teacher too (names with "student." and "teacher."), the student's. Raises UsageError where there is none, and where
+    a tensor has a NaN or an infinity.
+    """
     state = read_weights_only(path, flag)
-    for key in ("model", "state_dict", "net"):
-        state = state.get(key, state)
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    keys = ("model", "state_dict", "net", "model_state_dict", "student")
+    for key in keys:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(tensor) for tensor in state.values()):
+        raise UsageError(f"{flag}: {path} has no state_dict, alone or under one of {', '.join(keys)}")
+    for prefix in ("module.", "_orig_mod.", "student."):
+        inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        state = inside or state
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UsageError(f"{flag}: {path} has a NaN or an infinity in {name}; take weights of an earlier epoch")
+    return state
 
 
 def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=False):
     """A Classifier with other people's weights, in evaluation mode. Its number of classes is the file's.
 
-    arch, image_size, dropout: as for build_model. mean, std: of the images that the weights expect. Tensors are matched
-    by name where the names are ours, else by their order. Raises UsageError where `arch` has other tensors.
+    arch, image_size, dropout: as for build_model. mean, std: of the images in [0, 1] that the weights expect, where the
+    file has none of ours. Tensors are matched by their order; num_batches_tracked, which files from before torch 0.4.1
+    lack, is left out. Raises UsageError where `arch` has other tensors, or mean and std another scale.
     """
+    if max(*mean, *std) > 1 or min(std) <= 0:
+        raise UsageError(f"--mean, --std: {mean}, {std} are not of images in [0, 1]; divide those of 0 to 255 by 255")
     state = public_state(path, flag)
-    classes = len(list(state.values())[-1])  # the classifier's bias comes last
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    lengths = [len(tensor) for tensor in state.values() if tensor.dim() > 0] or [1]
+    classes = lengths[-1]  # the classifier's bias comes last
     model = build_model(arch, classes, dropout, mean, std, image_size, amp=amp)
     own = model.state_dict()
-    if own.keys() != state.keys():
-        names = [name for name in own if name not in ("mean", "std")]
-        for name, theirs in itertools.zip_longest(names, state):
-            if name is None or theirs is None or own[name].shape != state[theirs].shape:
-                raise UsageError(f"{flag}: {path} is no {arch}: its tensor {theirs} is not like {name} of {arch}")
-        state = own | dict(zip(names, state.values()))
-    model.load_state_dict(state)
+    names = [name for name in own if not name.endswith("num_batches_tracked")]
+    names = [name for name in names if name in state or name not in ("mean", "std")]
+
+    def described(name, tensors):
+        return f"{name} {list(tensors[name].shape)}" if name else "no tensor more"
+
+    for name, theirs in itertools.zip_longest(names, state):
+        wanted, found = described(name, own), described(theirs, state)
+        if wanted.split(".")[-1] != found.split(".")[-1]:  # "weight [16, 3, 3, 3]", whatever its layer is called
+            raise UsageError(f"{flag}: {path} is no {arch}: where that has {wanted}, the file has {found}")
+    model.load_state_dict(own | dict(zip(names, state.values())))
     return model.eval()
 
 
 def load_module(text, flag, path=None):
     """The nn.Module that NAME() gives, text being "FILE.py:NAME", with the state_dict in `path`, if there is one.
 
-    It takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. In evaluation mode. Raises UsageError where
-    there is no such file or name.
+    It takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. In evaluation mode. The file may import its
+    neighbours. Raises UsageError where there is no such file or name, and for weights of another module.
     """
     file, _, name = text.rpartition(":")
     if not Path(file).is_file():
-        raise UsageError(f"{flag}: no file {file}; write FILE.py:NAME")
-    namespace = runpy.run_path(file)
-    if name not in namespace:
-        raise UsageError(f"{flag}: {file} has no {name}")
-    model = namespace[name]()
+        raise UsageError(f"{flag}: {text} names no file; write FILE.py:NAME")
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as for `python FILE.py`
+    make = runpy.run_path(file).get(name)
+    if not callable(make) or isinstance(make, nn.Module):
+        raise UsageError(f"{flag}: {file} has no function or class {name}")
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{flag}: {text} gives {type(model).__name__}, not an nn.Module")
     if path:
-        model.load_state_dict(public_state(path, flag))
+        state = public_state(path, flag)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:  # names every tensor that is missing, left over or of another shape
+            raise UsageError(f"{flag}: {path} does not fit {text}: {textwrap.shorten(str(error), 300)}") from None
     return model.eval()
 
 
@@ -1726,32 +1768,43 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     a folder of runs/teachers named by all of that. Of --teacher-seeds K, seeds 0 … K-1, the most accurate one teaches.
     Returns the model in evaluation mode without gradients, and what the checkpoint keeps of it: {"teacher": its path,
     "teacher_acc": its test accuracy in percent}. The global random states stay as they are.
-    Raises UsageError for a --teacher of other classes, label noise, imbalance, image size or dropout.
+    Prints where a --teacher had other label noise, imbalance or dropout than a standard one would have. Raises
+    UsageError for a --teacher of other classes or image size, and for --mean or --std without public weights.
     """
-    own = {"arch": args.teacher_arch, "dropout": dropout, "imbalance": vars(args).get("imbalance"), "optimizer": "sgd"}
-    same = "dataset data_dir noise rate noise_seed limit_train limit_test epochs batch_size lr weight_decay"
-    same += " device amp compile resize image_size" if of_photographs(args.dataset) else " device amp compile"
-    own |= {flag: getattr(args, flag) for flag in same.split()} | {"milestones": milestones} | recipe
+    shared = ["dataset", "data_dir", "noise", "rate", "noise_seed", "limit_train", "limit_test"]
+    shared += ["epochs", "batch_size", "lr", "weight_decay", "device", "amp", "compile"]
+    if of_photographs(args.dataset):
+        shared += ["resize", "image_size"]
+    standard = {"arch": args.teacher_arch, "dropout": dropout, "imbalance": vars(args).get("imbalance")}
+    standard |= {"optimizer": "sgd"} | {flag: getattr(args, flag) for flag in shared}
+    standard |= {"milestones": milestones} | recipe
+
+    saved = read_weights_only(args.teacher, "--teacher") if args.teacher and not args.teacher_model else None
+    is_ours = isinstance(saved, dict) and "built_as" in saved
+    if (args.mean or args.std) and (saved is None or is_ours):
+        raise UsageError("--mean, --std: are of public weights in --teacher; every other teacher has its own")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if args.teacher_model:
             path, teacher = args.teacher_model, load_module(args.teacher_model, "--teacher-model", args.teacher)
-        elif args.teacher and "built_as" not in read_weights_only(args.teacher, "--teacher"):
-            mean, std = channel_stats(data.train_images)
-            form = args.teacher_arch, args.mean or mean, args.std or std, data.image_size, dropout, args.amp
-            path, teacher = args.teacher, load_public(args.teacher, "--teacher", *form)
-        elif args.teacher:
+        elif is_ours:
             path, checkpoint = args.teacher, load_checkpoint(args.teacher, "--teacher")
-            noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
-            ours = {"classes": list(data.classes), "noise": noise, "imbalance": own["imbalance"]}
-            ours |= {"image_size": data.image_size, "dropout": dropout}
             theirs = checkpoint | checkpoint["built_as"]["model"]
-            for key, value in ours.items():
+            for key, value in {"classes": list(data.classes), "image_size": data.image_size}.items():
                 if theirs[key] != value:
                     differs = f"{key} {theirs[key]}, not {value}"
                     raise UsageError(f"--teacher: {path} has {differs}; leave it out to train one")
+            noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
+            for key, value in {"noise": noise, "imbalance": standard["imbalance"], "dropout": dropout}.items():
+                if theirs[key] != value:
+                    print(f"the teacher has {key} {theirs[key]}; a standard teacher would have {value}", flush=True)
             teacher = load_model(checkpoint, "model", device, args.amp)
+        elif args.teacher:
+            mean, std = channel_stats(data.train_images)
+            mean, std = args.mean or mean, args.std or std
+            path, size = args.teacher, data.image_size
+            teacher = load_public(path, "--teacher", args.teacher_arch, mean, std, size, dropout, args.amp)
         else:
-            teachers = [train_teacher(own, seed, device, data, labels) for seed in range(args.teacher_seeds)]
+            teachers = [train_teacher(standard, seed, device, data, labels) for seed in range(args.teacher_seeds)]
             path, checkpoint = max(teachers, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
             teacher = load_model(checkpoint, "model", device, args.amp)
         logits = predict(teacher.to(device).requires_grad_(False), data.test_images)
@@ -1762,12 +1815,12 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     return teacher, {"teacher": str(path), "teacher_acc": test_acc}
 
 
-def train_teacher(own, seed, device, data, labels):
-    """Train the teacher that the dict `own` of load_teacher describes, or find it trained: its path and checkpoint."""
-    apart = ("arch", "dataset", "noise", "rate", *MACHINE)
-    told = {key: value for key, value in own.items() if value and key not in apart}
-    name = folder_name(own["arch"], own["dataset"], own["noise"], own["rate"], told)
-    args = argparse.Namespace(**own, script="teacher", name=name, seed=seed, resume=True)
+def train_teacher(standard, seed, device, data, labels):
+    """Train the teacher that the dict `standard` of load_teacher describes, or find it trained: path and checkpoint."""
+    elsewhere = ("arch", "dataset", "noise", "rate", *MACHINE)  # in the name, or not of the result
+    flags = {flag: value for flag, value in standard.items() if value and flag not in elsewhere}
+    name = folder_name(standard["arch"], standard["dataset"], standard["noise"], standard["rate"], flags)
+    args = argparse.Namespace(**standard, script="teacher", name=name, seed=seed, resume=True)
     args.out = Path("runs/teachers") / f"{name}-seed{seed}"
     path = args.out / "checkpoint.pt"
     checkpoint = load_checkpoint(path, "teacher") if path.exists() else None

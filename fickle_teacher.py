@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import positive, share
+from common import UsageError, positive, share
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
@@ -75,11 +75,16 @@ def fickle(teacher):
     """Switch dropout on in a network that is otherwise in evaluation mode; returns the network.
 
     BatchNorm stays in evaluation mode. On batch statistics the answer to an image would depend on the other images of
-    the batch too, which is another noise than dropout's.
+    the batch too, which is another noise than dropout's. Raises UsageError for a network that has no dropout
+    modules (it may call F.dropout) or only such with p = 0: it would be Hinton's teacher.
     """
-    for module in teacher.eval().modules():
-        if isinstance(module, nn.Dropout):
-            module.train()
+    dropout = nn.modules.dropout._DropoutNd  # of nn.Dropout, nn.Dropout2d, nn.AlphaDropout, …
+    layers = [layer for layer in teacher.eval().modules() if isinstance(layer, dropout) and layer.p > 0]
+    if not layers:
+        raise UsageError("--dropout: the teacher has no dropout module to switch on; --dropout 0 is Hinton's method")
+    for layer in layers:
+        layer.train()
+    print(f"the teacher's dropout is on: {len(layers)} layers, p = {sorted({layer.p for layer in layers})}", flush=True)
     return teacher
 
 
@@ -114,7 +119,8 @@ def main(args):
             args, device, data, labels, standard, args.dropout, epochs=args.teacher_epochs
         )
         run.header |= about
-        teacher = fickle(teacher)
+        if args.dropout > 0:
+            teacher = fickle(teacher)
     run.checkpoint(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         student.compile()

@@ -16,6 +16,7 @@ To change: a method -> its loss below, and main; a weight -> TABLE_I; a setting 
 The commands of every table, and what we chose where the papers are silent, stand at the end (NOTES).
 """
 
+import inspect
 import math
 
 import torch
@@ -283,25 +284,27 @@ def dml_loss(first, second, y, tau):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def feature_shapes(arch, data):
-    """Shapes (K, H, W) of the features of an architecture, stem first, found without computing."""
-    with torch.device("meta"):
-        model = common.build_model(arch, 2, image_size=data.image_size)
-        images = torch.empty(2, 3, *data.test_images.shape[2:])
+def feature_shapes(model, images):
+    """Shapes (K, H, W) of the features that a model in evaluation mode has of images [B, 3, H, W], stem first.
+
+    Raises UsageError where it has none, as most modules of --teacher-model.
+    """
+    if "features" not in inspect.signature(model.forward).parameters:
+        gives = "module(x, features=True) must give (logits, [output of the stem, of block 1, of block 2, …])"
+        raise UsageError(f"--teacher-model: for fitnet, fsp, at, sp and rkd {gives}; --method hinton needs logits only")
+    with torch.no_grad():
         return [tuple(f.shape[1:]) for f in model(images, features=True)[1]]
 
 
-def check_features(args, teacher_arch, data):
-    """Raise UsageError where FitNet, FSP or AT cannot compare the features of student and teacher as they are."""
-    if args.method not in ("fitnet", "fsp", "at"):
-        return
-    s, t = (feature_shapes(arch, data) for arch in (args.student_arch, teacher_arch))
+def check_features(args, s, t):
+    """Raise UsageError where FitNet, FSP or AT cannot compare features of shapes s (student) and t (teacher)."""
+    same = True
     if args.method == "fitnet":
         same = s[2][1:] == t[2][1:]
-    elif args.method == "fsp":
+    if args.method == "fsp":
         same = s == t
-    else:
-        same = [shape[1:] for shape in s[1:]] == [shape[1:] for shape in t[1:]]
+    if args.beta:
+        same = same and [shape[1:] for shape in s[1:]] == [shape[1:] for shape in t[1:]]
     if not same:
         raise UsageError(f"--student-arch: {args.method} cannot compare its features {s} with the teacher's {t}")
 
@@ -330,8 +333,13 @@ def main(args):
     for _ in range(count):
         nets.append(common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device))
     student, parts = nets[0], {"model": nets[0]}
-    if not args.teacher:  # before one is trained
-        check_features(args, args.teacher_arch, data)
+    by_features = any((args.init_epochs, args.beta, args.gamma, args.lambda_d, args.lambda_a))
+    images = common.to_float(data.test_images[:2]).to(device)
+    student_shapes = feature_shapes(student.eval(), images)
+    if by_features and not (args.teacher or args.teacher_model):  # before one is trained
+        with torch.device("meta"):
+            untrained = common.build_model(args.teacher_arch, num_classes, image_size=size)
+        check_features(args, student_shapes, feature_shapes(untrained, images.to("meta")))
     run = common.Run(args, device, data.classes, args.init_epochs + args.epochs)
     teacher = None
     if method not in ALONE:
@@ -339,15 +347,20 @@ def main(args):
         dropout = 0.4 if args.add == "ft" else 0.0
         teacher, about = common.load_teacher(args, device, data, labels, milestones, dropout)
         run.header |= about
-        if hasattr(teacher, "built_as"):
-            check_features(args, teacher.built_as["arch"], data)
-        for module in teacher.modules():
-            module.training = args.add == "ft" and isinstance(module, nn.Dropout)  # fickle: fickle_teacher.py says why
-    if method == "fitnet":
-        widths = [feature_shapes(net.built_as["arch"], data)[2][0] for net in (student, teacher)]
-        parts["regressor"] = nn.Conv2d(*widths, 1, bias=False).to(device)
+        if by_features:
+            teacher_shapes = feature_shapes(teacher, images)
+            check_features(args, student_shapes, teacher_shapes)
+        if args.add == "ft":  # fickle: fickle_teacher.py says why
+            dropout = nn.modules.dropout._DropoutNd
+            layers = [layer for layer in teacher.modules() if isinstance(layer, dropout) and layer.p > 0]
+            if not layers:
+                raise UsageError("--add ft: the teacher has no dropout module to switch on; --add hinton works")
+            for layer in layers:
+                layer.train()
+    if method == "fitnet" and args.init_epochs:
+        parts["regressor"] = nn.Conv2d(student_shapes[2][0], teacher_shapes[2][0], 1, bias=False).to(device)
     if method == "one":
-        parts["one"] = ONE(nets, width=feature_shapes(args.student_arch, data)[-2][0]).to(device)
+        parts["one"] = ONE(nets, width=student_shapes[-2][0]).to(device)
     if method in ("one", "dml"):
         parts |= {f"net{i + 1}": net for i, net in enumerate(nets)}
     parameters = dict.fromkeys(p for part in parts.values() for p in part.parameters())  # each once
@@ -356,7 +369,6 @@ def main(args):
     if args.compile:
         for net in nets:
             net.compile()
-    by_features = any((args.init_epochs, args.beta, args.gamma, args.lambda_d, args.lambda_a))
 
     for epoch in range(run.epoch, run.epochs):
         for part in parts.values():
