@@ -307,6 +307,15 @@ class Dataset(NamedTuple):
     imagenet: tuple | None = None  # webvision: (images, labels) of ILSVRC12's validation images of the same classes
 
     @property
+    def digest(self):
+        """Twelve characters that tell this data from other: of its labels and of up to 1,000 images of each part."""
+        sha = hashlib.sha256()
+        for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
+            some = evenly_spaced(len(images), 1000).to(images.device)
+            sha.update(images[some].cpu().numpy().tobytes() + labels.cpu().numpy().tobytes())
+        return sha.hexdigest()[:12]
+
+    @property
     def image_size(self):
         """The longer side of a test image in pixels, by which build_model chooses an architecture's form."""
         return max(self.test_images.shape[2:])
@@ -1598,7 +1607,7 @@ def claim(folder, config, resume, wait):
 class Run:
     """A run folder: config.json, metrics.jsonl, checkpoint.pt and curves.png, and what is printed on the way.
 
-        run = Run(args, device, data.classes)                              # claims the folder
+        run = Run(args, device, data)                                      # claims the folder
         run.checkpoint(model=model, optimizer=optimizer, …)                # saved every epoch, read back by --resume
         for epoch in range(run.epoch, run.epochs):
             for index in run.batches(len(labels), args.batch_size):        # int64 [batch_size]
@@ -1609,7 +1618,7 @@ class Run:
     epochs: None takes args.epochs. wait, and what is raised: see `claim`.
     """
 
-    def __init__(self, args, device, classes, epochs=None, wait=False):
+    def __init__(self, args, device, data, epochs=None, wait=False):
         self.args, self.device, self.epochs = args, device, epochs or args.epochs
         self.folder = args.out or Path("runs") / f"{args.name}-seed{args.seed}"
         self.path = self.folder / "checkpoint.pt"
@@ -1619,7 +1628,7 @@ class Run:
         config.setdefault("given", {})  # of a teacher
         source = Path(__file__).with_name(f"{args.script}.py")  # a fork has no commit
         self.header = {
-            "script": args.script, "dataset": args.dataset, "classes": list(classes), "epochs": self.epochs,
+            "script": args.script, "dataset": args.dataset, "classes": list(data.classes), "epochs": self.epochs,
             "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed},
             "imbalance": vars(args).get("imbalance"), "config": config,
             "source": source.read_text(encoding="utf-8") if source.exists() else "",
@@ -1627,7 +1636,7 @@ class Run:
         if rank() == 0:
             options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
             commit = subprocess.run("git rev-parse HEAD", **options).stdout.strip()  # "" where there is no git
-            config |= {"torch": str(torch.__version__), "commit": commit}
+            config |= {"data": data.digest, "torch": str(torch.__version__), "commit": commit}
             self.claimed = claim(self.folder, config, args.resume, wait)
         self.board = None
         if vars(args).get("tensorboard") and rank() == 0:
@@ -1778,6 +1787,8 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     standard = {"arch": args.teacher_arch, "dropout": dropout, "imbalance": vars(args).get("imbalance")}
     standard |= {"optimizer": "sgd"} | {flag: getattr(args, flag) for flag in shared}
     standard |= {"milestones": milestones} | recipe
+    if args.dataset.endswith(".npz") or args.dataset.startswith("imagefolder:"):  # files that may be replaced by others
+        standard["data"] = data.digest
 
     saved = read_weights_only(args.teacher, "--teacher") if args.teacher and not args.teacher_model else None
     is_ours = isinstance(saved, dict) and "built_as" in saved
@@ -1829,7 +1840,7 @@ def train_teacher(standard, seed, device, data, labels):
 
     print("training a teacher first, or waiting for a process that does; it stays for later runs", flush=True)
     torch.manual_seed(seed)
-    run = Run(args, device, data.classes, wait=True)
+    run = Run(args, device, data, wait=True)
     classes, size = len(data.classes), data.image_size
     stats = channel_stats(data.train_images) if vars(args).get("normalize") else ()
     model = build_model(args.arch, classes, args.dropout, *stats, image_size=size, amp=args.amp).to(device)

@@ -112,7 +112,7 @@ def main(args):
     last = 0.8 if args.method == "ft" and args.dropout > 0 else 0.75
     milestones = [round(part * args.epochs) for part in (0.3, 0.6, last)]  # 105, 210, 280 of 350; 60, 120, 150 of 200
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
-    run = common.Run(args, device, data.classes)
+    run = common.Run(args, device, data)
     if args.method == "ft":
         standard = [round(part * args.teacher_epochs) for part in (0.3, 0.6, 0.75)]
         teacher, about = common.load_teacher(

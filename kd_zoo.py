@@ -340,7 +340,7 @@ def main(args):
         with torch.device("meta"):
             untrained = common.build_model(args.teacher_arch, num_classes, image_size=size)
         check_features(args, student_shapes, feature_shapes(untrained, images.to("meta")))
-    run = common.Run(args, device, data.classes, args.init_epochs + args.epochs)
+    run = common.Run(args, device, data, args.init_epochs + args.epochs)
     teacher = None
     if method not in ALONE:
         milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]

@@ -266,7 +266,7 @@ def main(args):
     else:
         milestones = [math.ceil(drop * args.epochs) for drop in args.drops]
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-    run = common.Run(args, device, data.classes)
+    run = common.Run(args, device, data)
     run.checkpoint(model=model, ema=ema, optimizer=optimizer, scheduler=scheduler)
     see_as_student, see_as_teacher = student_view, teacher_view
     if args.compile:

@@ -204,6 +204,15 @@ def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch):
     assert len(set(folders)) == len(folders) == len(changes)
 
 
+def test_other_data_of_the_same_name_is_another_run_and_another_teacher(cli, tiny_npz):
+    assert cli(sr, *TINY, "--out", "first")[0] == 0
+    write_npz(tiny_npz, train_labels=np.arange(40)[::-1] % 3)
+    status, _, err = cli(sr, *TINY, "--out", "first", "--resume")
+    assert status == 2 and "first holds another run: data (" in err
+    status, out, _ = cli(sr, *TINY, "--out", "second")
+    assert status == 0 and "training a teacher first" in out
+
+
 @pytest.mark.parametrize("best", [0, 1])
 def test_the_best_of_several_teachers_teaches(cli, monkeypatch, best):
     scores = [50 + (seed == best) for seed in (0, 1)] + [51, 90]  # of the teachers, the best again, the student
