@@ -15,8 +15,8 @@ import argparse
 import codecs
 import contextlib
 import datetime
-import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -36,6 +36,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: run folders are not locked there
+    fcntl = None
 
 # torchvision and matplotlib are imported where they are used: each takes a second, and --help should not wait for them.
 
@@ -58,24 +63,45 @@ def share(text):
     return value
 
 
-def argument_parser(file, doc):
-    """The parser of the script `file` with the flags that every training script has. `parse` completes it."""
-    parser = argparse.ArgumentParser(Path(file).name, description=doc, formatter_class=HelpFormatter, add_help=False)
+def positive(text):
+    """argparse type: a float above 0."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def count(text):
+    """argparse type: an int from 1 up."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def argument_parser(file, doc, notes=None):
+    """The parser of the script `file` with the flags that every training script has. `parse` completes it.
+
+    doc, notes: what --help shows before and after the flags.
+    """
+    parser = argparse.ArgumentParser(
+        Path(file).name, description=doc, epilog=notes, formatter_class=HelpFormatter, add_help=False
+    )
     parser.set_defaults(script=Path(file).stem)
     add = parser.add_argument_group("data and label noise").add_argument
     add("--dataset", default="shapes", metavar="NAME", help=DATASETS)
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where data sets are kept")
     add("--noise", choices=NOISE_KINDS, help="how training labels are corrupted")
     add("--rate", type=share, help="share of training labels to corrupt; human-* has its own")
-    add("--noise-seed", type=int, default=0, help="of label noise and class imbalance: one corruption for all --seed")
-    add("--limit-train", type=int, metavar="N", help="use N evenly spaced training samples")
-    add("--limit-test", type=int, metavar="N", help="use N evenly spaced test samples")
-    add("--resize", type=int, default=256, metavar="PIXELS", help="photographs: side of the square that is kept")
-    add("--image-size", type=int, default=224, metavar="PIXELS", help="photographs: side of the crop a model sees")
+    add("--noise-seed", type=int, default=0, help="of label noise: one corruption for all --seed")
+    add("--limit-train", type=count, metavar="N", help="use N evenly spaced training samples")
+    add("--limit-test", type=count, metavar="N", help="use N evenly spaced test samples")
+    add("--resize", type=count, default=256, metavar="PIXELS", help="photographs: side of the square that is kept")
+    add("--image-size", type=count, default=224, metavar="PIXELS", help="photographs: side of the crop a model sees")
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=int, help="passes over the training set; the schedule scales along")
-    add("--batch-size", type=int, help="images a step; the incomplete last batch is left out")
+    add("--epochs", type=count, help="passes over the training set; the schedule scales along")
+    add("--batch-size", type=count, help="images a step; the incomplete last batch is left out")
     add("--lr", type=float, help="initial learning rate")
     add("--weight-decay", type=float, help="L2 penalty of the optimiser")
     add("--seed", type=int, nargs="+", default=[0], help="of weights, batches, augmentation; several: a run each")
@@ -84,43 +110,68 @@ def argument_parser(file, doc):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--amp", action=argparse.BooleanOptionalAction, help="models compute in bfloat16; on where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the models")
-    add("--out", type=Path, metavar="DIR", help="run folder; None: runs/, named by every flag that is not the preset's")
+    add("--out", type=Path, metavar="DIR", help="run folder; None: in runs/, named by the flags that are given")
     add("--resume", action="store_true", help="continue the run in the run folder, or start it")
     add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too, into the run folder")
     return parser
 
 
+TEACHER = ("teacher", "teacher_arch", "teacher_model", "mean", "std", "teacher_seeds")
+
+
 def add_teacher_arguments(parser):
-    """Add the flags of a script that distils from a teacher."""
+    """Add the flags of a script that distils from a teacher: TEACHER and --student-arch."""
     add = parser.add_argument_group("teacher and student").add_argument
     add("--teacher", type=Path, metavar="CKPT", help="checkpoint.pt, or public weights; None: train a teacher, once")
     add("--teacher-arch", metavar="ARCH", help="of the teacher that is trained, or of public weights")
     add("--teacher-model", metavar="FILE.py:NAME", help="NAME() gives the teacher, from images in [0, 1] to logits")
     add("--mean", nargs=3, type=float, help="of the images that public weights expect; None: of the training images")
     add("--std", nargs=3, type=float, help="the same, standard deviation")
-    add("--teacher-seeds", type=int, default=1, metavar="K", help="train K teachers, take the best")
+    add("--teacher-seeds", type=count, default=1, metavar="K", help="train K teachers, take the best")
     add("--student-arch", metavar="ARCH", help="wrn-D-K, resnetD, …")
 
 
-MACHINE = ("out", "resume", "device", "data_dir", "tensorboard")  # may differ between a run and its continuation
+# These flags do not decide what a run computes, and neither does its name.
+MACHINE = ("out", "resume", "device", "data_dir", "tensorboard")
 
 
 def parse(parser, preset):
     """The command line as a Namespace; flags that are left out have the values of preset(flags as given), a dict.
 
-    `name` is the run folder's: the script, the data set, the noise, and every flag that differs from the preset.
+    `given` is a dict of the flags on the command line that change something: whose value differs from what it would be
+    if that flag were left out. `name` is the run folder's: the script, the data set, the noise, and these flags.
     """
-    given = parser.parse_known_args()[0]
-    parser.set_defaults(amp=multiplies_bfloat16(given.device), **preset(given))
+    defaults = vars(parser.parse_known_args([])[0])
+    unset = object()
+    typed = vars(parser.parse_known_args(namespace=argparse.Namespace(**dict.fromkeys(defaults, unset)))[0])
+    typed = {flag: value for flag, value in typed.items() if value is not unset}
+
+    def completed(flags):
+        values = {**defaults, **flags}
+        return {**values, "amp": multiplies_bfloat16(values["device"]), **preset(argparse.Namespace(**values)), **flags}
+
+    parser.set_defaults(**completed(typed))  # --help shows them
     parser.add_argument("-h", "--help", action="help", help="show this and exit")
     args = parser.parse_args()
-    if args.rate is not None and args.noise in ("none", *HUMAN):
-        raise UsageError(f"--rate: --noise {args.noise} has no rate; name another --noise, or leave --rate out")
-    changed = {flag: value for flag, value in vars(args).items() if value != parser.get_default(flag)}
-    told = {k: v for k, v in changed.items() if k not in ("dataset", "noise", "rate", "seed", *MACHINE)}
-    args.given = {k: str(v) if isinstance(v, Path) else v for k, v in changed.items() if k not in ("seed", *MACHINE)}
+    args.given = {}
+    for flag in (flag for flag in typed if flag not in ("seed", *MACHINE)):
+        others = {other: value for other, value in typed.items() if other != flag}
+        if typed[flag] != completed(others)[flag]:
+            args.given[flag] = str(typed[flag]) if isinstance(typed[flag], Path) else typed[flag]
+    if args.noise in ("none", *HUMAN):
+        refuse(args, ("rate",), f"--noise {args.noise} has no rate")
+    if not of_photographs(args.dataset):
+        refuse(args, ("resize", "image_size"), f"--dataset {args.dataset} keeps its size")
+    told = {flag: value for flag, value in args.given.items() if flag not in ("dataset", "noise", "rate")}
     args.name = folder_name(args.script, args.dataset, args.noise, args.rate, told)
     return args
+
+
+def refuse(args, flags, why):
+    """Raise UsageError where one of these flags is given: nothing reads it, but it would stand in the run's name."""
+    for flag in flags:
+        if flag in args.given:
+            raise UsageError(f"--{flag.replace('_', '-')}: {why}; leave it out")
 
 
 def multiplies_bfloat16(device):
@@ -132,12 +183,18 @@ def multiplies_bfloat16(device):
 
 
 def folder_name(script, dataset, noise, rate, flags):
-    """script-dataset-noise-flag=value-…, in characters that every file system takes."""
-    noise = "clean" if noise == "none" else noise if rate is None else f"{noise}{rate:.12g}"
+    """script-dataset-noise-flag=value-…, in characters that every file system takes; long names end in a digest."""
+    if noise == "none":
+        noise = "clean"
+    elif rate is not None:
+        noise = f"{noise}{rate:.12g}"
     parts = [script, dataset.removesuffix(".npz"), noise]
     for flag, value in flags.items():
         parts.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
-    return re.sub(r"[^\w.,=+-]", "_", "-".join(parts))
+    name = re.sub(r"[^\w.,=+-]", "_", "-".join(parts))
+    if len(name.encode()) > 200:
+        name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
 
 
 def run(parse_args, main):
@@ -147,6 +204,9 @@ def run(parse_args, main):
     """
     if not dist.is_torchelastic_launched():  # else torchrun ends a process that waits for others by SIGTERM
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without ± gets a question mark
     try:
         args = parse_args()
         results = []
@@ -247,6 +307,15 @@ class Dataset(NamedTuple):
     imagenet: tuple | None = None  # webvision: (images, labels) of ILSVRC12's validation images of the same classes
 
     @property
+    def digest(self):
+        """Twelve characters that tell this data from other: of its labels and of up to 1,000 images of each part."""
+        sha = hashlib.sha256()
+        for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
+            some = evenly_spaced(len(images), 1000).to(images.device)
+            sha.update(images[some].cpu().numpy().tobytes() + labels.cpu().numpy().tobytes())
+        return sha.hexdigest()[:12]
+
+    @property
     def image_size(self):
         """The longer side of a test image in pixels, by which build_model chooses an architecture's form."""
         return max(self.test_images.shape[2:])
@@ -285,9 +354,11 @@ def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, devic
         a third of the device's memory stay memory-mapped on the host.
     limit_train, limit_test: keep that many samples, evenly spaced, so that a file sorted by class stays balanced.
     resize, image_size: of photographs, the side in pixels of training images and of test images.
-    Raises UsageError for an unknown name and a malformed file, OSError where files are missing or a download fails.
+    Raises UsageError for an unknown name, for files that are missing or malformed, and where a download fails.
     """
-    name, data_dir, device = str(name), Path(data_dir), torch.device(device)
+    name = str(name)
+    data_dir = Path(data_dir)
+    device = torch.device(device)
     if name == "shapes":
         data = Dataset(*draw_shapes(2000, seed=0), *draw_shapes(1000, seed=1), SHAPES_CLASSES)
     elif name.endswith(".npz"):
@@ -306,13 +377,14 @@ def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, devic
         if limit is not None:
             rows = evenly_spaced(len(labels), limit)
             images, labels = images[rows], labels[rows]
-        cuda = device.type == "cuda"
-        fits = not cuda or images.numel() < torch.cuda.get_device_properties(device).total_memory / 3
-        return images.to(device) if fits else images, labels.to(device)
+        if device.type == "cuda" and images.numel() >= torch.cuda.get_device_properties(device).total_memory / 3:
+            return images, labels.to(device)
+        return images.to(device), labels.to(device)
 
     train = part(data.train_images, data.train_labels, limit_train)
     test = part(data.test_images, data.test_labels, limit_test)
-    return Dataset(*train, *test, data.classes, data.imagenet and part(*data.imagenet))
+    imagenet = part(*data.imagenet) if data.imagenet else None
+    return Dataset(*train, *test, data.classes, imagenet)
 
 
 def evenly_spaced(total, limit):
@@ -324,13 +396,16 @@ def evenly_spaced(total, limit):
 def read_npz(path):
     """The Dataset in an .npz file, read without pickle. Raises UsageError for a missing file and for wrong arrays."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.lib.npyio.NpzFile(path) as file:  # np.load would take a web page for a pickle
             arrays = {name: np.ascontiguousarray(file[name]) for name in ARRAYS}
     except Exception as error:  # no such file, or whatever a damaged or foreign one makes numpy raise
-        raise UsageError(f"--dataset: {path} is no .npz file with {', '.join(ARRAYS)} ({error})") from None
+        advice = "remove it to download it again" if path.stem in BENCHMARKS else "README says how to write one"
+        raise UsageError(f"--dataset: {path} is no .npz file with {', '.join(ARRAYS)} ({error}); {advice}") from None
     classes = [str(name) for name in arrays["classes"].ravel()]
     for part in ("train", "test"):
-        images, labels, where = arrays[f"{part}_images"], arrays[f"{part}_labels"], f"--dataset: {path}: {part}"
+        images = arrays[f"{part}_images"]
+        labels = arrays[f"{part}_labels"]
+        where = f"--dataset: {path}: {part}"
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
             raise UsageError(f"{where}_images is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W]")
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
@@ -339,21 +414,29 @@ def read_npz(path):
             span = f"{labels.min()} to {labels.max()}"
             raise UsageError(f"{where}_labels are {span}, but {len(classes)} classes are named")
         arrays[f"{part}_labels"] = labels.astype(np.int64)
-    return Dataset(*(torch.from_numpy(arrays[name]) for name in ARRAYS[:4]), classes)
+    tensors = [torch.from_numpy(arrays[name]) for name in ARRAYS[:4]]
+    return Dataset(*tensors, classes)
 
 
 def download(name, path):
     """Fetch cifar10, cifar100 or svhn with torchvision and write it to `path` as .npz."""
-    import torchvision
+    from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
     print(f"downloading {name} into {path}", flush=True)
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN}[name]
+    splits = ("train", "test") if name == "svhn" else (True, False)
+    try:
+        parts = [source(path.parent, split, download=True) for split in splits]
+    except (OSError, RuntimeError) as error:  # RuntimeError: something else came, such as a web page
+        advice = f"try again, or bring {path} from a machine where it works"
+        raise UsageError(f"--dataset {name}: torchvision's download failed ({error}); {advice}") from None
     if name == "svhn":
-        parts = [torchvision.datasets.SVHN(path.parent, split, download=True) for split in ("train", "test")]
-        images, labels, classes = [p.data for p in parts], [p.labels for p in parts], [str(d) for d in range(10)]
+        images = [part.data for part in parts]
+        labels = [part.labels for part in parts]
+        classes = [str(digit) for digit in range(10)]
     else:
-        source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-        parts = [source(path.parent, train, download=True) for train in (True, False)]
-        images, labels = [p.data.transpose(0, 3, 1, 2) for p in parts], [p.targets for p in parts]
+        images = [part.data.transpose(0, 3, 1, 2) for part in parts]
+        labels = [part.targets for part in parts]
         classes = parts[0].classes
     arrays = (images[0], np.int64(labels[0]), images[1], np.int64(labels[1]), np.array(classes))
     with atomic_write(path) as partial:
@@ -366,13 +449,13 @@ def photographs(name, data_dir, resize, image_size):
         raise UsageError(f"--resize: {resize} is smaller than --image-size {image_size}")
     try:
         parts, classes = list_pictures(name, data_dir)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: as in `download`
         raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
     data = {}
     for part, samples in parts.items():
         side = resize if part == "train" else image_size
-        path = data_dir / "decoded" / f"{name.replace('/', '_')}-{part}-{resize}-{side}.npy"
-        data[part] = decode(samples, resize, side, path)
+        stem = re.sub(r"[^\w.-]", "_", name)[-60:]  # which every file system takes
+        data[part] = decode(samples, resize, side, data_dir / "decoded" / f"{stem}-{part}-{resize}-{side}.raw")
     return Dataset(*data["train"], *data["test"], classes, data.get("imagenet"))
 
 
@@ -394,16 +477,20 @@ def list_pictures(name, data_dir):
     if name.startswith("imagefolder:"):
         root = Path(name.removeprefix("imagefolder:"))
         folder = root / "test" if (root / "test").is_dir() else root / "val"
-        train, test = (torchvision.datasets.ImageFolder(part) for part in (root / "train", folder))
+        train = torchvision.datasets.ImageFolder(root / "train")
+        test = torchvision.datasets.ImageFolder(folder)
         if train.classes != test.classes:
             odd = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
             raise UsageError(f"--dataset {name}: train and {folder.name} have other classes: {odd}")
         return {"train": train.samples, "test": test.samples}, train.classes
-    root, parts = data_dir / "webvision", {}
-    synsets = [line.split() for line in (root / "info/synsets.txt").read_text().splitlines()[:50]]
+    root = data_dir / "webvision"
+    lines = (root / "info/synsets.txt").read_text(encoding="utf-8").splitlines()
+    synsets = [line.split() for line in lines[:50]]
     lists = {"train": ("train_filelist_google.txt", root), "test": ("val_filelist.txt", root / "val_images_256")}
+    parts = {}
     for part, (file, folder) in lists.items():
-        rows = [line.rsplit(maxsplit=1) for line in (root / "info" / file).read_text().splitlines()]
+        lines = (root / "info" / file).read_text(encoding="utf-8").splitlines()
+        rows = [line.rsplit(maxsplit=1) for line in lines]
         parts[part] = [(folder / path, int(label)) for path, label in rows if int(label) < 50]
     val = data_dir / "imagenet" / "val"
     if val.is_dir():
@@ -413,14 +500,24 @@ def list_pictures(name, data_dir):
 
 
 def read_square(file, resize, side):
-    """The picture in `file`: shorter side resized, middle square cut out: uint8 [3, side, side]; None: unreadable."""
-    from torchvision.datasets.folder import pil_loader
+    """The picture in `file`: shorter side resized, middle square cut out: uint8 [3, side, side]; None: unreadable.
+
+    The pixels are as stored, like torchvision's ImageFolder: EXIF's orientation and transparency do not count, and of
+    several frames the first does. Grey levels of 16 bits are scaled to 8. Unreadable are those of 32 bits too, whose
+    range is unknown, and pictures of more than 179 million pixels.
+    """
+    from PIL import Image
     from torchvision.transforms import v2
 
     square = v2.Compose([v2.PILToTensor(), v2.Resize(resize), v2.CenterCrop(side)])
     try:
-        return square(pil_loader(file))
-    except (OSError, SyntaxError, ValueError):  # as Pillow has it
+        with Image.open(file) as picture:
+            if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
+                return None
+            if picture.mode.startswith("I"):  # convert would make 255 of all levels above 255
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            return square(picture.convert("RGB"))
+    except Exception:  # whatever a damaged or a huge file makes Pillow raise
         return None
 
 
@@ -428,30 +525,41 @@ def decode(samples, resize, side, path):
     """The pictures of samples, a list of (file, label): memory-mapped uint8 [n, 3, side, side], and labels int64 [n].
 
     They are decoded once, into `path`, and again where the files have changed. Unreadable ones are named and left out.
+    Raises UsageError where none is left.
     """
-    files, labels = zip(*samples)
-    known = [[str(file), os.path.getmtime(file) if os.path.exists(file) else None] for file in files]
+    files = [file for file, _ in samples]
+    known = []
+    for file in files:
+        stat = os.stat(file) if os.path.exists(file) else None
+        # ctime: an archive sets mtime, often to one time for all files
+        known.append([str(file), stat and [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]])
     record = path.with_suffix(".json")  # of what is in `path`; it is written last
-    saved = json.loads(record.read_text()) if record.exists() else {}
+    saved = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     if saved.get("files") != known or not path.exists():
-        rows, own = [], torch.Generator()  # the global generator is for the draws of the method
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         read = functools.partial(read_square, resize=resize, side=side)  # what the workers make of each file
-        workers = min(os.cpu_count(), 16)
-        loader = torch.utils.data.DataLoader(files, None, num_workers=workers, collate_fn=read, generator=own)
-        with atomic_write(path) as partial:
-            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 3, side, side))
+        own = torch.Generator()  # the global generator is for the draws of the method
+        loader = torch.utils.data.DataLoader(files, None, num_workers=min(cores, 16), collate_fn=read, generator=own)
+        rows = []
+        # written, not mapped: on a full disk, writing into a map kills the process
+        with atomic_write(path) as partial, open(partial, "wb") as pixels:
             for i, image in enumerate(progress(loader, f"decoding {len(files):,} pictures into {path}")):
                 if image is None:
                     print(f"cannot be read and is left out: {files[i]}", file=sys.stderr)
                 else:
-                    pixels[len(rows)] = image
+                    pixels.write(image.numpy().tobytes())
                     rows.append(i)
+            record.unlink(missing_ok=True)  # it tells of the old pixels
         saved = {"files": known, "rows": rows}
         with atomic_write(record) as partial:
-            partial.write_text(json.dumps(saved))
+            partial.write_text(json.dumps(saved), encoding="utf-8")
         print(f"decoded {len(rows):,} pictures, left out {len(files) - len(rows):,}")
     rows = saved["rows"]
-    return torch.from_numpy(np.load(path, mmap_mode="c"))[: len(rows)], torch.tensor(labels)[rows]
+    if not rows:
+        raise UsageError(f"--dataset: none of the {len(files):,} pictures of {path.stem} can be read")
+    images = np.memmap(path, np.uint8, "c", shape=(len(rows), 3, side, side))
+    labels = [samples[i][1] for i in rows]
+    return torch.from_numpy(images), torch.tensor(labels)
 
 
 FORMS = ("disc", "bar", "triangle", "cross", "ring")
@@ -470,11 +578,13 @@ def draw_shapes(count, seed, size=32):
         return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
 
     labels = torch.randperm(count, generator=generator) % 10
-    form, dotted = (labels // 2).view(-1, 1, 1), (labels % 2).view(-1, 1, 1).bool()
+    form = (labels // 2).view(-1, 1, 1)
+    dotted = (labels % 2).view(-1, 1, 1).bool()
     axis = (torch.arange(size) + 0.5) * (2 / size) - 1
     x, y = axis.view(1, 1, -1), axis.view(1, -1, 1)
 
-    t, flip = uniform(-1, 1), torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    t = uniform(-1, 1)
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     cos, sin = flip * (1 - t * t) / (1 + t * t), flip * 2 * t / (1 + t * t)  # a point of the unit circle, without sin()
     dx, dy = x - uniform(-0.2, 0.2), y - uniform(-0.2, 0.2)
     u, v = cos * dx + sin * dy, cos * dy - sin * dx  # coordinates in the form's own frame
@@ -492,7 +602,8 @@ def draw_shapes(count, seed, size=32):
     inside = outline.gather(0, form.expand(1, count, size, size))[0] <= 1
 
     frequency = uniform(2.6, 3.4)
-    a, b = (u * frequency + uniform(0, 1)) % 1 - 0.5, (v * frequency + uniform(0, 1)) % 1 - 0.5
+    a = (u * frequency + uniform(0, 1)) % 1 - 0.5
+    b = (v * frequency + uniform(0, 1)) % 1 - 0.5
     texture = torch.where(dotted, a * a + b * b < 0.12, a.abs() < 0.25)
 
     light, dark = uniform(0.7, 1, 3), uniform(0, 0.3, 3)
@@ -501,9 +612,11 @@ def draw_shapes(count, seed, size=32):
     for _ in range(3):  # clutter behind the form
         spot = (x - uniform(-1, 1)) ** 2 + (y - uniform(-1, 1)) ** 2 < uniform(0.08, 0.2) ** 2
         image = torch.where(spot.unsqueeze(1), uniform(0.2, 0.8, 3), image)
-    image = torch.where(inside.unsqueeze(1), torch.where(texture.unsqueeze(1), light, dark), image)
+    fabric = torch.where(texture.unsqueeze(1), light, dark)
+    image = torch.where(inside.unsqueeze(1), fabric, image)
     noise = torch.rand(count, 3, size, size, generator=generator) - 0.5
-    return ((image + 0.15 * noise).clamp(0, 1) * 255).round().byte(), labels
+    image = (image + 0.15 * noise).clamp(0, 1)
+    return (image * 255).round().byte(), labels
 
 
 def channel_stats(images):
@@ -513,10 +626,13 @@ def channel_stats(images):
     """
     if min(images.shape[2:]) >= 128:
         return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double().cpu()
-    share, level = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64) / 255
+    histograms = [torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]
+    counts = torch.stack(histograms).double().cpu()
+    share = counts / counts.sum(1, keepdim=True)
+    level = torch.arange(256, dtype=torch.float64) / 255
     mean = (share * level).sum(1)
-    std = ((share * level**2).sum(1) - mean**2).clamp(min=0).sqrt()
+    variance = (share * level**2).sum(1) - mean**2
+    std = variance.clamp(min=0).sqrt()
     return mean.tolist(), std.where(std > 0, 1.0).tolist()  # 1 for a constant channel: one divides by it
 
 
@@ -568,7 +684,8 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
     if kind != "none" and not (rate is not None and 0 <= rate <= 1):
         raise UsageError(f"--rate: --noise {kind} needs a rate in [0, 1], not {rate}")
     generator = torch.Generator().manual_seed(seed)
-    clean, count = labels.cpu(), len(labels)
+    clean = labels.cpu()
+    count = len(labels)
     noisy = clean.clone()
     if kind == "sym":
         if per_sample:
@@ -603,14 +720,18 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
 def human_labels(clean, kind, data_dir):
     """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, all of them or evenly spaced."""
     path = Path(data_dir) / ("CIFAR-100_human.pt" if kind == "human-noisy" else "CIFAR-10_human.pt")
-    if not path.is_file():
-        raise UsageError(f"--noise {kind}: no {path}; it is part of CIFAR-N (github.com/UCSC-REAL/cifar-10-100n)")
     # The file is a pickle of numpy arrays: allow torch's restricted unpickler what builds those, and nothing else.
-    rebuild = np.empty(0).__reduce__()[0]
-    arrays = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
-    with torch.serialization.safe_globals([*arrays, type(np.dtype(np.int64))]):
-        content = torch.load(path, weights_only=True)
-    truth, noisy = (torch.from_numpy(np.int64(content[k])) for k in ("clean_label", HUMAN[kind]))
+    array = np.empty(0)
+    rebuild, *_ = array.__reduce__()  # the function that makes an array; numpy 2 has given it another name
+    allowed = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
+    try:
+        with torch.serialization.safe_globals([*allowed, type(np.dtype(np.int64))]):
+            content = torch.load(path, weights_only=True)
+        truth = torch.from_numpy(np.int64(content["clean_label"]))
+        noisy = torch.from_numpy(np.int64(content[HUMAN[kind]]))
+    except Exception as error:  # no such file, or whatever a damaged or foreign one makes the unpickler raise
+        advice = "take it from CIFAR-N (github.com/UCSC-REAL/cifar-10-100n)"
+        raise UsageError(f"--noise {kind}: cannot read {path} ({type(error).__name__}); {advice}") from None
     rows = evenly_spaced(len(truth), len(clean))
     if not torch.equal(truth[rows], clean):
         raise UsageError(f"--noise {kind}: {path} labels another data set, or the images are not in the official order")
@@ -618,63 +739,88 @@ def human_labels(clean, kind, data_dir):
 
 
 # --------------------------------------------------------------------------------------------------------- augmentation
-# Batched on the images' device, every sample with a draw of its own. An operation is of one of three kinds, each a
-# handful of kernels however large the batch: a warp (one grid_sample), a blend with a degenerate image, or a look-up
-# table per sample and channel (one gather). Pixel values follow the 8-bit operations of torchvision.transforms.v2.
+# Batched on the images' device, every sample with a draw of its own. What an operation does at a strength is one row of
+# a table of numbers: the matrix of a warp, the factor of a blend, and so on. A batch takes its rows; then each of six
+# kinds of operation changes the images that are its own, in a handful of kernels however large the batch.
+# Pixel values follow the 8-bit operations of torchvision.transforms.v2.
 
 OPS = (
     *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),  # warps
-    *("Brightness", "Contrast", "Color", "Sharpness"),  # up to here the magnitude has a random sign
+    *("Brightness", "Contrast", "Color", "Sharpness"),  # blends; up to here the strength has a random sign
     *("Posterize", "Solarize", "AutoContrast", "Equalize"),  # up to here AugMix
     "Identity",  # up to here RandAugment
     "Invert",  # AutoAugment
 )
 SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, BRIGHTNESS, CONTRAST, COLOR, SHARPNESS = range(9)
 POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE, IDENTITY, INVERT = range(9, 15)
+# The columns of the table: the kind of operation; a warp's matrix, x = X_X · x + X_Y · y + X_1 and the same for y; a
+# blend's factor, and the shares of the grey image and of the mean grey in the image blended with; posterize's step
+# between levels; the level from which on solarize inverts.
+KIND, X_X, X_Y, X_1, Y_X, Y_Y, Y_1, FACTOR, GRAY, MEAN_GRAY, STEP, THRESHOLD = range(12)
+
+_tables = {}  # op_table's results by its arguments; not functools.cache, through which torch.compile looks
 
 
-@functools.cache
-def op_magnitudes(bins, height, width, device, translate=150 / 331, posterize=8):
-    """Magnitude of each operation at each strength: float32 [15, bins] on `device`, as torchvision's spaces.
+def op_table(bins, height, width, device, translate=150 / 331, posterize=8):
+    """What each operation does at each strength, with + and with -: float32 [15, bins, 2, 12] on `device`.
 
-    Shear as a slope, translation in whole pixels, rotation in degrees, posterize in bits, solarize as a threshold in
-    [0, 1], brightness, contrast, colour and sharpness as the blend factor minus one. AutoAugment and RandAugment
-    translate by up to 150/331 of the side and posterize to 8 … 4 bits; AugMix by up to 1/3 and to 4 … 0 bits.
+    Strengths are evenly spaced as in torchvision's spaces, from nothing to a shear of 0.3, a turn of 30°, a move of
+    `translate` times the side in whole pixels, a blend by 1 ± 0.9, `posterize` - 4 bits, solarize from 0 on.
+    AutoAugment and RandAugment move by up to 150/331 of the side and posterize to 8 … 4 bits; AugMix moves by up to
+    1/3 and posterizes to 4 … 0 bits.
     """
-    table = torch.zeros(len(OPS), bins)
-    table[[SHEAR_X, SHEAR_Y]] = torch.linspace(0, 0.3, bins)
-    table[TRANSLATE_X] = torch.linspace(0, translate * width, bins).trunc()
-    table[TRANSLATE_Y] = torch.linspace(0, translate * height, bins).trunc()
-    table[ROTATE] = torch.linspace(0, 30, bins)
-    table[[BRIGHTNESS, CONTRAST, COLOR, SHARPNESS]] = torch.linspace(0, 0.9, bins)
-    table[POSTERIZE] = (posterize - torch.arange(bins) / ((bins - 1) / 4)).round()
-    table[SOLARIZE] = torch.linspace(1, 0, bins)
-    return table.to(device)
+    key = (bins, height, width, device, translate, posterize)
+    if key in _tables:
+        return _tables[key]
+
+    def spaced(start, end):
+        return torch.linspace(start, end, bins).view(-1, 1)
+
+    sign = torch.tensor([1.0, -1.0])
+    shear, angle, change = spaced(0, 0.3) * sign, spaced(0, 30) * sign * (math.pi / 180), spaced(0, 0.9) * sign
+    move_x, move_y = (spaced(0, translate * side).trunc() * sign for side in (width, height))
+    bits = (posterize - torch.arange(bins) / ((bins - 1) / 4)).round().view(-1, 1)
+
+    table = torch.zeros(len(OPS), bins, 2, 12)
+    kinds = [1] * 5 + [2] * 3 + [3, 4, 4, 5, 6, 0, 4]  # in the order of apply_ops; 0: nothing is done
+    table[..., KIND] = torch.tensor(kinds).view(-1, 1, 1)
+
+    table[..., [X_X, Y_Y]] = 1
+    table[SHEAR_X, ..., X_Y], table[SHEAR_X, ..., X_1] = shear, shear * (height / 2)  # keeps the first row in place
+    table[SHEAR_Y, ..., Y_X], table[SHEAR_Y, ..., Y_1] = shear, shear * (width / 2)  # keeps the first column in place
+    table[TRANSLATE_X, ..., X_1], table[TRANSLATE_Y, ..., Y_1] = -move_x, -move_y
+    table[ROTATE, ..., X_X] = table[ROTATE, ..., Y_Y] = angle.cos()
+    table[ROTATE, ..., X_Y], table[ROTATE, ..., Y_X] = -angle.sin(), angle.sin()
+    table[..., X_X : X_1 + 1] /= width / 2  # from pixels to grid_sample's units
+    table[..., Y_X : Y_1 + 1] /= height / 2
+
+    table[BRIGHTNESS : SHARPNESS + 1, ..., FACTOR] = 1 + change
+    table[COLOR, ..., GRAY] = table[CONTRAST, ..., MEAN_GRAY] = 1
+
+    table[..., STEP], table[..., THRESHOLD] = 1, 256
+    table[POSTERIZE, ..., STEP] = 2 ** (8 - bits)
+    table[SOLARIZE, ..., THRESHOLD] = 255 * spaced(1, 0)
+    table[INVERT, ..., THRESHOLD] = 0
+    _tables[key] = table.to(device)
+    return _tables[key]
 
 
-def apply_ops(images, op, magnitude, mode="nearest", inplace=False):
-    """Apply to each image its own operation: images float [B, 3, H, W] in [0, 1], op int64 [B] in OPS, magnitude [B].
+def apply_ops(images, table, op, strength, negative, mode="nearest"):
+    """Apply to each image its own operation, the row [op, strength, negative] of the table; all three int64 [B].
 
-    mode: how warps interpolate, "nearest" or "bilinear"; what comes in from outside the image is black. inplace: the
-    images given may be overwritten.
+    images: float [B, 3, H, W] in 0 … 255, overwritten; returns the same. mode: how warps interpolate, "nearest" or
+    "bilinear"; what comes in from outside the image is black.
     """
-    if not inplace:
-        images = images.clone()
-    kinds = (
-        (op <= ROTATE, functools.partial(_warp, mode=mode)),
-        ((op > ROTATE) & (op <= COLOR), _blend),
-        (op == SHARPNESS, _sharpness),
-        (((op > SHARPNESS) & (op < EQUALIZE)) | (op == INVERT), _look_up),
-        (op == EQUALIZE, _equalize),
-    )
-    for mask, transform in kinds:
-        if images.device.type == "cpu":  # compute only the rows concerned
-            rows = mask.nonzero().squeeze(1)
-            if len(rows):
-                some = (values.index_select(0, rows) for values in (images, op, magnitude))
-                images.index_copy_(0, rows, transform(*some))
-        else:  # compute all rows: counting them would make the host wait for the device
-            images = torch.where(mask.view(-1, 1, 1, 1), transform(images, op, magnitude), images)
+    rows = table[op, strength, negative]
+    kinds = (functools.partial(_warp, mode=mode), _blend, _sharpness, _levels, _auto_contrast, _equalize)
+    masks = rows[:, KIND] == torch.arange(1, 7, device=images.device).view(-1, 1)
+    for mask, transform in zip(masks, kinds):
+        if images.device.type == "cpu" and not torch.compiler.is_compiling():  # compute only the rows concerned
+            mine = mask.nonzero().squeeze(1)
+            if len(mine):
+                images.index_copy_(0, mine, transform(images.index_select(0, mine), rows.index_select(0, mine)))
+        else:  # compute all rows: to count those concerned, the host would wait for the device
+            images = torch.where(mask.view(-1, 1, 1, 1), transform(images, rows), images)
     return images
 
 
@@ -683,120 +829,112 @@ def check_images(images):
         raise ValueError(f"images are {images.dtype} {list(images.shape)}, not float [B, 3, H, W] in [0, 1]")
 
 
-def _warp(images, op, magnitude, mode):
-    """Shear, translate or rotate: sample the input at (a · (x, y, 1), b · (x, y, 1)), in pixels from the centre."""
+def _column(rows, name):
+    return rows[:, name].view(-1, 1, 1, 1)
+
+
+def _warp(images, rows, mode):
+    """Shear, translate or rotate: sample the input at matrix · (x, y, 1), x and y in pixels from the centre."""
     height, width = images.shape[2:]
-    every = torch.arange(ROTATE + 1, device=images.device).view(-1, 1)
-    shear_x, shear_y, move_x, move_y, degrees = (op == every) * magnitude
-    cos, sin = (degrees * (math.pi / 180)).cos(), (degrees * (math.pi / 180)).sin()
-    a = (cos, shear_x - sin, shear_x * (height / 2) - move_x)  # shears keep the first row and column in place
-    b = (shear_y + sin, cos, shear_y * (width / 2) - move_y)
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device).view(-1, 1)
-    # no matrix product: where TF32 or bfloat16 is on, it would be too coarse
-    pairs = [torch.stack((of_x / (width / 2), of_y / (height / 2)), 1) for of_x, of_y in zip(a, b)]
-    by_x, by_y, shift = (pair.view(-1, 2, 1, 1) for pair in pairs)
-    grid = (by_x * x + by_y * y).add_(shift)  # [B, 2, H, W]
+    by_x, by_y, shift = rows[:, X_X : Y_1 + 1].view(-1, 2, 3, 1, 1).unbind(2)
+    grid = (by_x * x + by_y * y).add_(shift)  # no matrix product: with TF32 or bfloat16 on, it would be too coarse
     return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode=mode, align_corners=False)
 
 
 def _gray(images):
     """Luma of images [B, 3, H, W]: [B, 1, H, W]. The 8-bit operations round it down."""
-    red, green, blue = images.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+    red, green, blue = images.split(1, 1)
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def _blend(images, op, magnitude):
-    """(1 + m) · image - m · degenerate: black for brightness, the mean grey for contrast, grey for colour."""
-    images, op = images * 255, op.view(-1, 1, 1, 1)
-    gray = _gray(images).floor()
-    degenerate = torch.where(op == COLOR, gray, (op == CONTRAST) * gray.mean((2, 3), keepdim=True))
-    return torch.lerp(degenerate, images, 1 + magnitude.view(-1, 1, 1, 1)).clamp_(0, 255).div_(255)
+def _blend(images, rows):
+    """factor · image + (1 - factor) · another: black for brightness, the mean grey for contrast, grey for colour."""
+    gray = _gray(images).floor_()
+    another = _column(rows, GRAY) * gray + _column(rows, MEAN_GRAY) * gray.mean((2, 3), keepdim=True)
+    return torch.lerp(another, images, _column(rows, FACTOR)).clamp_(0, 255)
 
 
-def _sharpness(images, op, magnitude):
-    """(1 + m) · image - m · smoothed image, which has the border of the image itself."""
-    images = images * 255
+def _sharpness(images, rows):
+    """factor · image + (1 - factor) · smoothed image, which has the border of the image itself."""
     box = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     box = box[..., :-2] + box[..., 1:-1] + box[..., 2:]
     smooth = images.clone()
     smooth[:, :, 1:-1, 1:-1] = box.add_(images[:, :, 1:-1, 1:-1], alpha=4).div_(13).round_()
-    return torch.lerp(smooth, images, 1 + magnitude.view(-1, 1, 1, 1)).clamp_(0, 255).div_(255)
+    return torch.lerp(smooth, images, _column(rows, FACTOR)).clamp_(0, 255)
 
 
-def _look_up(images, op, magnitude):
-    """The operations that map each level to another: build every sample's table of 256, look its pixels up."""
-    value = (images * 255).round_()
-    level = torch.arange(256, device=images.device, dtype=torch.float32)
-    op, magnitude = op.view(-1, 1, 1), magnitude.view(-1, 1, 1)
-    darkest, brightest = (end((2, 3)).unsqueeze(2) for end in (value.amin, value.amax))
-    stretch = 255 / (brightest - darkest)  # inf where there is one level only, which is left as it is
-    table = torch.where((op == AUTO_CONTRAST) & stretch.isfinite(), ((level - darkest) * stretch).clamp(0, 255), level)
-    grain = (2 ** (8 - magnitude.clamp(0, 8))).round()
-    table = torch.where(op == POSTERIZE, level - level % grain, table)
-    table = torch.where((op == INVERT) | ((op == SOLARIZE) & (level >= 255 * magnitude)), 255 - level, table)
-    return table.div_(255).gather(2, value.long().flatten(2)).view_as(images)
+def _levels(images, rows):
+    """Posterize: levels down to a multiple of the step. Solarize, invert: from the threshold on upside down."""
+    step = _column(rows, STEP)
+    level = (images.round() / step).floor_() * step
+    return torch.where(level < _column(rows, THRESHOLD), level, 255 - level)
 
 
-def _equalize(images, *_):
-    """Equalize the histogram of each channel."""
-    pixels = images[0, 0].numel()
-    value = (images * 255).round_().long().flatten(2)
+def _auto_contrast(images, _):
+    """Stretch each channel to 0 … 255; one of a single level stays."""
+    level = images.round()
+    low, high = level.amin((2, 3), keepdim=True), level.amax((2, 3), keepdim=True)
+    return torch.where(low < high, (level - low) / (high - low) * 255, level)
+
+
+def _equalize(images, _):
+    """Equalize the histogram of each channel; one with fewer than 255 pixels below its brightest level stays."""
+    level = images.round().long().flatten(2)
     histogram = torch.zeros(len(images), 3, 256, dtype=torch.int64, device=images.device)
-    histogram.scatter_add_(2, value, torch.ones_like(value))
-    step = (pixels - histogram.gather(2, value.amax(2, keepdim=True))) // 255  # all but the brightest level
+    histogram.scatter_add_(2, level, torch.ones_like(level))
     below = histogram.cumsum(2) - histogram
-    equal = (below + step // 2) // step.clamp(min=1)
-    table = torch.where(step > 0, equal, torch.arange(256, device=images.device)).clamp(max=255) / 255
-    return table.gather(2, value).view_as(images)
+    step = below.gather(2, level.amax(2, keepdim=True)) // 255
+    equal = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
+    return torch.where(step > 0, equal.gather(2, level), level).to(images.dtype).view_as(images)
 
 
-def _signed(magnitude, op):
-    """Flip the sign of half of the magnitudes, for the operations that have one."""
-    flip = (torch.rand_like(magnitude) < 0.5) & (op <= SHARPNESS)
-    return torch.where(flip, -magnitude, magnitude)
+def _coins(count, device):
+    """Whether each strength is negative: int64 [count], 0 or 1."""
+    return (torch.rand(count, device=device) < 0.5).long()
 
 
 def rand_augment(images, num_ops, magnitude):
     """RandAugment: `num_ops` operations in turn, each drawn uniformly from 14, at strength `magnitude` of 0 … 30.
 
+    This is torchvision's form. The authors of GJS used another package, whose (1, 3) is four times as strong.
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
-    table = op_magnitudes(31, *images.shape[2:], images.device)
+    count, device = len(images), images.device
+    table = op_table(31, *images.shape[2:], device)
+    images = images * 255
     for _ in range(num_ops):
-        op = torch.randint(IDENTITY + 1, (len(images),), device=images.device)
-        images = apply_ops(images, op, _signed(table[op, magnitude], op))
-    return images
+        op = torch.randint(IDENTITY + 1, (count,), device=device)
+        images = apply_ops(images, table, op, magnitude, _coins(count, device))
+    return images.div_(255)
 
 
-def aug_mix(images, severity=3, width=3, depth=-1, alpha=1.0):
-    """AugMix: the image mixed with `width` chains of operations, weights Dirichlet(alpha) and Beta(alpha, alpha).
+def aug_mix(images, severity=3, width=3, depth=-1):
+    """AugMix: the image mixed with `width` chains of operations, by weights Dirichlet(1, …, 1) and Beta(1, 1).
 
     severity: strengths are drawn from the first `severity` of 10. depth: operations a chain; -1 draws 1-3 for each.
+    This is torchvision's form; the changes of the original code are 1.4 times as large.
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
-    size, device = len(images), images.device
-    table = op_magnitudes(10, *images.shape[2:], device, translate=1 / 3, posterize=4)
-    chains = images.repeat(width, 1, 1, 1)
-    low, high = (1, 3) if depth < 1 else (depth, depth)
-    depths = torch.randint(low, high + 1, (len(chains),), device=device)
-    for position in range(high):
-        op = torch.randint(EQUALIZE + 1, (len(chains),), device=device)
-        op = torch.where(depths > position, op, IDENTITY)
-        strength = torch.randint(severity, (len(chains),), device=device)
-        chains = apply_ops(chains, op, _signed(table[op, strength], op), mode="bilinear", inplace=True)
-
-    def dirichlet(count):  # weights [count, B, 1, 1, 1]
-        law = torch.distributions.Dirichlet(torch.full((count,), float(alpha), device=device), validate_args=False)
-        return law.sample((size,)).T.view(count, size, 1, 1, 1)
-
-    keep, change = dirichlet(2)
-    mixed = keep * images
-    for weight, chain in zip(change * dirichlet(width), chains.view(width, *images.shape)):
-        mixed.addcmul_(weight, chain)
-    return mixed.clamp_(0, 1)  # rounding alone can leave [0, 1]
+    count, device = len(images), images.device
+    table = op_table(10, *images.shape[2:], device, translate=1 / 3, posterize=4)
+    longest = depth if depth > 0 else 3
+    draws = (longest, width * count)
+    op, strength, negative = (torch.randint(n, draws, device=device) for n in (EQUALIZE + 1, severity, 2))
+    if depth < 1:
+        length = torch.randint(1, 4, (width * count,), device=device)
+        op = torch.where(torch.arange(3, device=device).view(-1, 1) < length, op, IDENTITY)
+    chains = (images.expand(width, *images.shape) * 255).flatten(0, 1)
+    for step in zip(op, strength, negative):
+        chains = apply_ops(chains, table, *step, mode="bilinear")
+    weights = torch.empty(width, count, 1, 1, 1, device=device).exponential_()
+    weights /= weights.sum(0)  # now Dirichlet(1, …, 1)
+    mixed = chains.view(width, *images.shape).mul_(weights / 255).sum(0)
+    beta = torch.rand(count, 1, 1, 1, device=device)  # Beta(1, 1)
+    return torch.lerp(images, mixed, beta).clamp_(0, 1)  # rounding alone can leave [0, 1]
 
 
 # The 25 sub-policies of AutoAugment for CIFAR-10: (operation, probability, strength of 0-9), twice.
@@ -818,14 +956,16 @@ def auto_augment(images):
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
-    table = op_magnitudes(10, *images.shape[2:], images.device)
-    ops, probabilities, strengths = auto_augment_policy(images.device)
-    policy = torch.randint(len(ops), (len(images),), device=images.device)
+    count, device = len(images), images.device
+    table = op_table(10, *images.shape[2:], device)
+    ops, probabilities, strengths = auto_augment_policy(device)
+    policy = torch.randint(len(ops), (count,), device=device)
+    images = images * 255
     for turn in (0, 1):
-        active = torch.rand(len(images), device=images.device) < probabilities[policy, turn]
+        active = torch.rand(count, device=device) < probabilities[policy, turn]
         op = torch.where(active, ops[policy, turn], IDENTITY)
-        images = apply_ops(images, op, _signed(table[op, strengths[policy, turn]], op))
-    return images
+        images = apply_ops(images, table, op, strengths[policy, turn], _coins(count, device))
+    return images.div_(255)
 
 
 @functools.cache
@@ -899,7 +1039,8 @@ def _resized_crop(images, top, left, height, width, size):
 def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2):
     """Colour jitter: factors uniform in [1 - s, 1 + s] for each image, hue turned by up to ± `hue` of a full turn.
 
-    The order of the four is drawn for the whole batch. images: float [B, 3, H, W] in [0, 1]; returns the same.
+    The order of the four is drawn for the whole batch, on the host: torch.compile cannot take it into one graph.
+    images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
 
@@ -1151,9 +1292,11 @@ def build_model(
         head = pooled(nn.BatchNorm2d(64 * k), nn.ReLU(), classifier=nn.Linear(64 * k, num_classes))
         stem = conv_stem(16)
     elif arch in ("preact_resnet18", "preact_resnet34"):
-        blocks = stages(PreActBlock, (64, 64, 128, 256, 512), (2, 2, 2, 2) if arch.endswith("18") else (3, 4, 6, 3))
-        head = pooled(nn.BatchNorm2d(512), nn.ReLU(), classifier=nn.Linear(512, num_classes))
-        stem = conv_stem(64)
+        widths, depths = (64, 64, 128, 256, 512), (2, 2, 2, 2)
+        if arch == "preact_resnet34":  # that of GJS's code, which NRD's tables compare
+            widths, depths = (32, 32, 64, 128), (5, 5, 5)
+        stem, blocks = conv_stem(widths[0]), stages(PreActBlock, widths, depths)
+        head = pooled(nn.BatchNorm2d(widths[-1]), nn.ReLU(), classifier=nn.Linear(widths[-1], num_classes))
     elif arch in ("resnet18", "resnet34", "resnet50", "resnet101"):
         net = library_model(arch, num_classes, pretrained)
         stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool) if large else conv_stem(64, net.bn1, net.relu)
@@ -1211,13 +1354,17 @@ def predict(model, images, batch_size=None):
     """Logits float32 [N, C], on the model's device, of uint8 images [N, 3, H, W]; the model is in evaluation mode.
 
     batch_size: None takes that of EVAL_BATCH. Under torchrun every process has the logits of the first.
+    Raises UsageError where the model gives something else than logits.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}, not uint8")
-    device, training, logits = next(model.parameters()).device, model.training, None
+    device = next(model.parameters(), images).device  # a module of other people may have no parameters
+    training, logits = model.training, None
     model.eval()
     for rows in evenly_split(torch.arange(len(images), device=images.device), batch_size or EVAL_BATCH[device.type]):
         part = model(to_float(images[rows].to(device)))
+        if not torch.is_tensor(part) or part.dim() != 2:
+            raise UsageError(f"{type(model).__name__} gives a {type(part).__name__}; it must give logits [B, C] alone")
         logits = part.new_empty(len(images), part.shape[1]) if logits is None else logits
         logits[rows.to(device)] = part
     model.train(training)
@@ -1305,6 +1452,13 @@ def read_weights_only(path, flag):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if name:
+            alone = f'torch.save(torch.load("{path}", weights_only=False)["model"], "weights.pt")'
+            raise UsageError(
+                f"{flag}: {path} holds {name[1]} beside tensors, and to read that may run foreign code; if you trust "
+                f'the file, save its weights alone: {alone}; of a whole module .state_dict() in place of ["model"]'
+            ) from None
         raise UsageError(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})") from None
 
 
@@ -1312,8 +1466,9 @@ def load_checkpoint(path, flag="checkpoint"):
     """The dict that `Run` saved at `path`, tensors on the CPU, read without executing pickled code.
 
     Keys: model and the other parts of the training state, each with its entry in built_as; script, dataset, classes,
-    noise (kind, rate, seed), imbalance, config, metrics (a dict an epoch), epoch, epochs, rng. Says how far unfinished
-    training is. Raises UsageError where there is no such file, where it is none of ours, where no epoch is finished.
+    noise (kind, rate, seed), imbalance, config, source (the script's text), metrics (a dict an epoch), epoch, epochs,
+    rng. Says how far unfinished training is. Raises UsageError where there is no such file, where it is none of ours,
+    where no epoch is finished.
     """
     checkpoint = read_weights_only(path, flag)
     if not isinstance(checkpoint, dict) or not {"built_as", "epoch", "epochs"} <= checkpoint.keys():
@@ -1334,48 +1489,79 @@ def load_model(checkpoint, part="model", device="cpu", amp=False):
 
 
 def public_state(path, flag):
-    """The state_dict in a file of other people's, alone or under "model", "state_dict" or "net", without "module."."""
+    """The state_dict in a file of other people's, without the prefixes that DataParallel and others put before names.
+
+    It stands there alone or under "model", "state_dict", "net", "model_state_dict" or "student". Of a file with a
+    teacher too (names with "student." and "teacher."), the student's. Raises UsageError where there is none, and where
+    a tensor has a NaN or an infinity.
+    """
     state = read_weights_only(path, flag)
-    for key in ("model", "state_dict", "net"):
-        state = state.get(key, state)
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    keys = ("model", "state_dict", "net", "model_state_dict", "student")
+    for key in keys:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(tensor) for tensor in state.values()):
+        raise UsageError(f"{flag}: {path} has no state_dict, alone or under one of {', '.join(keys)}")
+    for prefix in ("module.", "_orig_mod.", "student."):
+        inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        state = inside or state
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UsageError(f"{flag}: {path} has a NaN or an infinity in {name}; take weights of an earlier epoch")
+    return state
 
 
 def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=False):
     """A Classifier with other people's weights, in evaluation mode. Its number of classes is the file's.
 
-    arch, image_size, dropout: as for build_model. mean, std: of the images that the weights expect. Tensors are matched
-    by name where the names are ours, else by their order. Raises UsageError where `arch` has other tensors.
+    arch, image_size, dropout: as for build_model. mean, std: of the images in [0, 1] that the weights expect, where the
+    file has none of ours. Tensors are matched by their order; num_batches_tracked, which files from before torch 0.4.1
+    lack, is left out. Raises UsageError where `arch` has other tensors, or mean and std another scale.
     """
+    if max(*mean, *std) > 1 or min(std) <= 0:
+        raise UsageError(f"--mean, --std: {mean}, {std} are not of images in [0, 1]; divide those of 0 to 255 by 255")
     state = public_state(path, flag)
-    classes = len(list(state.values())[-1])  # the classifier's bias comes last
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    lengths = [len(tensor) for tensor in state.values() if tensor.dim() > 0] or [1]
+    classes = lengths[-1]  # the classifier's bias comes last
     model = build_model(arch, classes, dropout, mean, std, image_size, amp=amp)
     own = model.state_dict()
-    if own.keys() != state.keys():
-        names = [name for name in own if name not in ("mean", "std")]
-        for name, theirs in itertools.zip_longest(names, state):
-            if name is None or theirs is None or own[name].shape != state[theirs].shape:
-                raise UsageError(f"{flag}: {path} is no {arch}: its tensor {theirs} is not like {name} of {arch}")
-        state = own | dict(zip(names, state.values()))
-    model.load_state_dict(state)
+    names = [name for name in own if not name.endswith("num_batches_tracked")]
+    names = [name for name in names if name in state or name not in ("mean", "std")]
+
+    def described(name, tensors):
+        return f"{name} {list(tensors[name].shape)}" if name else "no tensor more"
+
+    for name, theirs in itertools.zip_longest(names, state):
+        wanted, found = described(name, own), described(theirs, state)
+        if wanted.split(".")[-1] != found.split(".")[-1]:  # "weight [16, 3, 3, 3]", whatever its layer is called
+            raise UsageError(f"{flag}: {path} is no {arch}: where that has {wanted}, the file has {found}")
+    model.load_state_dict(own | dict(zip(names, state.values())))
     return model.eval()
 
 
 def load_module(text, flag, path=None):
     """The nn.Module that NAME() gives, text being "FILE.py:NAME", with the state_dict in `path`, if there is one.
 
-    It takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. In evaluation mode. Raises UsageError where
-    there is no such file or name.
+    It takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. In evaluation mode. The file may import its
+    neighbours. Raises UsageError where there is no such file or name, and for weights of another module.
     """
     file, _, name = text.rpartition(":")
     if not Path(file).is_file():
-        raise UsageError(f"{flag}: no file {file}; write FILE.py:NAME")
-    namespace = runpy.run_path(file)
-    if name not in namespace:
-        raise UsageError(f"{flag}: {file} has no {name}")
-    model = namespace[name]()
+        raise UsageError(f"{flag}: {text} names no file; write FILE.py:NAME")
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as for `python FILE.py`
+    make = runpy.run_path(file).get(name)
+    if not callable(make) or isinstance(make, nn.Module):
+        raise UsageError(f"{flag}: {file} has no function or class {name}")
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{flag}: {text} gives {type(model).__name__}, not an nn.Module")
     if path:
-        model.load_state_dict(public_state(path, flag))
+        state = public_state(path, flag)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:  # names every tensor that is missing, left over or of another shape
+            raise UsageError(f"{flag}: {path} does not fit {text}: {textwrap.shorten(str(error), 300)}") from None
     return model.eval()
 
 
@@ -1391,18 +1577,21 @@ def claim(folder, config, resume, wait):
         raise UsageError(f"--out: {folder} is not empty; name a new folder")
     file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UsageError(f"--out: another process is at work in {folder}") from None
     except OSError:
         pass  # a file system without locks: nothing holds the folder
+    for partial in folder.glob("*.partial.*"):  # of a process that was killed while it wrote
+        partial.unlink()
     file.seek(0)
     text = file.read()
     if text and f'"script": "{config["script"]}"' not in text:
         raise UsageError(f"--out: {path} is not of a run of {config['script']}; name a new folder")
     if (folder / "checkpoint.pt").exists():
         old = json.loads(text)
-        keys = sorted(config.keys() - {*MACHINE, "torch", "commit"})
+        keys = sorted(config.keys() - {*MACHINE, "given", "name", "torch", "commit"})
         differs = [f"{k} ({old.get(k)} there, {config[k]} here)" for k in keys if old.get(k) != config[k]]
         if differs:
             raise UsageError(f"--out: {folder} holds another run: {', '.join(differs)}; name another folder")
@@ -1418,7 +1607,7 @@ def claim(folder, config, resume, wait):
 class Run:
     """A run folder: config.json, metrics.jsonl, checkpoint.pt and curves.png, and what is printed on the way.
 
-        run = Run(args, device, data.classes)                              # claims the folder
+        run = Run(args, device, data)                                      # claims the folder
         run.checkpoint(model=model, optimizer=optimizer, …)                # saved every epoch, read back by --resume
         for epoch in range(run.epoch, run.epochs):
             for index in run.batches(len(labels), args.batch_size):        # int64 [batch_size]
@@ -1429,22 +1618,25 @@ class Run:
     epochs: None takes args.epochs. wait, and what is raised: see `claim`.
     """
 
-    def __init__(self, args, device, classes, epochs=None, wait=False):
+    def __init__(self, args, device, data, epochs=None, wait=False):
         self.args, self.device, self.epochs = args, device, epochs or args.epochs
         self.folder = args.out or Path("runs") / f"{args.name}-seed{args.seed}"
         self.path = self.folder / "checkpoint.pt"
+        if args.batch_size % world_size():
+            raise UsageError(f"--batch-size: {args.batch_size} cannot be split over {world_size()} processes")
         config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         config.setdefault("given", {})  # of a teacher
+        source = Path(__file__).with_name(f"{args.script}.py")  # a fork has no commit
         self.header = {
-            "script": args.script, "dataset": args.dataset, "classes": list(classes), "epochs": self.epochs,
+            "script": args.script, "dataset": args.dataset, "classes": list(data.classes), "epochs": self.epochs,
             "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed},
             "imbalance": vars(args).get("imbalance"), "config": config,
-            "source": Path(sys.argv[0]).read_text(encoding="utf-8"),
+            "source": source.read_text(encoding="utf-8") if source.exists() else "",
         }  # fmt: skip
         if rank() == 0:
             options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
             commit = subprocess.run("git rev-parse HEAD", **options).stdout.strip()  # "" where there is no git
-            config |= {"torch": str(torch.__version__), "commit": commit}
+            config |= {"data": data.digest, "torch": str(torch.__version__), "commit": commit}
             self.claimed = claim(self.folder, config, args.resume, wait)
         self.board = None
         if vars(args).get("tensorboard") and rank() == 0:
@@ -1454,7 +1646,8 @@ class Run:
                 raise UsageError("--tensorboard: needs the package; pip install tensorboard") from None
             self.board = SummaryWriter(self.folder)
         barrier()
-        print(textwrap.fill(" ".join(f"{k}={v}" for k, v in config.items()), 120, break_on_hyphens=False), flush=True)
+        shown = " ".join(f"{key}={value}" for key, value in config.items() if key != "given")
+        print(textwrap.fill(shown, 120, break_on_hyphens=False), flush=True)
         self.saved = load_checkpoint(self.path, "--resume") if args.resume and self.path.exists() else {"metrics": []}
         self.metrics, self.done_before = self.saved["metrics"], len(self.saved["metrics"])
 
@@ -1494,7 +1687,10 @@ class Run:
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         if rank() == 0:
             with atomic_write(path or self.path) as partial:
-                torch.save(checkpoint, partial)
+                try:
+                    torch.save(checkpoint, partial)
+                except RuntimeError as error:  # so PyTorch's writer calls a full disk
+                    raise OSError(f"{path or self.path} cannot be written; is the disk full? ({error})") from None
             with atomic_write(self.folder / "metrics.jsonl") as partial:
                 partial.write_text("".join(json.dumps(record) + "\n" for record in self.metrics), encoding="utf-8")
 
@@ -1576,36 +1772,50 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     data: the Dataset. labels: int64 [N], the training labels as the student is given them. A standard teacher is
     trained by SGD with the student's epochs, batch size, lr and weight decay, `milestones` (epochs after which lr falls
     to a fifth; None: to a tenth where the test loss has not fallen for ten), crops padded by reflection, and flips.
-    recipe: epochs, batch_size, lr, weight_decay and optimizer ("sgd" or "adam"), where they are other ones. It stays in
+    recipe: epochs, batch_size, lr, weight_decay and optimizer ("sgd" or "adam"), where they are other ones; normalize:
+    whether the teacher normalises by the training images' mean and deviation, which others leave alone. It stays in
     a folder of runs/teachers named by all of that. Of --teacher-seeds K, seeds 0 … K-1, the most accurate one teaches.
     Returns the model in evaluation mode without gradients, and what the checkpoint keeps of it: {"teacher": its path,
     "teacher_acc": its test accuracy in percent}. The global random states stay as they are.
-    Raises UsageError for a --teacher of other classes, label noise, imbalance, image size or dropout.
+    Prints where a --teacher had other label noise, imbalance or dropout than a standard one would have. Raises
+    UsageError for a --teacher of other classes or image size, and for --mean or --std without public weights.
     """
-    own = {"arch": args.teacher_arch, "dropout": dropout, "imbalance": vars(args).get("imbalance"), "optimizer": "sgd"}
-    same = "dataset data_dir noise rate noise_seed limit_train limit_test epochs batch_size lr weight_decay"
-    same += " device amp compile resize image_size" if of_photographs(args.dataset) else " device amp compile"
-    own |= {flag: getattr(args, flag) for flag in same.split()} | {"milestones": milestones} | recipe
+    shared = ["dataset", "data_dir", "noise", "rate", "noise_seed", "limit_train", "limit_test"]
+    shared += ["epochs", "batch_size", "lr", "weight_decay", "device", "amp", "compile"]
+    if of_photographs(args.dataset):
+        shared += ["resize", "image_size"]
+    standard = {"arch": args.teacher_arch, "dropout": dropout, "imbalance": vars(args).get("imbalance")}
+    standard |= {"optimizer": "sgd"} | {flag: getattr(args, flag) for flag in shared}
+    standard |= {"milestones": milestones} | recipe
+    if args.dataset.endswith(".npz") or args.dataset.startswith("imagefolder:"):  # files that may be replaced by others
+        standard["data"] = data.digest
+
+    saved = read_weights_only(args.teacher, "--teacher") if args.teacher and not args.teacher_model else None
+    is_ours = isinstance(saved, dict) and "built_as" in saved
+    if (args.mean or args.std) and (saved is None or is_ours):
+        raise UsageError("--mean, --std: are of public weights in --teacher; every other teacher has its own")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if args.teacher_model:
             path, teacher = args.teacher_model, load_module(args.teacher_model, "--teacher-model", args.teacher)
-        elif args.teacher and "built_as" not in read_weights_only(args.teacher, "--teacher"):
-            mean, std = channel_stats(data.train_images)
-            form = args.teacher_arch, args.mean or mean, args.std or std, data.image_size, dropout, args.amp
-            path, teacher = args.teacher, load_public(args.teacher, "--teacher", *form)
-        elif args.teacher:
+        elif is_ours:
             path, checkpoint = args.teacher, load_checkpoint(args.teacher, "--teacher")
-            noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
-            ours = {"classes": list(data.classes), "noise": noise, "imbalance": own["imbalance"]}
-            ours |= {"image_size": data.image_size, "dropout": dropout}
             theirs = checkpoint | checkpoint["built_as"]["model"]
-            for key, value in ours.items():
+            for key, value in {"classes": list(data.classes), "image_size": data.image_size}.items():
                 if theirs[key] != value:
                     differs = f"{key} {theirs[key]}, not {value}"
                     raise UsageError(f"--teacher: {path} has {differs}; leave it out to train one")
+            noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
+            for key, value in {"noise": noise, "imbalance": standard["imbalance"], "dropout": dropout}.items():
+                if theirs[key] != value:
+                    print(f"the teacher has {key} {theirs[key]}; a standard teacher would have {value}", flush=True)
             teacher = load_model(checkpoint, "model", device, args.amp)
+        elif args.teacher:
+            mean, std = channel_stats(data.train_images)
+            mean, std = args.mean or mean, args.std or std
+            path, size = args.teacher, data.image_size
+            teacher = load_public(path, "--teacher", args.teacher_arch, mean, std, size, dropout, args.amp)
         else:
-            teachers = [train_teacher(own, seed, device, data, labels) for seed in range(args.teacher_seeds)]
+            teachers = [train_teacher(standard, seed, device, data, labels) for seed in range(args.teacher_seeds)]
             path, checkpoint = max(teachers, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
             teacher = load_model(checkpoint, "model", device, args.amp)
         logits = predict(teacher.to(device).requires_grad_(False), data.test_images)
@@ -1616,12 +1826,12 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     return teacher, {"teacher": str(path), "teacher_acc": test_acc}
 
 
-def train_teacher(own, seed, device, data, labels):
-    """Train the teacher that the dict `own` of load_teacher describes, or find it trained: its path and checkpoint."""
-    apart = ("arch", "dataset", "noise", "rate", *MACHINE)
-    told = {key: value for key, value in own.items() if value and key not in apart}
-    name = folder_name(own["arch"], own["dataset"], own["noise"], own["rate"], told)
-    args = argparse.Namespace(**own, script="teacher", name=name, seed=seed, resume=True)
+def train_teacher(standard, seed, device, data, labels):
+    """Train the teacher that the dict `standard` of load_teacher describes, or find it trained: path and checkpoint."""
+    elsewhere = ("arch", "dataset", "noise", "rate", *MACHINE)  # in the name, or not of the result
+    flags = {flag: value for flag, value in standard.items() if value and flag not in elsewhere}
+    name = folder_name(standard["arch"], standard["dataset"], standard["noise"], standard["rate"], flags)
+    args = argparse.Namespace(**standard, script="teacher", name=name, seed=seed, resume=True)
     args.out = Path("runs/teachers") / f"{name}-seed{seed}"
     path = args.out / "checkpoint.pt"
     checkpoint = load_checkpoint(path, "teacher") if path.exists() else None
@@ -1630,9 +1840,10 @@ def train_teacher(own, seed, device, data, labels):
 
     print("training a teacher first, or waiting for a process that does; it stays for later runs", flush=True)
     torch.manual_seed(seed)
-    run = Run(args, device, data.classes, wait=True)
+    run = Run(args, device, data, wait=True)
     classes, size = len(data.classes), data.image_size
-    model = build_model(args.arch, classes, args.dropout, image_size=size, amp=args.amp).to(device)
+    stats = channel_stats(data.train_images) if vars(args).get("normalize") else ()
+    model = build_model(args.arch, classes, args.dropout, *stats, image_size=size, amp=args.amp).to(device)
     algorithm = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam}[args.optimizer]
     optimizer = algorithm(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     if args.milestones:
@@ -1695,7 +1906,11 @@ def plot_curves(path, metrics, title, teacher_acc=None):
     for key in [*names, "lr"]:
         if isinstance(metrics[-1][key], (int, float)):
             of_training = "training labels (%)" if key.startswith("train_acc") else "accuracy (%)"
-            panel = of_training if "acc" in key or "top5" in key else "loss" if "loss" in key else key
+            panel = key
+            if "acc" in key or "top5" in key:
+                panel = of_training
+            elif "loss" in key:
+                panel = "loss"
             panels.setdefault(panel, []).append(key)
     epochs = [record["epoch"] for record in metrics]
     figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")

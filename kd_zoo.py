@@ -7,37 +7,16 @@ formula. The loop adds up the terms whose weight is set, so that any of them can
 Sarfraz, Arani, Zonooz: Knowledge Distillation Beyond Model Compression, ICPR 2020. And with --add Table 2 of Noise as a
 Resource for Learning in Knowledge Distillation (Arani, Sarfraz, Zonooz, WACV 2021).
 
-    python kd_zoo.py                                                        # Hinton on built-in data
-    python kd_zoo.py --method rkd-da                                        # another way
-    python kd_zoo.py --method at --dataset cifar10                          # a cell of Table III
-    python kd_zoo.py --method sp --dataset cifar10 --noise sym --rate 0.4   # … of Table V
-    python kd_zoo.py --method dml --dataset cifar10 --imbalance 0.6         # … of Table VI
-    python kd_zoo.py --method sp --add ft --dataset cifar10                 # … of Table 2 of Noise as a Resource
+    python kd_zoo.py                                           # Hinton on built-in data: ZOO_HINTON
+    python kd_zoo.py --method baseline                         # the student alone: ZOO_BASELINE
+    python kd_zoo.py --method at --dataset cifar10             # a cell of Table III; the paper has 94.50
+    python kd_zoo.py --method at --alpha 0.9 --beta 500        # a sum of two terms
 
-    Table I      TABLE_I below; every other table has --method {baseline,hinton,bss,fitnet,fsp,at,sp,rkd-d,rkd-a,rkd-da,
-                 one,dml} --teacher-seeds 5 --seed 0 1 2 3 4
-    Table II     the teachers in runs/teachers that the others leave
-    Table III    --dataset cifar10 --student-arch {resnet8,resnet14,resnet20,resnet26,wrn-10-2,wrn-16-2,wrn-28-2,…}
-    Table IV     --dataset cifar100 --student-arch {resnet8x4,resnet14x4,resnet20x4,resnet26x4,wrn-10-2,…}
-    Table V      --dataset cifar10 --noise sym --rate {0.2,0.4,0.6}
-    Table VI     --dataset cifar10 --imbalance {0.2,0.6,1,2}
-    Figure 1     evaluate.py runs/kd_zoo-cifar10-clean-*seed0 --transfer --teacher
-
-    And of Noise as a Resource:
-    Table 1      --dataset {cifar10,svhn} --method {baseline,hinton,at,sp,rkd-d,rkd-a,rkd-da}
-    Table 2      --dataset cifar10 --method {at,sp,rkd-d,rkd-a,rkd-da}; --add hinton; --add ft
-
-Attained by the first command: 89.5 ± 1.1 % test accuracy (baseline 76.6 ± 5.2), last epoch, n = 5, on a CPU. Not yet
-run at the paper's size (Hinton 94.28, baseline 93.95); tests/RESULTS.md has all twelve at a CPU's size.
-
-Our choices where the paper is silent: DML's distillation terms are Hinton's loss with its factor tau²; those of BSS
-have no such factor, as in its code. BSS attacks the teacher and moves no pixel further than 16/255. FSP's matrices
-relate a group's input, max-pooled to the output's size, to its output, and their squared differences are averaged over
-the entries. RKD's embedding is block 3's output, pooled. ONE keeps to its own paper: 300 epochs, lr ×0.1 at half and
-three quarters. ONE's and DML's checkpoint has the better branch or student as its model, and all of them as parts.
-Stage 2 starts without momentum.
+To change: a method -> its loss below, and main; a weight -> TABLE_I; a setting -> preset; a step -> main.
+The commands of every table, and what we chose where the papers are silent, stand at the end (NOTES).
 """
 
+import inspect
 import math
 
 import torch
@@ -45,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import UsageError, accuracy, predict, share
+from common import UsageError, accuracy, positive, predict, refuse, share
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
@@ -70,11 +49,14 @@ ALONE = ("baseline", "one", "dml")  # no teacher
 def preset(args):
     """The flags that are left out: Table I and section III of the paper; on shapes, small nets for a CPU."""
     values = STANDARD | {"noise": "none", "student_arch": "wrn-16-2", "init_epochs": 0} | TABLE_I[args.method]
-    if args.add:
+    if args.add or args.alpha is not None:
         values |= {"alpha": 0.9, "tau": 4.0}
+    alpha = values.get("alpha", 0.0) if args.alpha is None else args.alpha
+    values["ce"] = 1 - alpha
     student = args.student_arch or "wrn-16-2"
-    large = "resnet26x4" if student.endswith("x4") else "resnet26" if student.startswith("resnet") else "wrn-40-2"
-    values["teacher_arch"] = large
+    values["teacher_arch"] = "wrn-40-2"
+    if student.startswith("resnet"):
+        values["teacher_arch"] = "resnet26x4" if student.endswith("x4") else "resnet26"
     if args.dataset == "shapes":
         values |= {"student_arch": "wrn-10-1", "teacher_arch": "wrn-16-1", "batch_size": 32, "lr": 0.05}
         values |= {"limit_train": 300, "epochs": 40}
@@ -88,24 +70,32 @@ def preset(args):
 
 
 def parse_args():
-    parser = common.argument_parser(__file__, __doc__)
+    parser = common.argument_parser(__file__, __doc__, NOTES)
     common.add_teacher_arguments(parser)
     add = parser.add_argument_group("method (Table I)").add_argument
     add("--method", default="hinton", choices=TABLE_I, help="a row of Table I")
     add("--add", choices=("hinton", "ft"), help="Hinton's loss, or the Fickle Teacher's, in place of cross-entropy")
     add("--imbalance", type=float, metavar="GAMMA", help="class sizes by the power law of section IV-C")
-    add("--alpha", type=share, help="weight of Hinton's term against cross-entropy")
-    add("--tau", type=float, help="temperature")
+    add("--ce", type=float, help="weight of cross-entropy; left out: 1 - alpha")
+    add("--alpha", type=share, help="weight of Hinton's term")
+    add("--tau", type=positive, help="temperature")
     add("--beta", type=float, help="weight of attention transfer")
     add("--gamma", type=float, help="weight of similarity preservation")
     add("--lambda-d", type=float, help="weight of RKD's distances")
     add("--lambda-a", type=float, help="weight of RKD's angles")
     add("--init-epochs", type=int, help="epochs of stage 1 of fitnet and fsp")
     args = common.parse(parser, preset)
-    if args.teacher and args.method in ALONE:
-        raise UsageError(f"--teacher: {args.method} has none; leave it out")
-    if args.init_epochs and args.method not in ("fitnet", "fsp"):
-        raise UsageError(f"--init-epochs: {args.method} has no stage 1; leave it out")
+    if args.method in ALONE:
+        terms = ("add", "ce", "alpha", "beta", "gamma", "lambda_d", "lambda_a")
+        refuse(args, (*common.TEACHER, *terms), f"{args.method} has no teacher")
+    if args.method == "bss":
+        refuse(args, ("add", "ce", "alpha"), "bss has weights of its own")
+    if args.alpha is None and args.method not in ("bss", "one", "dml"):
+        refuse(args, ("tau",), f"{args.method} has no temperature; --alpha adds Hinton's term")
+    if args.method not in ("fitnet", "fsp"):
+        refuse(args, ("init_epochs",), f"{args.method} has no stage 1")
+    if args.method == "one" and args.batch_size < 2:
+        raise UsageError("--batch-size: the gate of one has a BatchNorm layer, which needs 2 images or more")
     return args
 
 
@@ -117,26 +107,24 @@ def learning_rate(args, epoch):
     return args.lr * factor ** sum(epoch - args.init_epochs >= round(part * args.epochs) for part in parts)
 
 
-def imbalance(labels, gamma, num_classes, seed):
+def imbalance(labels, gamma, num_classes):
     """Indices of a class-imbalanced subset of int64 labels [N] (section IV-C), ascending.
 
-    Class c = 1 … C keeps floor(a / (b + c^-gamma)) samples, with a and b such that the first keeps 5 % and the last all
-    of a balanced class (250 and 5000 on CIFAR-10). A smaller gamma leaves fewer samples in between.
-    gamma: above 0, else UsageError.
+    Class c = 1 … C keeps its first n_c = a / (b + c^gamma) samples, rounded, with a and b such that the first class
+    keeps as many as a balanced class has and the last a twentieth (5000 and 250 on CIFAR-10). So the group's own code
+    has it; the formula as printed is infinite at c = 1. gamma: above 0, else UsageError.
     """
     if gamma <= 0:
         raise UsageError(f"--imbalance: {gamma} is not above 0; the paper has 0.2, 0.6, 1 and 2")
-    high = len(labels) // num_classes
-    low, last = high / 20, num_classes**-gamma
-    b = (low - high * last) / (high - low)
-    a = low * (b + 1)
-    generator = torch.Generator().manual_seed(seed)
+    first = len(labels) // num_classes
+    last = first / 20
+    b = (last * num_classes**gamma - first) / (first - last)
+    a = first * (b + 1)
     kept = []
     for c in range(num_classes):
-        pool = (labels.cpu() == c).nonzero().squeeze(1)
-        size = math.floor(a / (b + (c + 1) ** -gamma) + 1e-6)  # 1e-6: the ends are whole numbers but for rounding
-        kept.append(pool[torch.randperm(len(pool), generator=generator)[:size]])
-    return torch.cat(kept).sort().values.to(labels.device)
+        size = round(a / (b + (c + 1) ** gamma))
+        kept.append((labels == c).nonzero().squeeze(1)[:size])
+    return torch.cat(kept).sort().values
 
 
 # ---------------------------------------------------------------------------------------------------------- the methods
@@ -149,13 +137,13 @@ def hinton_loss(S, T, tau):
     return tau**2 * F.kl_div(log_S, log_T, log_target=True, reduction="batchmean")
 
 
-def boundary_samples(teacher, x, y, S, T, size=32, steps=10, step_size=0.3, max_eps=16 / 255):
+def boundary_samples(teacher, x, y, S, T, size=32, steps=10, step_size=0.3):
     """Images on the teacher's decision boundaries (Heo et al. 2019): [≤ size, 3, H, W], made from x [B, 3, H, W].
 
     Of those that both nets classify as y, the `size` with the largest Σ over wrong classes of the squared difference of
     the probabilities go towards a wrong class, drawn in proportion to the teacher's probability, until the teacher's
     prediction changes, for at most `steps` steps of step_size · (gap of the scores + 1e-4) · gradient / ‖gradient‖₂.
-    They stay in [0, 1] and within max_eps of x.
+    They stay in [0, 1].
     """
     p_S, p_T = S.softmax(1), T.softmax(1)
     difference = ((p_S - p_T) ** 2).scatter(1, y.unsqueeze(1), 0).sum(1)
@@ -165,7 +153,8 @@ def boundary_samples(teacher, x, y, S, T, size=32, steps=10, step_size=0.3, max_
     if len(base) == 0:
         return x[:0]
     x, y = x[base], y[base]
-    target = p_T[base].scatter(1, y.unsqueeze(1), 0).clamp(min=1e-12).scatter(1, y.unsqueeze(1), 0).multinomial(1)
+    wrong = torch.ones_like(p_T[base]).scatter(1, y.unsqueeze(1), 0)  # 1 for a wrong class, 0 for y
+    target = (wrong * p_T[base].clamp(min=1e-12)).multinomial(1)
     moved = x.clone()
     for _ in range(steps):
         with torch.enable_grad():
@@ -176,8 +165,7 @@ def boundary_samples(teacher, x, y, S, T, size=32, steps=10, step_size=0.3, max_
         length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
         step = (step_size * (gap.detach() + 1e-4) / length).view(-1, 1, 1, 1) * gradient
         going = (scores.argmax(1) == y).view(-1, 1, 1, 1)
-        nearer = (moved.detach() + step).clamp(x - max_eps, x + max_eps).clamp(0, 1)
-        moved = torch.where(going, nearer, moved.detach())
+        moved = torch.where(going, (moved.detach() + step).clamp(0, 1), moved.detach())
     return moved
 
 
@@ -211,31 +199,37 @@ def attention_loss(s, t):
 
 def similarity_loss(s, t):
     """1/b² ‖G_T - G_S‖_F² of block 3's Gram matrices between samples, rows of unit length (Tung and Mori 2019)."""
-    G_S, G_T = (F.normalize(f @ f.T) for f in (features[-1].flatten(1) for features in (s, t)))
-    return F.mse_loss(G_S, G_T)
+    f_S, f_T = s[-1].flatten(1), t[-1].flatten(1)
+    return F.mse_loss(F.normalize(f_S @ f_S.T), F.normalize(f_T @ f_T.T))
 
 
 def embedded(f):
-    """Block 3, pooled: [B, K]."""
-    return F.adaptive_avg_pool2d(f[-1], 1).flatten(1)
+    """Block 3, flattened and of unit length, as in the group's code: [B, K H W]."""
+    return F.normalize(f[-1].flatten(1))
 
 
 def distances(e):
-    """Euclidean distances between rows of e [B, K], divided by the mean of those above 0: [B, B]."""
-    squares = (e.unsqueeze(0) - e.unsqueeze(1)).square().sum(2)
-    d = torch.where(squares > 0, squares.clamp(min=1e-12).sqrt(), 0)
+    """Euclidean distances between the rows of e [B, D]: [B, B], exactly 0 between equal rows."""
+    return torch.cdist(e, e, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def relative_distances(e):
+    """Distances between the rows of e [B, D], divided by the mean of those above 0: [B, B]."""
+    d = distances(e)
     return d * (d > 0).sum() / d.sum().clamp(min=1e-12)  # where all rows are equal: 0, not 0 / 0
 
 
 def rkd_distance_loss(s, t):
     """Huber loss between the distances within the batch (Park et al. 2019)."""
-    return F.smooth_l1_loss(distances(embedded(s)), distances(embedded(t)))
+    return F.smooth_l1_loss(relative_distances(embedded(s)), relative_distances(embedded(t)))
 
 
 def angles(e):
-    """Cosine of the angle at row i between rows j and k of e [B, K]: [B, B, B]."""
-    directions = F.normalize(e.unsqueeze(0) - e.unsqueeze(1), dim=2)
-    return directions @ directions.transpose(1, 2)
+    """Cosine of the angle at row i between rows j and k of e [B, D], by the law of cosines: [B, B, B]."""
+    d = distances(e)
+    ij, ik, jk = d.unsqueeze(2), d.unsqueeze(1), d.unsqueeze(0)
+    product = 2 * ij * ik
+    return (ij**2 + ik**2 - jk**2) / product.where(product > 0, math.inf)  # 0 where two of the three are equal
 
 
 def rkd_angle_loss(s, t):
@@ -290,25 +284,27 @@ def dml_loss(first, second, y, tau):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def feature_shapes(arch, data):
-    """Shapes (K, H, W) of the features of an architecture, stem first, found without computing."""
-    with torch.device("meta"):
-        model = common.build_model(arch, 2, image_size=data.image_size)
-        images = torch.empty(2, 3, *data.test_images.shape[2:])
+def feature_shapes(model, images):
+    """Shapes (K, H, W) of the features that a model in evaluation mode has of images [B, 3, H, W], stem first.
+
+    Raises UsageError where it has none, as most modules of --teacher-model.
+    """
+    if "features" not in inspect.signature(model.forward).parameters:
+        gives = "module(x, features=True) must give (logits, [output of the stem, of block 1, of block 2, …])"
+        raise UsageError(f"--teacher-model: for fitnet, fsp, at, sp and rkd {gives}; --method hinton needs logits only")
+    with torch.no_grad():
         return [tuple(f.shape[1:]) for f in model(images, features=True)[1]]
 
 
-def check_features(args, teacher_arch, data):
-    """Raise UsageError where FitNet, FSP or AT cannot compare the features of student and teacher as they are."""
-    if args.method not in ("fitnet", "fsp", "at"):
-        return
-    s, t = (feature_shapes(arch, data) for arch in (args.student_arch, teacher_arch))
+def check_features(args, s, t):
+    """Raise UsageError where FitNet, FSP or AT cannot compare features of shapes s (student) and t (teacher)."""
+    same = True
     if args.method == "fitnet":
         same = s[2][1:] == t[2][1:]
-    elif args.method == "fsp":
+    if args.method == "fsp":
         same = s == t
-    else:
-        same = [shape[1:] for shape in s[1:]] == [shape[1:] for shape in t[1:]]
+    if args.beta:
+        same = same and [shape[1:] for shape in s[1:]] == [shape[1:] for shape in t[1:]]
     if not same:
         raise UsageError(f"--student-arch: {args.method} cannot compare its features {s} with the teacher's {t}")
 
@@ -325,7 +321,7 @@ def main(args):
     data = common.load_data(args, device)
     num_classes, size, method, tau = len(data.classes), data.image_size, args.method, args.tau
     if args.imbalance is not None:
-        kept = imbalance(data.train_labels, args.imbalance, num_classes, args.noise_seed)
+        kept = imbalance(data.train_labels, args.imbalance, num_classes)
         images = data.train_images[kept.to(data.train_images.device)]
         data = data._replace(train_images=images, train_labels=data.train_labels[kept])
     labels = common.corrupt_labels(
@@ -337,24 +333,34 @@ def main(args):
     for _ in range(count):
         nets.append(common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device))
     student, parts = nets[0], {"model": nets[0]}
-    if not args.teacher:  # before one is trained
-        check_features(args, args.teacher_arch, data)
-    run = common.Run(args, device, data.classes, args.init_epochs + args.epochs)
+    by_features = any((args.init_epochs, args.beta, args.gamma, args.lambda_d, args.lambda_a))
+    images = common.to_float(data.test_images[:2]).to(device)
+    student_shapes = feature_shapes(student.eval(), images)
+    if by_features and not (args.teacher or args.teacher_model):  # before one is trained
+        with torch.device("meta"):
+            untrained = common.build_model(args.teacher_arch, num_classes, image_size=size)
+        check_features(args, student_shapes, feature_shapes(untrained, images.to("meta")))
+    run = common.Run(args, device, data, args.init_epochs + args.epochs)
     teacher = None
     if method not in ALONE:
         milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]
         dropout = 0.4 if args.add == "ft" else 0.0
         teacher, about = common.load_teacher(args, device, data, labels, milestones, dropout)
         run.header |= about
-        if hasattr(teacher, "built_as"):
-            check_features(args, teacher.built_as["arch"], data)
-        for module in teacher.modules():
-            module.training = args.add == "ft" and isinstance(module, nn.Dropout)  # fickle: fickle_teacher.py says why
-    if method == "fitnet":
-        widths = [feature_shapes(net.built_as["arch"], data)[2][0] for net in (student, teacher)]
-        parts["regressor"] = nn.Conv2d(*widths, 1, bias=False).to(device)
+        if by_features:
+            teacher_shapes = feature_shapes(teacher, images)
+            check_features(args, student_shapes, teacher_shapes)
+        if args.add == "ft":  # fickle: fickle_teacher.py says why
+            dropout = nn.modules.dropout._DropoutNd
+            layers = [layer for layer in teacher.modules() if isinstance(layer, dropout) and layer.p > 0]
+            if not layers:
+                raise UsageError("--add ft: the teacher has no dropout module to switch on; --add hinton works")
+            for layer in layers:
+                layer.train()
+    if method == "fitnet" and args.init_epochs:
+        parts["regressor"] = nn.Conv2d(student_shapes[2][0], teacher_shapes[2][0], 1, bias=False).to(device)
     if method == "one":
-        parts["one"] = ONE(nets, width=feature_shapes(args.student_arch, data)[-2][0]).to(device)
+        parts["one"] = ONE(nets, width=student_shapes[-2][0]).to(device)
     if method in ("one", "dml"):
         parts |= {f"net{i + 1}": net for i, net in enumerate(nets)}
     parameters = dict.fromkeys(p for part in parts.values() for p in part.parameters())  # each once
@@ -363,7 +369,6 @@ def main(args):
     if args.compile:
         for net in nets:
             net.compile()
-    by_features = any((args.init_epochs, args.beta, args.gamma, args.lambda_d, args.lambda_a))
 
     for epoch in range(run.epoch, run.epochs):
         for part in parts.values():
@@ -384,7 +389,7 @@ def main(args):
                 loss = dml_loss(first, second, y, tau)
             else:
                 S, s = student(x, features=True) if by_features else (student(x), None)
-                loss = F.cross_entropy(S, y)
+                loss = args.ce * F.cross_entropy(S, y)
                 if teacher:
                     with torch.no_grad():
                         T, t = teacher(x, features=True) if by_features else (teacher(x), None)
@@ -398,7 +403,7 @@ def main(args):
                         bss = hinton_loss(student(moved), teacher(moved), tau) / tau**2
                         loss = loss + 2 * max(1 - 4 / 3 * done, 0) * bss
                 elif args.alpha is not None:  # hinton, stage 2 of fitnet and fsp, and --add
-                    loss = (1 - args.alpha) * loss + args.alpha * hinton_loss(S, T, tau)
+                    loss = loss + args.alpha * hinton_loss(S, T, tau)
                 if args.beta:
                     loss = loss + args.beta * attention_loss(s, t)
                 if args.gamma:
@@ -424,6 +429,32 @@ def main(args):
         run.end_epoch(losses, **metrics)
     return run.finish()
 
+
+# --------------------------------------------------------------------------------------------------------------- notes
+
+NOTES = """
+Table I      TABLE_I; every other table has --method {baseline,hinton,bss,fitnet,fsp,at,sp,rkd-d,rkd-a,rkd-da,one,dml}
+             --teacher-seeds 5 --seed 0 1 2 3 4
+Table II     the teachers in runs/teachers that the others leave
+Table III    --dataset cifar10 --student-arch {resnet8,resnet14,resnet20,resnet26,wrn-10-2,wrn-16-2,wrn-28-2,wrn-40-2}
+Table IV     --dataset cifar100 --student-arch {resnet8x4,resnet14x4,resnet20x4,resnet26x4,wrn-10-2,…}
+Table V      --dataset cifar10 --noise sym --rate {0.2,0.4,0.6}
+Table VI     --dataset cifar10 --imbalance {0.2,0.6,1,2}
+Figure 1     evaluate.py runs/kd_zoo-cifar10-clean-*seed0 --transfer --teacher
+
+And of Noise as a Resource:
+Table 1      --dataset {cifar10,svhn} --method {baseline,hinton,at,sp,rkd-d,rkd-a,rkd-da}
+Table 2      --dataset cifar10 --method {at,sp,rkd-d,rkd-a,rkd-da}; --add hinton; --add ft
+
+From the group's code, not from the papers: the class sizes of --imbalance; RKD compares block 3's output flattened and
+of unit length; BSS keeps its images in [0, 1] and no nearer to the original (the 16 of Table I is never used). BSS has
+200 epochs and the standard drops. Its distillation terms have no factor tau², as in the code of BSS.
+
+Our choices where both are silent: DML's distillation terms are Hinton's loss with its factor tau². FSP's matrices
+relate a group's input, max-pooled to the output's size, to its output, and their squared differences are averaged over
+the entries. ONE keeps to its own paper: 300 epochs, lr ×0.1 at half and three quarters. Stage 2 starts without
+momentum. The sums of RepDistiller (-r -a -b) are --ce, --alpha and the method's own weight.
+"""
 
 if __name__ == "__main__":
     common.run(parse_args, main)

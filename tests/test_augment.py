@@ -1,17 +1,22 @@
 """Augmentation: each operation against torchvision.transforms.v2, the random policies by counting their draws."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import within
 from scipy.stats import ks_2samp
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 import common
-from common import IDENTITY, OPS, apply_ops, draw_shapes, op_magnitudes, to_float
+from common import IDENTITY, OPS, apply_ops, draw_shapes, op_table, to_float
 
 CPU = torch.device("cpu")
-SPACES = {  # (the library's class, bins, arguments of op_magnitudes, how warps interpolate)
+ROTATE = OPS.index("Rotate")
+SPACES = {  # (the library's class, bins, arguments of op_table, how warps interpolate)
     "rand": (v2.RandAugment(), 31, {}, "nearest"),
     "auto": (v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10), 10, {}, "nearest"),
     "mix": (v2.AugMix(), 10, {"translate": 1 / 3, "posterize": 4}, "bilinear"),
@@ -26,42 +31,44 @@ def pictures():
     return torch.cat([draw_shapes(5, seed=7)[0], random, flat, (random[:1] > 128).byte() * 200, random[:1] // 64])
 
 
-@pytest.mark.parametrize("space, name", [(s, name) for s in SPACES for name in SPACES[s][0]._AUGMENTATION_SPACE])
-def test_operations_are_the_library_s_at_every_magnitude(space, name, pictures):
-    library, bins, arguments, mode = SPACES[space]
+def from_library(space, images, name, strength=0, sign=1):
+    library, bins, _, mode = SPACES[space]
     make, signed = library._AUGMENTATION_SPACE[name]
-    theirs = make(bins, 32, 32)
-    assert signed == (name in OPS[:9])
-    ours = op_magnitudes(bins, 32, 32, CPU, **arguments)[OPS.index(name)]
+    magnitudes = make(bins, *images.shape[2:])
+    magnitude = 0.0 if magnitudes is None else (sign if signed else 1) * float(magnitudes[strength])
+    mode = v2.InterpolationMode(mode)
+    return library._apply_image_or_video_transform(images, name, magnitude, mode, fill={torch.Tensor: None})
+
+
+@pytest.mark.parametrize("space, name", [(s, name) for s in SPACES for name in SPACES[s][0]._AUGMENTATION_SPACE])
+def test_operations_are_the_library_s_at_every_strength(space, name, pictures):
+    _, bins, arguments, mode = SPACES[space]
+    table, op = op_table(bins, 32, 32, CPU, **arguments), torch.full((len(pictures),), OPS.index(name))
     truncated = name in ("Brightness", "Contrast", "Color", "Sharpness", "AutoContrast")
-    for strength in range(bins if theirs is not None else 1):
-        for sign in (1, -1) if signed else (1,):
-            magnitude = 0.0 if theirs is None else sign * float(theirs[strength])
-            expected = library._apply_image_or_video_transform(
-                pictures, name, magnitude, interpolation=v2.InterpolationMode(mode), fill={torch.Tensor: None}
-            )
-            op = torch.full((len(pictures),), OPS.index(name))
-            result = apply_ops(to_float(pictures), op, (sign * ours[strength]).expand(len(pictures)), mode)
-            error = (result * 255 - expected.float()).abs().max().item()
-            assert error < (1.001 if truncated else 0.501), f"strength {strength}, sign {sign}: {error:.3f}/255"
+    for strength in range(bins):
+        for negative in (0, 1):
+            expected = from_library(space, pictures, name, strength, (1, -1)[negative])
+            result = apply_ops(pictures.float(), table, op, strength, negative, mode)
+            error = (result - expected.float()).abs().max().item()
+            assert error < (1.001 if truncated else 0.501), f"strength {strength}, sign {negative}: {error:.3f}"
 
 
 def test_each_sample_gets_its_own_operation(pictures):
-    images = to_float(pictures[:5].repeat(3, 1, 1, 1))
-    op, magnitude = torch.arange(15), op_magnitudes(10, 32, 32, CPU)[torch.arange(15), 7]
-    together = apply_ops(images, op, magnitude)
+    images, op, negative = pictures[:5].repeat(3, 1, 1, 1).float(), torch.arange(15), torch.arange(15) % 2
+    table, strength = op_table(10, 32, 32, CPU), torch.arange(15) % 3 + 7
+    together = apply_ops(images.clone(), table, op, strength, negative)
     for i, image in enumerate(images.split(1)):
-        assert torch.equal(together[[i]], apply_ops(image, op[[i]], magnitude[[i]]))
+        assert torch.equal(together[[i]], apply_ops(image.clone(), table, op[[i]], strength[[i]], negative[[i]]))
         assert torch.equal(together[[i]], image) == (i == IDENTITY)
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Records every (op, magnitude, mode) that apply_ops is called with; it returns the images as they are."""
+    """Records what apply_ops is called with; it returns the images as they are."""
     record = []
 
-    def spy(images, op, magnitude, mode="nearest", inplace=False):
-        record.append((op, magnitude, mode))
+    def spy(images, *arguments, mode="nearest"):
+        record.append((*arguments, mode))
         return images
 
     monkeypatch.setattr(common, "apply_ops", spy)
@@ -70,35 +77,56 @@ def drawn(monkeypatch):
 
 def test_rand_augment_draws_uniformly(drawn):
     common.rand_augment(torch.zeros(28000, 3, 8, 8), num_ops=2, magnitude=20)
-    table = op_magnitudes(31, 8, 8, CPU)
-    assert [mode for _, _, mode in drawn] == ["nearest"] * 2
-    for op, magnitude, _ in drawn:
+    for table, op, strength, negative, mode in drawn:
+        assert torch.equal(table, op_table(31, 8, 8, CPU)) and (strength, mode) == (20, "nearest")
         assert int(op.max()) == IDENTITY
         assert all(within(count, 28000, 1 / 14) for count in torch.bincount(op).tolist())
-        assert torch.equal(magnitude.abs(), table[op, 20]) and (magnitude[op >= 9] >= 0).all()
-        assert within(int((magnitude[op < 9] < 0).sum()), int((op < 9).sum()), 0.5)
-    assert within(int((drawn[0][0] == drawn[1][0]).sum()), 28000, 1 / 14)  # the two are drawn independently
+        assert within(int(negative[op == ROTATE].sum()), int((op == ROTATE).sum()), 0.5)
+    (_, first, *_), (_, second, *_) = drawn
+    assert within(int((first == second).sum()), 28000, 1 / 14)  # the two are drawn independently
 
 
-def test_aug_mix_draws_operations_and_strengths(drawn):
-    common.aug_mix(torch.zeros(9000, 3, 8, 8), severity=3, width=3)
-    assert [mode for _, _, mode in drawn] == ["bilinear"] * 3
-    for position, (op, magnitude, _) in enumerate(drawn):
-        share = 1 - position / 3  # 1 to 3 operations a chain
-        assert within(int((op != IDENTITY).sum()), 27000, share) and not (op == OPS.index("Invert")).any()
-        assert all(within(int((op == k).sum()), 27000, share / 13) for k in range(13))
-        rotations = magnitude[op == OPS.index("Rotate")].abs()
-        assert rotations.unique().tolist() == pytest.approx([0, 30 / 9, 60 / 9])
-        assert all(within(int((rotations == r).sum()), len(rotations), 1 / 3) for r in rotations.unique())
+@pytest.mark.parametrize("magnitude", [3, 30])
+def test_rand_augment_gives_the_library_s_images(pictures, magnitude):
+    """Of one image every result is one of torchvision's 14 operations, with + or -, at this magnitude."""
+    signed = [(name, sign) for name in SPACES["rand"][0]._AUGMENTATION_SPACE for sign in (1, -1)]
+    expected = torch.cat([from_library("rand", pictures[:1], name, magnitude, sign) for name, sign in signed])
+    expected, ways = expected.float().flatten(1).unique(dim=0, return_counts=True)
+    results = common.rand_augment(to_float(pictures[:1]).expand(2800, -1, -1, -1), 1, magnitude) * 255
+    distance, found = torch.cdist(results.flatten(1), expected, p=torch.inf).min(1)
+    assert (distance < 1.001).all()  # blends are not truncated
+    assert all(within(n, 2800, way / 28) for n, way in zip(torch.bincount(found).tolist(), ways.tolist(), strict=True))
 
 
-def test_aug_mix_mixes_by_weights_that_sum_to_one(drawn, monkeypatch):
+@pytest.mark.parametrize("arguments, severity, width, depth", [
+    ({}, 3, 3, -1), ({"severity": 5, "width": 2}, 5, 2, -1), ({"depth": 2}, 3, 3, 2),
+])  # fmt: skip
+def test_aug_mix_draws_operations_and_strengths(drawn, arguments, severity, width, depth):
+    common.aug_mix(torch.zeros(9000, 3, 8, 8), **arguments)
+    assert len(drawn) == (3 if depth < 0 else depth)
+    for position, (table, op, strength, negative, mode) in enumerate(drawn):
+        assert torch.equal(table, op_table(10, 8, 8, CPU, translate=1 / 3, posterize=4)) and mode == "bilinear"
+        total = 9000 * width
+        assert len(op) == total and not (op == OPS.index("Invert")).any()
+        share = 1 - position / 3 if depth < 0 else 1  # 1 to 3 operations a chain
+        assert all(within(int((op == k).sum()), total, share / 13) for k in range(13))
+        assert within(int((op != IDENTITY).sum()), total, share)
+        assert all(within(count, total, 1 / severity) for count in torch.bincount(strength).tolist())
+        assert within(int(negative.sum()), total, 0.5) and within(int(negative[op == ROTATE].sum()), total, share / 26)
+
+
+def test_aug_mix_mixes_by_dirichlet_and_beta(drawn, monkeypatch):
     images = torch.rand(64, 3, 8, 8)
     assert torch.allclose(common.aug_mix(images), images, atol=1e-6)  # chains that change nothing
-    chains = torch.tensor([1.0, 0.0, 0.0]).repeat_interleave(20000).view(-1, 1, 1, 1)
-    monkeypatch.setattr(common, "apply_ops", lambda images, *_, **__: chains.expand_as(images))
-    lost = 1 - common.aug_mix(torch.ones(20000, 3, 2, 2))[:, 0, 0, 0]  # uniform, times 1 - Beta(1, 2)
-    assert abs(lost.mean() - 1 / 3) < 0.01 and abs(lost.var() - 1 / 18) < 0.003
+    channel = 255 * torch.eye(3).repeat_interleave(20000, 0).view(-1, 3, 1, 1)  # the k-th chain is channel k
+    monkeypatch.setattr(common, "apply_ops", lambda images, *_, **__: channel.expand_as(images).clone())
+    mixed = common.aug_mix(torch.zeros(20000, 3, 2, 2))[:, :, 0, 0]
+    beta = mixed.sum(1)  # uniform
+    assert abs(beta.mean() - 1 / 2) < 0.01 and abs(beta.var() - 1 / 12) < 0.003
+    weights = mixed / beta.unsqueeze(1)
+    assert torch.allclose(weights.mean(0), torch.tensor(1 / 3), atol=0.01)
+    assert torch.allclose(weights.T.cov(), torch.eye(3) / 12 - 1 / 36, atol=0.002)
+    assert abs(torch.stack([beta, weights[:, 0]]).corrcoef()[0, 1]) < 0.05
 
 
 def test_auto_augment_is_the_library_s_policy_at_its_frequencies(drawn):
@@ -107,13 +135,15 @@ def test_auto_augment_is_the_library_s_policy_at_its_frequencies(drawn):
     expected = [step for policy in SPACES["auto"][0]._policies for step in policy]
     assert [(OPS[op], p, s) for op, p, s in rows] == [(name, pytest.approx(p), s or 0) for name, p, s in expected]
     common.auto_augment(torch.zeros(50000, 3, 8, 8))
-    table = op_magnitudes(10, 8, 8, CPU)
-    assert [mode for _, _, mode in drawn] == ["nearest"] * 2
-    for turn, (op, magnitude, _) in enumerate(drawn):
+    for turn, (table, op, strength, negative, mode) in enumerate(drawn):
+        assert torch.equal(table, op_table(10, 8, 8, CPU)) and mode == "nearest"
         share = torch.zeros(15).scatter_add_(0, ops[:, turn], probabilities[:, turn]) / 25
         assert all(within(int((op == k).sum()), 50000, share[k].item()) for k in range(15) if k != IDENTITY)
-        rotations = magnitude[op == OPS.index("Rotate")].abs()
-        assert (rotations == table[OPS.index("Rotate"), 2]).all()
+        possible = probabilities[:, turn] > 0
+        steps = set(zip(ops[possible, turn].tolist(), strengths[possible, turn].tolist()))
+        active = op != IDENTITY
+        assert set(zip(op[active].tolist(), strength[active].tolist())) == steps
+        assert within(int(negative.sum()), 50000, 0.5)
 
 
 @pytest.mark.parametrize("mode, padding, size", [("zero", 4, None), ("reflect", 2, 11), ("zero", 0, 7)])
@@ -191,11 +221,25 @@ def test_colour_jitter_is_the_library_s(pictures, monkeypatch, name):
     assert torch.allclose(out, torch.stack(expected), atol=2e-5)
 
 
-@pytest.mark.parametrize("function", [
-    lambda x: common.rand_augment(x, num_ops=2, magnitude=20), common.aug_mix, common.auto_augment, common.crop_flip,
-    lambda x: common.random_resized_crop(x, 32), common.color_jitter, lambda x: common.cutout(x, size=5),
-    common.random_erasing,
-])  # fmt: skip
+def rand_augment(images):
+    return common.rand_augment(images, num_ops=1, magnitude=3)
+
+
+def cutout(images):
+    return common.cutout(images, size=5)
+
+
+def random_resized_crop(images):
+    return common.random_resized_crop(images, 32)
+
+
+AUGMENTATIONS = [
+    *(rand_augment, cutout, random_resized_crop),
+    *(common.aug_mix, common.auto_augment, common.crop_flip, common.random_erasing, common.color_jitter),
+]
+
+
+@pytest.mark.parametrize("function", AUGMENTATIONS)
 def test_every_augmentation_returns_new_images_and_the_same_under_autocast(function, pictures):
     images, out = to_float(pictures), []
     for amp in (False, True):
@@ -204,3 +248,62 @@ def test_every_augmentation_returns_new_images_and_the_same_under_autocast(funct
             out.append(function(images))
     assert torch.equal(*out) and out[0].dtype == torch.float32 and out[0].min() >= 0 and out[0].max() <= 1
     assert torch.equal(images, to_float(pictures)) and not torch.equal(out[0], images)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute something; a view computes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if not operation.is_view:
+            self.counts[operation.name()] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("function, most", [
+    (rand_augment, 90), (common.aug_mix, 250), (common.crop_flip, 10), (cutout, 20), (random_resized_crop, 70),
+    (common.random_erasing, 60),
+])  # fmt: skip
+def test_compiled_an_augmentation_is_one_graph_of_few_kernels_with_the_same_images(function, most, pictures):
+    """Compiled, an augmentation computes all rows of a batch, as it does on CUDA; here the operations are counted."""
+    counts = []
+
+    def backend(graph, _):
+        def run(*arguments):
+            with Kernels() as kernels:
+                result = graph(*arguments)
+            counts.append(kernels.counts)
+            return result
+
+        return run
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    images = to_float(pictures)
+    for batch in (images, images[:7], images[:5]):
+        results = []
+        for view in (function, compiled):
+            torch.manual_seed(5)
+            results.append(view(batch))
+        assert torch.allclose(*results, atol=1e-6)
+    assert len(counts) == 3 and max(sum(count.values()) for count in counts) <= most, counts
+
+
+def test_a_compiled_step_gives_the_loss_of_an_eager_one(pictures):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.Flatten(), torch.nn.Linear(512, 10))
+
+    def step(images):
+        student = net(cutout(common.crop_flip(rand_augment(images))))
+        return F.cross_entropy(student, net(common.aug_mix(images)).softmax(1))
+
+    losses, gradients = [], []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(6)
+        net.zero_grad()
+        losses.append(function(to_float(pictures)))
+        losses[-1].backward()
+        gradients.append(net[0].weight.grad.clone())
+    assert abs(losses[0] - losses[1]) < 1e-5 and torch.allclose(*gradients, atol=1e-5)

@@ -119,7 +119,7 @@ def test_selection_by_hand():
     uniform = cmd.entropy(torch.full((1, 2), 0.5)).item()
     assert cmd.cmd_losses(q_A, q_B, S_A, S_B, uniform)[2].sum() == 1  # "<": a uniform prediction is not below H(u)
     for select, count in (("zero", 0), ("all", 2)):
-        eta, b2 = cmd.SELECT[select]
+        eta, _, b2 = cmd.SELECT[select]
         nearly = S_B + torch.tensor([0.0, 0.1])
         assert all(cmd.cmd_losses(q_A, q_B, nearly, nearly, cmd.threshold(t, eta, b2, 2))[2].sum() == 2 * count
                    for t in (0.1, 0.5, 1))  # fmt: skip
@@ -138,33 +138,65 @@ def test_kdcl_by_hand_and_in_numpy(draw):
 # -------------------------------------------------------------------------------------------------------- configuration
 
 
-@pytest.mark.parametrize("flags, values, drops, gamma", [
-    (["--dataset", "tiny.npz"], ("resnet34", 100, 128, 0.1, 5e-4, False), (50, 80), 0.1),
-    (["--dataset", "tiny.npz", "--epochs", 50], ("resnet34", 50, 128, 0.1, 5e-4, False), (25, 40), 0.1),
-    (["--dataset", "tiny.npz", "--arch", "resnet18"], ("resnet18", 200, 128, 0.1, 5e-4, False), (60, 120, 160), 0.2),
-    (["--dataset", "tiny.npz", "--arch", "resnet50"], ("resnet50", 200, 64, 0.01, 1e-3, False), (40, 80), 0.1),
-    (["--dataset", "food101"], ("resnet50", 100, 32, 0.01, 5e-4, True), (50, 80), 0.1),
-    (["--dataset", "webvision"], ("inception_resnet_v2", 80, 32, 0.01, 5e-4, False), tuple(range(40, 80)), 0.1),
+@pytest.mark.parametrize("flags, arch, numbers, drops, gamma", [
+    ("--dataset tiny.npz", "resnet34", (100, 128, 0.1, 5e-4), (50, 80), 0.1),
+    ("--dataset tiny.npz --epochs 50", "resnet34", (50, 128, 0.1, 5e-4), (25, 40), 0.1),
+    ("--dataset tiny.npz --arch resnet18", "resnet18", (200, 128, 0.1, 5e-4), (60, 120, 160), 0.2),
+    ("--dataset tiny.npz --arch shufflenet_v2", "shufflenet_v2", (200, 128, 0.1, 5e-4), (60, 120, 160), 0.2),
+    ("--dataset tiny.npz --arch wrn-16-8", "wrn-16-8", (200, 128, 0.1, 5e-4), (60, 120, 160), 0.2),
+    ("--dataset tiny.npz --arch resnet50", "resnet50", (200, 64, 0.01, 1e-3), (40, 80), 0.1),
+    ("--dataset food101", "resnet50", (100, 32, 0.01, 5e-4), (50, 80), 0.1),
+    ("--dataset imagefolder:x", "resnet50", (100, 32, 0.01, 5e-4), (50, 80), 0.1),
+    ("--dataset webvision", "inception_resnet_v2", (80, 32, 0.01, 5e-4), tuple(range(40, 80)), 0.1),
+    ("--dataset shapes", "wrn-10-1", (20, 32, 0.05, 5e-4), (10, 16), 0.1),
 ])  # fmt: skip
-def test_the_schedules_of_the_supplement(cli, monkeypatch, flags, values, drops, gamma):
-    """Up to the first step, of small networks on small images in place of the large ones."""
-    told, build, data = {}, common.build_model, common.load_dataset("tiny.npz")
+def test_the_schedules_of_the_supplement(cli, monkeypatch, flags, arch, numbers, drops, gamma):
+    """As the optimiser and its scheduler have them before the first step; small networks in place of the large ones."""
+    told, built, build, data = {}, [], common.build_model, common.load_dataset("tiny.npz")
+
+    def small(arch, classes, dropout, mean, std, size, pretrained, amp):
+        built.append((arch, dropout, mean, std, pretrained))
+        return build("wrn-10-1", classes)
 
     def checkpoint(run, model, peer, optimizer, scheduler):
-        told.update(args=run.args, drops=tuple(scheduler.milestones.elements()), gamma=scheduler.gamma)
+        told.update(args=run.args, optimizer=optimizer, scheduler=scheduler)
+        assert optimizer.param_groups[0]["params"] == [*model.parameters(), *peer.parameters()]
         raise common.UsageError("far enough")
 
     monkeypatch.setattr(common, "load_data", lambda *_: data)
-    monkeypatch.setattr(common, "build_model", lambda arch, *rest: build("wrn-10-1", *rest[:-2]))
+    monkeypatch.setattr(common, "build_model", small)
     monkeypatch.setattr(common.Run, "checkpoint", checkpoint)
-    cli(cmd, *flags)
-    args = told["args"]
-    assert (args.arch, args.epochs, args.batch_size, args.lr, args.weight_decay, args.pretrained) == values
-    assert (told["drops"], told["gamma"]) == (drops, pytest.approx(gamma)) and args.arch_b == args.arch
-    assert (args.self_kd, args.select, args.eta, args.b2, args.b1) == ("proselflc", "progressive", 4, -8, 16)
-    assert (args.noise, args.rate, args.augment) == ("none", None, "crop")
+    cli(cmd, *flags.split())
+    args, (group,) = told["args"], told["optimizer"].param_groups
+    assert type(told["optimizer"]) is torch.optim.SGD
+    assert (args.epochs, args.batch_size, group["lr"], group["weight_decay"]) == numbers
+    assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.9, False, 0)
+    scheduler = told["scheduler"]
+    assert (tuple(scheduler.milestones.elements()), scheduler.gamma) == (drops, gamma)
+    assert built == [(arch, 0.0, *common.channel_stats(data.train_images), args.dataset == "food101")] * 2
+    assert args.augment == ("none" if args.dataset == "shapes" else "crop")
+    assert (args.noise, args.rate) == (("sym-other", 0.4) if args.dataset == "shapes" else ("none", None))
     if args.dataset == "webvision":
         assert (args.resize, args.image_size) == (320, 299)
+
+
+@pytest.mark.parametrize("flags, values", [
+    ("", ("proselflc", "progressive", None, 16, 4, -8)),
+    ("--dataset shapes", ("proselflc", "progressive", None, 16, 1, -8)),
+    ("--select static", ("proselflc", "static", None, 16, 4, 0)),
+    ("--dataset shapes --select static", ("proselflc", "static", None, 16, 2, 0)),
+    ("--select zero", ("proselflc", "zero", None, 16, -1, 0)), ("--select all", ("proselflc", "all", None, 16, 1, 0)),
+    ("--self-kd ce", ("ce", "progressive", 0, 16, 4, -8)), ("--self-kd ls", ("ls", "progressive", 0.1, 16, 4, -8)),
+    ("--self-kd cp", ("cp", "progressive", 0.1, 16, 4, -8)),
+    ("--self-kd boot-soft", ("boot-soft", "progressive", 0.05, 16, 4, -8)),
+    ("--self-kd mconf", ("mconf", "progressive", None, 16, 4, -8)),
+    ("--self-kd tf-kd-reg", ("tf-kd-reg", "progressive", 0.1, 16, 4, -8)),
+    *((f"--mutual {mutual}", (None, None, 0.5, None, None, None)) for mutual in ("sync", "async", "kdcl")),
+])  # fmt: skip
+def test_the_presets_of_the_method(monkeypatch, flags, values):
+    monkeypatch.setattr("sys.argv", ["x", "--dataset", "cifar100", *flags.split()])
+    args = cmd.parse_args()
+    assert (args.self_kd, args.select, args.epsilon, args.b1, args.eta, args.b2) == values
 
 
 def test_the_standard_library_keeps_its_cmd():
@@ -250,18 +282,29 @@ def test_the_loop_of_the_methods_compared(cli, spy, mutual):
     assert saved("run")["metrics"][0]["train_loss"] == pytest.approx(loss, rel=1e-4)
 
 
-def test_asynchronous_networks_take_turns(cli, monkeypatch):
-    """One step an epoch: A moves in the first, B in the second."""
-    weights, end_epoch = [], common.Run.end_epoch
+@pytest.mark.parametrize("batch_size, steps", [(40, 1), (20, 2), (13, 3)])
+def test_asynchronous_networks_take_turns(cli, monkeypatch, batch_size, steps):
+    """Step by step through the whole training, A first, whatever the number of steps an epoch."""
+    turns, step = [], torch.optim.SGD.step
 
-    def look(run, *losses, **metrics):
-        weights.append([run.parts[part].stem[0].weight.detach().clone() for part in ("model", "peer")])
-        end_epoch(run, *losses, **metrics)
+    def look(optimizer, *args):
+        A, *_, B = optimizer.param_groups[0]["params"]
+        turns.append("A" * (A.grad is not None) + "B" * (B.grad is not None))
+        return step(optimizer, *args)
 
-    monkeypatch.setattr(common.Run, "end_epoch", look)
-    assert cli(cmd, *TINY, "--mutual", "async", "--batch-size", 40, "--epochs", 3)[0] == 0
-    moved = [[not torch.equal(x, y) for x, y in zip(*pair)] for pair in zip(weights, weights[1:])]
-    assert moved == [[False, True], [True, False]]
+    monkeypatch.setattr(torch.optim.SGD, "step", look)
+    assert cli(cmd, *TINY, "--mutual", "async", "--batch-size", batch_size, "--epochs", 3)[0] == 0
+    assert turns == [*"ABABABABA"][: 3 * steps]
+
+
+def test_crops_are_padded_by_four_and_flipped(cli, monkeypatch):
+    """The student sees what crop_flip makes of the images, with its preset; on shapes nothing."""
+    calls, crop_flip, batch, images = [], common.crop_flip, common.Dataset.batch, []
+    monkeypatch.setattr(common, "crop_flip", lambda x, **more: calls.append((x, more)) or crop_flip(x, **more))
+    monkeypatch.setattr(common.Dataset, "batch", lambda data, index: images.append(batch(data, index)) or images[-1])
+    assert cli(cmd, *TINY, "--mutual", "sync")[0] == 0
+    assert [x is image and more == {"size": 32} for (x, more), image in zip(calls, images, strict=True)] == [True] * 2
+    assert cli(cmd, *TINY, "--augment", "none", "--out", "run")[0] == 0 and len(calls) == 2
 
 
 def test_validation_is_clean_and_never_trained_on(cli, spy, monkeypatch):
@@ -290,11 +333,17 @@ def test_which_samples_are_held_out_does_not_follow_the_noise(cli, tmp_path, mon
     assert out.startswith("4,500 training images") and within(round(share * 4500), 4500, 1 / 3)
 
 
-def test_an_interrupted_run_continues_to_the_same_bit(cli):
-    flags = ["--self-kd", "mconf", "--arch-b", "resnet8", "--validation", 0.25, "--batch-size", 10, "--epochs", 3]
-    assert_resumes_to_the_same_bit(cli, cmd, *TINY, *NOISE, *flags, stops=3)
+@pytest.mark.parametrize("flags, epochs", [
+    ("--self-kd mconf --arch-b resnet8 --validation 0.25 --batch-size 10", 3), ("--mutual async --batch-size 13", 2),
+])  # fmt: skip
+def test_an_interrupted_run_continues_to_the_same_bit(cli, flags, epochs):
+    assert_resumes_to_the_same_bit(cli, cmd, *TINY, *NOISE, *flags.split(), "--epochs", epochs, stops=epochs)
 
 
-def test_what_other_methods_do_not_have_is_refused(cli):
-    status, _, err = cli(cmd, *TINY, "--mutual", "sync", "--self-kd", "ls")
-    assert status == 2 and err.startswith("error: --self-kd") and err.count("\n") == 1 and not Path("runs").exists()
+@pytest.mark.parametrize("flags, refused", [
+    ("--mutual sync --self-kd ls", "--self-kd"), ("--mutual async --b1 3", "--b1"), ("--mutual kdcl --eta 3", "--eta"),
+    ("--mutual kdcl --epsilon 0.1", "--epsilon"), ("--epsilon 0.1", "--epsilon"), ("--self-kd ls --b1 3", "--b1"),
+])  # fmt: skip
+def test_what_other_methods_do_not_have_is_refused(cli, flags, refused):
+    status, _, err = cli(cmd, *TINY, *flags.split())
+    assert status == 2 and err.startswith(f"error: {refused}: ") and err.count("\n") == 1 and not Path("runs").exists()

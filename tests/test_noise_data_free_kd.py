@@ -174,9 +174,13 @@ def test_dead_leaves_cover_the_canvas_and_follow_the_generator():
 def test_samples_are_of_the_form_of_the_images():
     pixels = torch.randint(0, 256, (50, 3, 24, 32), dtype=torch.uint8)
     data = common.Dataset(pixels, torch.zeros(50).long(), pixels, torch.zeros(50).long(), ["a"])
-    x = dfkd.samples("gaussian", torch.arange(50), data)
-    assert x.shape == (50, 3, 24, 32) and abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
-    assert dfkd.samples("dead-leaves", torch.arange(7), data).shape == (7, 3, 24, 32)
+    mean, std = torch.tensor([0.2, 0.5, 0.7]).view(3, 1, 1), torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    x = dfkd.samples("gaussian", torch.arange(50), data, mean, std)
+    standard = (x - mean) / std
+    assert x.shape == (50, 3, 24, 32)
+    assert standard.mean((0, 2, 3)).abs().max() < 0.03 and (standard.std((0, 2, 3)) - 1).abs().max() < 0.03
+    leaves = dfkd.samples("dead-leaves", torch.arange(7), data, mean, std)
+    assert leaves.shape == (7, 3, 24, 32) and leaves.min() >= 0 and leaves.max() <= 1 and leaves.std() > 0.2
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -205,6 +209,13 @@ def test_a_run(cli, monkeypatch, source, flags, running):
     monkeypatch.setattr(dfkd, "samples", lambda *args: made.append(make(*args)) or made[-1])
     assert cli(dfkd, *SMALL, "--source", source, *flags, "--out", "run")[::2] == (0, "")
     (teacher, about), checkpoint = teachers[0], saved("run")
+    pixels = np.float64(common.load_dataset("tiny.npz").train_images) / 255
+    for state in (checkpoint["model"], teacher.state_dict()):
+        assert np.allclose(state["mean"].flatten(), pixels.mean((0, 2, 3)))
+        assert np.allclose(state["std"].flatten(), pixels.std((0, 2, 3)))
+    if source == "gaussian":
+        normalised = (seen[0][0] - teacher.mean) / teacher.std
+        assert abs(normalised.mean()) < 0.02 and abs(normalised.std() - 1) < 0.02
     assert len(made) == 2 and [x is noise for (x, _), noise in zip(seen, [made[0]] * 2 + [made[1]] * 2)] == [True] * 4
     T, S = (torch.cat([logits.detach() for _, logits in steps]) for steps in (seen[:4:2], seen[1:4:2]))
     loss = -(np.exp(log_softmax(T)) * log_softmax(S)).sum(1).mean()
@@ -242,19 +253,22 @@ def test_the_teachers_recipe(cli, tmp_path):
         assert cli(dfkd, *SMALL, "--dataset", dataset, *flags)[0] == 0
     configs = [json.loads(path.read_text()) for path in Path("runs/teachers").glob("*/config.json")]
     assert [config["epochs"] for config in configs] == [2, 2]
-    keys = ("optimizer", "lr", "weight_decay", "batch_size", "milestones")
+    keys = ("optimizer", "lr", "weight_decay", "batch_size", "milestones", "normalize")
     recipes = {config["dataset"]: [config[key] for key in keys] for config in configs}
-    assert recipes == {"tiny.npz": ["adam", 0.001, 0.0, 256, None], "cifar100.npz": ["sgd", 0.1, 5e-4, 256, None]}
+    adam, sgd = ["adam", 0.001, 0.0, 256, None, True], ["sgd", 0.1, 5e-4, 256, None, True]
+    assert recipes == {"tiny.npz": adam, "cifar100.npz": sgd}
+    assert all("-normalize=True" in config["name"] for config in configs)  # else a teacher without it would be taken
 
 
-@pytest.mark.parametrize("schedule, rates", [
-    ("plateau", [0.01] * 12 + [0.001] * 2), ("cosine", [0.005 * (1 + math.cos(math.pi * t / 14)) for t in range(14)]),
+@pytest.mark.parametrize("flags, rates", [
+    (["--source", "gaussian"], [0.01] * 12 + [0.001] * 2), (["--source", "data"], [0.01] * 14),
+    (["--source", "gaussian", "--schedule", "cosine"], [0.005 * (1 + math.cos(math.pi * t / 14)) for t in range(14)]),
 ])  # fmt: skip
-def test_the_rate_falls_on_a_plateau_or_as_a_cosine(cli, monkeypatch, schedule, rates):
-    """The test loss stands still: after ten such epochs the rate is a tenth."""
+def test_the_rate_falls_on_a_plateau_or_as_a_cosine_or_not(cli, monkeypatch, flags, rates):
+    """The test loss stands still: after ten such epochs the rate is a tenth. On original data it stays."""
     S = dict.fromkeys(("current", "running", "adjusted"), torch.randn(20, 3))
     monkeypatch.setattr(dfkd, "logits_by_statistics", lambda *_: S)
-    flags = ["--limit-train", 20, "--source", "gaussian", "--lr", 0.01, "--epochs", 14, "--schedule", schedule]
+    flags = ["--limit-train", 20, "--lr", 0.01, "--epochs", 14, *flags]
     assert cli(dfkd, *SMALL, *flags, "--out", "run")[0] == 0
     assert [record["lr"] for record in saved("run")["metrics"]] == pytest.approx(rates)
 

@@ -1,6 +1,7 @@
 """nrd.py: losses against float64 numpy and by hand, what is detached, the EMA, Table 5; calibration."""
 
 import argparse
+import inspect
 import math
 
 import numpy as np
@@ -40,10 +41,10 @@ def np_z(pi1):
 
 NUMPY = {  # name: (hyperparameters, loss of p and y), each written from its paper
     "ce": ((), lambda p, y: -np.log((p * y).sum(1))),
-    "bs": ((0.7,), lambda p, y, t: -((t * p + (1 - t) * y) * np.log(p)).sum(1)),
+    "bs": ((0.7,), lambda p, y, t: -((t * p + (1 - t) * y) * np.log(np.maximum(p, FLOOR))).sum(1)),
     "ls": ((0.3,), lambda p, y, e: -(((1 - e) * y + e / p.shape[1]) * np.log(p)).sum(1)),
     "sce": ((0.2, 1.5), lambda p, y, a, b: -a * np.log((p * y).sum(1)) - b * (p * np.log(np.maximum(y, 1e-4))).sum(1)),
-    "gce": ((0.7,), lambda p, y, q: (1 - (p * y).sum(1) ** q) / q),
+    "gce": ((0.7,), lambda p, y, q: (1 - np.maximum((p * y).sum(1), FLOOR) ** q) / q),
     "nce+rce": (
         (10, 0.1),
         lambda p, y, a, b: (
@@ -55,7 +56,7 @@ NUMPY = {  # name: (hyperparameters, loss of p and y), each written from its pap
 
 
 @pytest.mark.parametrize("name", NUMPY)
-@pytest.mark.parametrize("scale", [0.1, 3.0])
+@pytest.mark.parametrize("scale", [0.1, 3.0, 20.0])  # the last has probabilities below the floor
 def test_loss_equals_numpy(name, scale):
     logits, y, p, y64 = case(scale=scale)
     params, reference = NUMPY[name]
@@ -135,9 +136,9 @@ def train(monkeypatch, tmp_path):
     """train(*flags): two steps of nrd.py on 40 images; the metrics of the epoch."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*flags):
-        size = ["--limit-train", "40", "--limit-test", "10", "--batch-size", "20", "--epochs", "1", "--device", "cpu"]
-        monkeypatch.setattr("sys.argv", ["nrd.py", *size, *flags])
+    def run(*flags, epochs=1):
+        size = ["--limit-train", "40", "--limit-test", "10", "--batch-size", "20", "--epochs", str(epochs)]
+        monkeypatch.setattr("sys.argv", ["nrd.py", *size, "--device", "cpu", *flags])
         args = nrd.parse_args()
         args.seed = 0
         return nrd.main(args)
@@ -171,18 +172,29 @@ def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(train, monke
 
 
 def test_views_are_the_appendix_s(monkeypatch):
-    """A.1: RandAugment(1, 3), crop, flip, Cutout(5), and AugMix; A.2, for photographs: AugMix before the crop."""
+    """A.1: RandAugment(1, 3), crop, flip, Cutout(5), and AugMix, crop, flip; A.2, for photographs: resized crops."""
     calls = []
     for name in ("rand_augment", "crop_flip", "cutout", "aug_mix", "random_resized_crop", "color_jitter"):
-        monkeypatch.setattr(common, name, lambda x, *args, name=name, **kwargs: calls.append(name) or x)
+        signature = inspect.signature(getattr(common, name))
+
+        def record(x, *args, name=name, signature=signature, **kwargs):
+            bound = signature.bind(x, *args, **kwargs)
+            bound.apply_defaults()
+            calls.append((name, *list(bound.arguments.values())[1:]))
+            return x
+
+        monkeypatch.setattr(common, name, record)
     small, large = torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 40, 40)
+    crop = ("crop_flip", 4, "zero")  # padding 4, black
+    resized, flip = ("random_resized_crop", 32, (0.08, 1.0), (3 / 4, 4 / 3)), ("crop_flip", 0, "zero", None)
+    aug_mix = ("aug_mix", 3, 3, -1)  # severity, width, depth 1-3
     cases = [
-        (lambda: nrd.student_view(small, "paper", 32), ["rand_augment", "crop_flip", "cutout"]),
-        (lambda: nrd.teacher_view(small, 32), ["aug_mix"]),
-        (lambda: nrd.student_view(small, "crop", 32), ["crop_flip"]),
+        (lambda: nrd.student_view(small, "paper", 32), [("rand_augment", 1, 3), (*crop, None), ("cutout", 5)]),
+        (lambda: nrd.teacher_view(small, 32), [aug_mix, (*crop, None)]),
+        (lambda: nrd.student_view(small, "crop", 32), [(*crop, 32)]),
         (lambda: nrd.student_view(small, "none", 32), []),
-        (lambda: nrd.student_view(large, "paper", 32), ["random_resized_crop", "crop_flip", "color_jitter"]),
-        (lambda: nrd.teacher_view(large, 32), ["aug_mix", "random_resized_crop", "crop_flip"]),
+        (lambda: nrd.student_view(large, "paper", 32), [resized, flip, ("color_jitter", 0.4, 0.4, 0.4, 0.2)]),
+        (lambda: nrd.teacher_view(large, 32), [aug_mix, resized, flip]),
     ]
     for view, names in cases:
         calls.clear()
@@ -190,9 +202,50 @@ def test_views_are_the_appendix_s(monkeypatch):
         assert calls == names
 
 
+def test_views_compile_without_a_graph_break():
+    """On the path that CUDA takes: a compiled graph computes all rows."""
+    x = torch.rand(4, 3, 32, 32)
+    for view, arguments in ((nrd.student_view, ("paper", 32)), (nrd.teacher_view, (32,))):
+        explained = torch._dynamo.explain(view)(x, *arguments)
+        assert (explained.graph_count, explained.graph_break_count) == (1, 0), explained.break_reasons
+
+
 def test_jsd_scale_divides_the_loss(train):
-    plain, scaled = train("--lr", "0")["train_loss"], train("--lr", "0", "--jsd-scale")["train_loss"]
+    scaled, plain = train("--lr", "0")["train_loss"], train("--lr", "0", "--no-jsd-scale")["train_loss"]
     assert plain / scaled == pytest.approx(-0.8 * math.log(0.8), rel=1e-5)
+
+
+def test_two_student_views_share_pi2_on_photographs(train, monkeypatch):
+    seen = []
+
+    def spy(distributions, weights):
+        seen.append((len(distributions), list(weights)))
+        return js_divergence(distributions, weights)
+
+    monkeypatch.setattr(nrd, "js_divergence", spy)
+    monkeypatch.setattr(common, "of_photographs", lambda name: True)
+    train("--arch", "wrn-10-1")
+    assert seen == [(4, pytest.approx([0.1, 0.4, 0.4, 0.1]))] * 2
+
+
+@pytest.mark.parametrize("flags, photographs, schedule", [
+    ((), False, [1, 1, 0.1, 0.01]),
+    (("--drops", "0.25"), False, [1, 0.1, 0.1, 0.1]),
+    (("--loss", "ce"), True, [1, 1, 0.1, 0.01]),
+    (("--loss", "js"), True, [1, 0.97, 0.97**2, 0.97**3]),
+    (("--loss", "gjs"), True, [1, 0.97, 0.97**2, 0.97**3]),
+])  # fmt: skip
+def test_optimiser_and_schedule(train, monkeypatch, flags, photographs, schedule):
+    """SGD with Nesterov momentum 0.9; lr falls to a tenth after the drops, of JS and GJS on photographs by 3 %."""
+    groups, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: groups.append(self.param_groups[0]["lr"]) or step(self))
+    monkeypatch.setattr(common, "of_photographs", lambda name: photographs)
+    made, init = [], torch.optim.SGD.__init__
+    monkeypatch.setattr(torch.optim.SGD, "__init__", lambda self, *a, **k: made.append(self) or init(self, *a, **k))
+    train("--lr", "0.01", "--weight-decay", "0.003", "--arch", "wrn-10-1", *flags, epochs=4)
+    (group,) = made[0].param_groups
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 0.003)
+    assert groups[::2] == pytest.approx([0.01 * factor for factor in schedule])
 
 
 def test_ema_by_hand_over_two_steps(train, monkeypatch):
@@ -243,6 +296,7 @@ def test_presets_are_table_5(flags, lr, weight_decay, params):
     got = preset(**flags)
     assert (got["lr"], got["weight_decay"], got["loss_params"]) == (lr, weight_decay, params)
     assert (got["arch"], got["epochs"], got["batch_size"], got["beta"]) == ("preact_resnet34", 400, 128, 0.99)
+    assert (got["student_augment"], got["drops"]) == ("paper", [0.5, 0.75])
 
 
 @pytest.mark.parametrize("loss, lr, batch_size, params", [
@@ -252,7 +306,8 @@ def test_presets_of_webvision(loss, lr, batch_size, params):
     got = preset(dataset="webvision", noise=None, rate=None, loss=loss)
     assert (got["lr"], got["batch_size"], got["loss_params"], got["weight_decay"]) == (lr, batch_size, params, 1e-4)
     assert (got["epochs"], got["arch"], got["noise"], got["jsd_scale"]) == (300, "resnet50", "none", False)
-    assert preset(loss=loss)["jsd_scale"] == (loss in ("js", "gjs"))
+    assert got["drops"] == pytest.approx([1 / 3, 2 / 3])
+    assert preset(loss=loss)["jsd_scale"] == (loss in ("nrd", "js", "gjs"))
 
 
 def test_every_row_of_table_5_fits_its_loss():

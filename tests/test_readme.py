@@ -35,7 +35,7 @@ def test_the_fork_section_is_a_project(tmp_path):
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    flags = [*command, "--epochs", "2", "--batch-size", "32", "--device", "cpu", "--out", "run"]
+    flags = [*command, "--epochs", "2", "--batch-size", "32", "--device", "cpu", "--no-amp", "--out", "run"]
     out = run(*flags)
     metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert f"weight_norm {metrics[-1]['weight_norm']:#.4g}" in out and "loss_params=[2.0]" in out
