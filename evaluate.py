@@ -72,10 +72,10 @@ def parse_args():
 
     add = parser.add_argument_group("what to run (none of these: accuracy, ECE, NLL, Brier score)").add_argument
     add("--ece", action="store_true", help="ECE (15 equal-width bins), NLL, Brier score, reliability diagram")
-    add("--pgd", nargs="+", type=int, default=[], metavar="N", help="l∞ PGD of N steps; several: a sweep")
+    add("--pgd", nargs="+", type=common.count, default=[], metavar="N", help="l∞ PGD of N steps; several: a sweep")
     add("--eps", nargs="+", type=fraction, default=[0.031], help="radius in [0, 1], 0.031 or 8/255; several: a sweep")
     add("--step-size", type=fraction, default=0.003, help="in [0, 1]")
-    add("--restarts", type=int, default=5, help="runs of PGD from random starts; the worst run counts")
+    add("--restarts", type=common.count, default=5, help="runs of PGD from random starts; the worst run counts")
     add("--worst-start", action="store_true", help="instead of the worst run, the worst start of each sample counts")
     add("--attack", nargs="+", default=[], metavar="NAME", help="l∞ attacks of torchattacks, as AutoAttack, at --eps")
     add("--cifar-c", nargs="?", const="", metavar="DIR", help="19 corruptions: the official .npy files, else generated")
@@ -89,11 +89,11 @@ def parse_args():
     add = parser.add_argument_group("data, machine and output").add_argument
     add("--dataset", metavar="NAME", help="as in the training scripts; None: what CKPT was trained on")
     add("--data-dir", type=Path, metavar="DIR", help="where data sets are kept; None: as in training")
-    add("--resize", type=int, metavar="PIXELS", help="photographs: side of the square that is kept")
-    add("--image-size", type=int, metavar="PIXELS", help="photographs: side of the crop; None: both as in training")
-    add("--limit-test", type=int, metavar="N", help="use N evenly spaced test samples")
+    add("--resize", type=common.count, metavar="PIXELS", help="photographs: side of the square that is kept")
+    add("--image-size", type=common.count, metavar="PIXELS", help="photographs: side of the crop; None: as in training")
+    add("--limit-test", type=common.count, metavar="N", help="use N evenly spaced test samples")
     add("--seed", type=int, default=0, help="of random starts, corruptions, CINIC's choice")
-    add("--batch-size", type=int, help="images a forward pass; None: 125 on a CPU, else 500")
+    add("--batch-size", type=common.count, help="images a forward pass; None: 125 on a CPU, else 500")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--out", type=Path, metavar="DIR", help="of pictures and summary.json; None: the folder of the first CKPT")
     add("--table", type=Path, metavar="FILE", help="the table as .csv, .md or .tex: mean, standard deviation, n")
