@@ -117,7 +117,7 @@ def parse_args():
 
 
 # ----------------------------------------------------------------------------------------------------------- the method
-# S: logits [B, C]; p: their softmax; q: given labels, one-hot, and q~ refined ones, [B, C]; entropies in nats.
+# p: predictions, softmax of logits S; q: given labels, one-hot, and q~ refined ones; all [B, C]. Entropies in nats.
 
 
 def logistic(x, b):
@@ -128,6 +128,11 @@ def logistic(x, b):
 def entropy(p):
     """H(p) of each row: [B]."""
     return torch.special.entr(p).sum(1)
+
+
+def cross_entropy(q, p):
+    """H(q, p) of each row: [B]. The 1e-6 is that of supplement C: no class costs more than 13.8."""
+    return -(q * (p + 1e-6).log()).sum(1)
 
 
 def self_trust(p, g):
@@ -153,13 +158,13 @@ def threshold(t, eta, b2, num_classes):
     return math.log(num_classes) / eta * 2 * logistic(t - 0.5, b2)
 
 
-def cmd_losses(q_A, q_B, S_A, S_B, chi):
+def cmd_losses(q_A, q_B, p_A, p_B, chi):
     """L_A and L_B of equations 10 and 11, means over the whole batch; and who is confident, bool [2, B], A first."""
-    sure_A, sure_B = (entropy(S.detach().softmax(1)) < chi for S in (S_A, S_B))
-    own_A, own_B = F.cross_entropy(S_A, q_A, reduction="none"), F.cross_entropy(S_B, q_B, reduction="none")
-    B2A = sure_B * F.cross_entropy(S_A, q_B.detach(), reduction="none")  # equation 8
-    A2B = sure_A * F.cross_entropy(S_B, q_A.detach(), reduction="none")  # equation 9
-    return (own_A + B2A).mean(), (own_B + A2B).mean(), torch.stack([sure_A, sure_B])
+    sure_A, sure_B = entropy(p_A) < chi, entropy(p_B) < chi
+    B2A = sure_B * cross_entropy(q_B.detach(), p_A)  # equation 8
+    A2B = sure_A * cross_entropy(q_A.detach(), p_B)  # equation 9
+    loss_A, loss_B = cross_entropy(q_A, p_A) + B2A, cross_entropy(q_B, p_B) + A2B
+    return loss_A.mean(), loss_B.mean(), torch.stack([sure_A, sure_B])
 
 
 def kdcl_teacher(S_A, S_B, y):
@@ -232,15 +237,15 @@ def main(args):
                     epsilon_A, epsilon_B = self_trust(p_A, trust_A), self_trust(p_B, trust_B)
                 q_A = refined_label(args.self_kd, q, p_A, epsilon_A)
                 q_B = refined_label(args.self_kd, q, p_B, epsilon_B)
-                loss_A, loss_B, confident = cmd_losses(q_A, q_B, S_A, S_B, chi)
+                loss_A, loss_B, confident = cmd_losses(q_A, q_B, p_A, p_B, chi)
                 sent += confident.sum(1)
             elif args.mutual == "kdcl":
                 T = kdcl_teacher(S_A, S_B, y)
                 loss_A = F.cross_entropy(S_A, y) + 4 * kl_divergence(S_A / 2, T / 2)
                 loss_B = F.cross_entropy(S_B, y) + 4 * kl_divergence(S_B / 2, T / 2)
             else:  # equations 2-4: the peer's prediction is mixed into the label
-                loss_A = F.cross_entropy(S_A, (1 - args.epsilon) * q + args.epsilon * p_B.detach())
-                loss_B = F.cross_entropy(S_B, (1 - args.epsilon) * q + args.epsilon * p_A.detach())
+                loss_A = cross_entropy((1 - args.epsilon) * q + args.epsilon * p_B.detach(), p_A).mean()
+                loss_B = cross_entropy((1 - args.epsilon) * q + args.epsilon * p_A.detach(), p_B).mean()
             loss = loss_A + loss_B
             if args.mutual == "async":  # equation 2: they take turns, step by step
                 loss = loss_A if (epoch * steps + step) % 2 == 1 else loss_B
@@ -290,10 +295,12 @@ Not yet run at the paper's size. Its tables disagree: CMD-S with ProSelfLC at 20
 has for eta = 2 (eta = 4: 73.25), while at 40 % both have eta = 4's 67.26. Without a peer Table 1 has 48.74 (CE), 50.06
 (CP) and 62.75 (ProSelfLC), Table 3 for the same 47.20, 51.09 and 64.07.
 
-From code, not from the paper: the gradient of a network's own term flows through its prediction in q~ too, as in the
-code of ProSelfLC, by the same group, but not through eps. To the peer, q~ is a constant. CE, LS and Tf-KD_reg have no
-prediction in their label, so that the peer hands over the given one: a sample of which it is sure counts twice. CP's
-label goes to the peer as equation 10 has it, with its negative part, which drives the two predictions apart.
+From code. H(q, p) takes log(p + 1e-6), in a network's own term too, as supplement C and the code of ProSelfLC, by the
+same group, do: a label that the network holds for next to impossible costs 13.8 and has no gradient. The gradient of a
+network's own term flows through its prediction in q~ too, as in that code, but not through eps. To the peer, q~ is a
+constant. CE, LS and Tf-KD_reg have no prediction in their label, so that the peer hands over the given one: a sample of
+which it is sure counts twice. CP's label goes to the peer as equation 10 has it, with its negative part, which drives
+the two predictions apart.
 
 Our choices where the paper is silent: eps is 0.1 for LS and CP and 0.05 for Boot-soft, as in their own papers; b1 = 16.
 CMD-S has eta = 4, the one of Table 7 that agrees with Table 1; CMD-P eta = 4, the best of Figure 4b, and b2 = -8; on

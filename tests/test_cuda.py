@@ -123,7 +123,7 @@ def robust(name):
 def mutual(self_kd):
     def loss(S, T, q):
         q_A, q_B = (CMD.refined_label(self_kd, q, p, CMD.self_trust(p, 0.5)) for p in (S.softmax(1), T.softmax(1)))
-        return sum(CMD.cmd_losses(q_A, q_B, S, T, chi=1.9)[:2])
+        return sum(CMD.cmd_losses(q_A, q_B, S.softmax(1), T.softmax(1), chi=1.9)[:2])
 
     return loss
 
