@@ -202,7 +202,7 @@ def main(args):
     parameters = [*A.parameters(), *B.parameters()]
     optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.milestones, args.gamma)
-    run = common.Run(args, device, data.classes)
+    run = common.Run(args, device, data)
     run.checkpoint(model=A, peer=B, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         A.compile()

@@ -184,7 +184,10 @@ def multiplies_bfloat16(device):
 
 def folder_name(script, dataset, noise, rate, flags):
     """script-dataset-noise-flag=value-…, in characters that every file system takes; long names end in a digest."""
-    noise = "clean" if noise == "none" else noise if rate is None else f"{noise}{rate:.12g}"
+    if noise == "none":
+        noise = "clean"
+    elif rate is not None:
+        noise = f"{noise}{rate:.12g}"
     parts = [script, dataset.removesuffix(".npz"), noise]
     for flag, value in flags.items():
         parts.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
@@ -304,6 +307,15 @@ class Dataset(NamedTuple):
     imagenet: tuple | None = None  # webvision: (images, labels) of ILSVRC12's validation images of the same classes
 
     @property
+    def digest(self):
+        """Twelve characters that tell this data from other: of its labels and of up to 1,000 images of each part."""
+        sha = hashlib.sha256()
+        for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
+            some = evenly_spaced(len(images), 1000).to(images.device)
+            sha.update(images[some].cpu().numpy().tobytes() + labels.cpu().numpy().tobytes())
+        return sha.hexdigest()[:12]
+
+    @property
     def image_size(self):
         """The longer side of a test image in pixels, by which build_model chooses an architecture's form."""
         return max(self.test_images.shape[2:])
@@ -342,9 +354,11 @@ def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, devic
         a third of the device's memory stay memory-mapped on the host.
     limit_train, limit_test: keep that many samples, evenly spaced, so that a file sorted by class stays balanced.
     resize, image_size: of photographs, the side in pixels of training images and of test images.
-    Raises UsageError for an unknown name and a malformed file, OSError where files are missing or a download fails.
+    Raises UsageError for an unknown name, for files that are missing or malformed, and where a download fails.
     """
-    name, data_dir, device = str(name), Path(data_dir), torch.device(device)
+    name = str(name)
+    data_dir = Path(data_dir)
+    device = torch.device(device)
     if name == "shapes":
         data = Dataset(*draw_shapes(2000, seed=0), *draw_shapes(1000, seed=1), SHAPES_CLASSES)
     elif name.endswith(".npz"):
@@ -363,13 +377,14 @@ def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, devic
         if limit is not None:
             rows = evenly_spaced(len(labels), limit)
             images, labels = images[rows], labels[rows]
-        cuda = device.type == "cuda"
-        fits = not cuda or images.numel() < torch.cuda.get_device_properties(device).total_memory / 3
-        return images.to(device) if fits else images, labels.to(device)
+        if device.type == "cuda" and images.numel() >= torch.cuda.get_device_properties(device).total_memory / 3:
+            return images, labels.to(device)
+        return images.to(device), labels.to(device)
 
     train = part(data.train_images, data.train_labels, limit_train)
     test = part(data.test_images, data.test_labels, limit_test)
-    return Dataset(*train, *test, data.classes, data.imagenet and part(*data.imagenet))
+    imagenet = part(*data.imagenet) if data.imagenet else None
+    return Dataset(*train, *test, data.classes, imagenet)
 
 
 def evenly_spaced(total, limit):
@@ -381,13 +396,16 @@ def evenly_spaced(total, limit):
 def read_npz(path):
     """The Dataset in an .npz file, read without pickle. Raises UsageError for a missing file and for wrong arrays."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.lib.npyio.NpzFile(path) as file:  # np.load would take a web page for a pickle
             arrays = {name: np.ascontiguousarray(file[name]) for name in ARRAYS}
     except Exception as error:  # no such file, or whatever a damaged or foreign one makes numpy raise
-        raise UsageError(f"--dataset: {path} is no .npz file with {', '.join(ARRAYS)} ({error})") from None
+        advice = "remove it to download it again" if path.stem in BENCHMARKS else "README says how to write one"
+        raise UsageError(f"--dataset: {path} is no .npz file with {', '.join(ARRAYS)} ({error}); {advice}") from None
     classes = [str(name) for name in arrays["classes"].ravel()]
     for part in ("train", "test"):
-        images, labels, where = arrays[f"{part}_images"], arrays[f"{part}_labels"], f"--dataset: {path}: {part}"
+        images = arrays[f"{part}_images"]
+        labels = arrays[f"{part}_labels"]
+        where = f"--dataset: {path}: {part}"
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
             raise UsageError(f"{where}_images is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W]")
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
@@ -396,21 +414,29 @@ def read_npz(path):
             span = f"{labels.min()} to {labels.max()}"
             raise UsageError(f"{where}_labels are {span}, but {len(classes)} classes are named")
         arrays[f"{part}_labels"] = labels.astype(np.int64)
-    return Dataset(*(torch.from_numpy(arrays[name]) for name in ARRAYS[:4]), classes)
+    tensors = [torch.from_numpy(arrays[name]) for name in ARRAYS[:4]]
+    return Dataset(*tensors, classes)
 
 
 def download(name, path):
     """Fetch cifar10, cifar100 or svhn with torchvision and write it to `path` as .npz."""
-    import torchvision
+    from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
     print(f"downloading {name} into {path}", flush=True)
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN}[name]
+    splits = ("train", "test") if name == "svhn" else (True, False)
+    try:
+        parts = [source(path.parent, split, download=True) for split in splits]
+    except (OSError, RuntimeError) as error:  # RuntimeError: something else came, such as a web page
+        advice = f"try again, or bring {path} from a machine where it works"
+        raise UsageError(f"--dataset {name}: torchvision's download failed ({error}); {advice}") from None
     if name == "svhn":
-        parts = [torchvision.datasets.SVHN(path.parent, split, download=True) for split in ("train", "test")]
-        images, labels, classes = [p.data for p in parts], [p.labels for p in parts], [str(d) for d in range(10)]
+        images = [part.data for part in parts]
+        labels = [part.labels for part in parts]
+        classes = [str(digit) for digit in range(10)]
     else:
-        source = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-        parts = [source(path.parent, train, download=True) for train in (True, False)]
-        images, labels = [p.data.transpose(0, 3, 1, 2) for p in parts], [p.targets for p in parts]
+        images = [part.data.transpose(0, 3, 1, 2) for part in parts]
+        labels = [part.targets for part in parts]
         classes = parts[0].classes
     arrays = (images[0], np.int64(labels[0]), images[1], np.int64(labels[1]), np.array(classes))
     with atomic_write(path) as partial:
@@ -423,13 +449,13 @@ def photographs(name, data_dir, resize, image_size):
         raise UsageError(f"--resize: {resize} is smaller than --image-size {image_size}")
     try:
         parts, classes = list_pictures(name, data_dir)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: as in `download`
         raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
     data = {}
     for part, samples in parts.items():
         side = resize if part == "train" else image_size
-        path = data_dir / "decoded" / f"{name.replace('/', '_')}-{part}-{resize}-{side}.npy"
-        data[part] = decode(samples, resize, side, path)
+        stem = re.sub(r"[^\w.-]", "_", name)[-60:]  # which every file system takes
+        data[part] = decode(samples, resize, side, data_dir / "decoded" / f"{stem}-{part}-{resize}-{side}.raw")
     return Dataset(*data["train"], *data["test"], classes, data.get("imagenet"))
 
 
@@ -451,16 +477,20 @@ def list_pictures(name, data_dir):
     if name.startswith("imagefolder:"):
         root = Path(name.removeprefix("imagefolder:"))
         folder = root / "test" if (root / "test").is_dir() else root / "val"
-        train, test = (torchvision.datasets.ImageFolder(part) for part in (root / "train", folder))
+        train = torchvision.datasets.ImageFolder(root / "train")
+        test = torchvision.datasets.ImageFolder(folder)
         if train.classes != test.classes:
             odd = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
             raise UsageError(f"--dataset {name}: train and {folder.name} have other classes: {odd}")
         return {"train": train.samples, "test": test.samples}, train.classes
-    root, parts = data_dir / "webvision", {}
-    synsets = [line.split() for line in (root / "info/synsets.txt").read_text().splitlines()[:50]]
+    root = data_dir / "webvision"
+    lines = (root / "info/synsets.txt").read_text(encoding="utf-8").splitlines()
+    synsets = [line.split() for line in lines[:50]]
     lists = {"train": ("train_filelist_google.txt", root), "test": ("val_filelist.txt", root / "val_images_256")}
+    parts = {}
     for part, (file, folder) in lists.items():
-        rows = [line.rsplit(maxsplit=1) for line in (root / "info" / file).read_text().splitlines()]
+        lines = (root / "info" / file).read_text(encoding="utf-8").splitlines()
+        rows = [line.rsplit(maxsplit=1) for line in lines]
         parts[part] = [(folder / path, int(label)) for path, label in rows if int(label) < 50]
     val = data_dir / "imagenet" / "val"
     if val.is_dir():
@@ -470,14 +500,24 @@ def list_pictures(name, data_dir):
 
 
 def read_square(file, resize, side):
-    """The picture in `file`: shorter side resized, middle square cut out: uint8 [3, side, side]; None: unreadable."""
-    from torchvision.datasets.folder import pil_loader
+    """The picture in `file`: shorter side resized, middle square cut out: uint8 [3, side, side]; None: unreadable.
+
+    The pixels are as stored, like torchvision's ImageFolder: EXIF's orientation and transparency do not count, and of
+    several frames the first does. Grey levels of 16 bits are scaled to 8. Unreadable are those of 32 bits too, whose
+    range is unknown, and pictures of more than 179 million pixels.
+    """
+    from PIL import Image
     from torchvision.transforms import v2
 
     square = v2.Compose([v2.PILToTensor(), v2.Resize(resize), v2.CenterCrop(side)])
     try:
-        return square(pil_loader(file))
-    except (OSError, SyntaxError, ValueError):  # as Pillow has it
+        with Image.open(file) as picture:
+            if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
+                return None
+            if picture.mode.startswith("I"):  # convert would make 255 of all levels above 255
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            return square(picture.convert("RGB"))
+    except Exception:  # whatever a damaged or a huge file makes Pillow raise
         return None
 
 
@@ -485,30 +525,41 @@ def decode(samples, resize, side, path):
     """The pictures of samples, a list of (file, label): memory-mapped uint8 [n, 3, side, side], and labels int64 [n].
 
     They are decoded once, into `path`, and again where the files have changed. Unreadable ones are named and left out.
+    Raises UsageError where none is left.
     """
-    files, labels = zip(*samples)
-    known = [[str(file), os.path.getmtime(file) if os.path.exists(file) else None] for file in files]
+    files = [file for file, _ in samples]
+    known = []
+    for file in files:
+        stat = os.stat(file) if os.path.exists(file) else None
+        # ctime: an archive sets mtime, often to one time for all files
+        known.append([str(file), stat and [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]])
     record = path.with_suffix(".json")  # of what is in `path`; it is written last
-    saved = json.loads(record.read_text()) if record.exists() else {}
+    saved = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     if saved.get("files") != known or not path.exists():
-        rows, own = [], torch.Generator()  # the global generator is for the draws of the method
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         read = functools.partial(read_square, resize=resize, side=side)  # what the workers make of each file
-        workers = min(os.cpu_count(), 16)
-        loader = torch.utils.data.DataLoader(files, None, num_workers=workers, collate_fn=read, generator=own)
-        with atomic_write(path) as partial:
-            pixels = np.lib.format.open_memmap(partial, "w+", np.uint8, (len(files), 3, side, side))
+        own = torch.Generator()  # the global generator is for the draws of the method
+        loader = torch.utils.data.DataLoader(files, None, num_workers=min(cores, 16), collate_fn=read, generator=own)
+        rows = []
+        # written, not mapped: on a full disk, writing into a map kills the process
+        with atomic_write(path) as partial, open(partial, "wb") as pixels:
             for i, image in enumerate(progress(loader, f"decoding {len(files):,} pictures into {path}")):
                 if image is None:
                     print(f"cannot be read and is left out: {files[i]}", file=sys.stderr)
                 else:
-                    pixels[len(rows)] = image
+                    pixels.write(image.numpy().tobytes())
                     rows.append(i)
+            record.unlink(missing_ok=True)  # it tells of the old pixels
         saved = {"files": known, "rows": rows}
         with atomic_write(record) as partial:
-            partial.write_text(json.dumps(saved))
+            partial.write_text(json.dumps(saved), encoding="utf-8")
         print(f"decoded {len(rows):,} pictures, left out {len(files) - len(rows):,}")
     rows = saved["rows"]
-    return torch.from_numpy(np.load(path, mmap_mode="c"))[: len(rows)], torch.tensor(labels)[rows]
+    if not rows:
+        raise UsageError(f"--dataset: none of the {len(files):,} pictures of {path.stem} can be read")
+    images = np.memmap(path, np.uint8, "c", shape=(len(rows), 3, side, side))
+    labels = [samples[i][1] for i in rows]
+    return torch.from_numpy(images), torch.tensor(labels)
 
 
 FORMS = ("disc", "bar", "triangle", "cross", "ring")
@@ -527,11 +578,13 @@ def draw_shapes(count, seed, size=32):
         return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
 
     labels = torch.randperm(count, generator=generator) % 10
-    form, dotted = (labels // 2).view(-1, 1, 1), (labels % 2).view(-1, 1, 1).bool()
+    form = (labels // 2).view(-1, 1, 1)
+    dotted = (labels % 2).view(-1, 1, 1).bool()
     axis = (torch.arange(size) + 0.5) * (2 / size) - 1
     x, y = axis.view(1, 1, -1), axis.view(1, -1, 1)
 
-    t, flip = uniform(-1, 1), torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    t = uniform(-1, 1)
+    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     cos, sin = flip * (1 - t * t) / (1 + t * t), flip * 2 * t / (1 + t * t)  # a point of the unit circle, without sin()
     dx, dy = x - uniform(-0.2, 0.2), y - uniform(-0.2, 0.2)
     u, v = cos * dx + sin * dy, cos * dy - sin * dx  # coordinates in the form's own frame
@@ -549,7 +602,8 @@ def draw_shapes(count, seed, size=32):
     inside = outline.gather(0, form.expand(1, count, size, size))[0] <= 1
 
     frequency = uniform(2.6, 3.4)
-    a, b = (u * frequency + uniform(0, 1)) % 1 - 0.5, (v * frequency + uniform(0, 1)) % 1 - 0.5
+    a = (u * frequency + uniform(0, 1)) % 1 - 0.5
+    b = (v * frequency + uniform(0, 1)) % 1 - 0.5
     texture = torch.where(dotted, a * a + b * b < 0.12, a.abs() < 0.25)
 
     light, dark = uniform(0.7, 1, 3), uniform(0, 0.3, 3)
@@ -558,9 +612,11 @@ def draw_shapes(count, seed, size=32):
     for _ in range(3):  # clutter behind the form
         spot = (x - uniform(-1, 1)) ** 2 + (y - uniform(-1, 1)) ** 2 < uniform(0.08, 0.2) ** 2
         image = torch.where(spot.unsqueeze(1), uniform(0.2, 0.8, 3), image)
-    image = torch.where(inside.unsqueeze(1), torch.where(texture.unsqueeze(1), light, dark), image)
+    fabric = torch.where(texture.unsqueeze(1), light, dark)
+    image = torch.where(inside.unsqueeze(1), fabric, image)
     noise = torch.rand(count, 3, size, size, generator=generator) - 0.5
-    return ((image + 0.15 * noise).clamp(0, 1) * 255).round().byte(), labels
+    image = (image + 0.15 * noise).clamp(0, 1)
+    return (image * 255).round().byte(), labels
 
 
 def channel_stats(images):
@@ -570,10 +626,13 @@ def channel_stats(images):
     """
     if min(images.shape[2:]) >= 128:
         return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]).double().cpu()
-    share, level = counts / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64) / 255
+    histograms = [torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]
+    counts = torch.stack(histograms).double().cpu()
+    share = counts / counts.sum(1, keepdim=True)
+    level = torch.arange(256, dtype=torch.float64) / 255
     mean = (share * level).sum(1)
-    std = ((share * level**2).sum(1) - mean**2).clamp(min=0).sqrt()
+    variance = (share * level**2).sum(1) - mean**2
+    std = variance.clamp(min=0).sqrt()
     return mean.tolist(), std.where(std > 0, 1.0).tolist()  # 1 for a constant channel: one divides by it
 
 
@@ -625,7 +684,8 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
     if kind != "none" and not (rate is not None and 0 <= rate <= 1):
         raise UsageError(f"--rate: --noise {kind} needs a rate in [0, 1], not {rate}")
     generator = torch.Generator().manual_seed(seed)
-    clean, count = labels.cpu(), len(labels)
+    clean = labels.cpu()
+    count = len(labels)
     noisy = clean.clone()
     if kind == "sym":
         if per_sample:
@@ -660,14 +720,18 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
 def human_labels(clean, kind, data_dir):
     """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, all of them or evenly spaced."""
     path = Path(data_dir) / ("CIFAR-100_human.pt" if kind == "human-noisy" else "CIFAR-10_human.pt")
-    if not path.is_file():
-        raise UsageError(f"--noise {kind}: no {path}; it is part of CIFAR-N (github.com/UCSC-REAL/cifar-10-100n)")
     # The file is a pickle of numpy arrays: allow torch's restricted unpickler what builds those, and nothing else.
-    rebuild = np.empty(0).__reduce__()[0]
-    arrays = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
-    with torch.serialization.safe_globals([*arrays, type(np.dtype(np.int64))]):
-        content = torch.load(path, weights_only=True)
-    truth, noisy = (torch.from_numpy(np.int64(content[k])) for k in ("clean_label", HUMAN[kind]))
+    array = np.empty(0)
+    rebuild, *_ = array.__reduce__()  # the function that makes an array; numpy 2 has given it another name
+    allowed = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
+    try:
+        with torch.serialization.safe_globals([*allowed, type(np.dtype(np.int64))]):
+            content = torch.load(path, weights_only=True)
+        truth = torch.from_numpy(np.int64(content["clean_label"]))
+        noisy = torch.from_numpy(np.int64(content[HUMAN[kind]]))
+    except Exception as error:  # no such file, or whatever a damaged or foreign one makes the unpickler raise
+        advice = "take it from CIFAR-N (github.com/UCSC-REAL/cifar-10-100n)"
+        raise UsageError(f"--noise {kind}: cannot read {path} ({type(error).__name__}); {advice}") from None
     rows = evenly_spaced(len(truth), len(clean))
     if not torch.equal(truth[rows], clean):
         raise UsageError(f"--noise {kind}: {path} labels another data set, or the images are not in the official order")
@@ -1290,13 +1354,17 @@ def predict(model, images, batch_size=None):
     """Logits float32 [N, C], on the model's device, of uint8 images [N, 3, H, W]; the model is in evaluation mode.
 
     batch_size: None takes that of EVAL_BATCH. Under torchrun every process has the logits of the first.
+    Raises UsageError where the model gives something else than logits.
     """
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}, not uint8")
-    device, training, logits = next(model.parameters()).device, model.training, None
+    device = next(model.parameters(), images).device  # a module of other people may have no parameters
+    training, logits = model.training, None
     model.eval()
     for rows in evenly_split(torch.arange(len(images), device=images.device), batch_size or EVAL_BATCH[device.type]):
         part = model(to_float(images[rows].to(device)))
+        if not torch.is_tensor(part) or part.dim() != 2:
+            raise UsageError(f"{type(model).__name__} gives a {type(part).__name__}; it must give logits [B, C] alone")
         logits = part.new_empty(len(images), part.shape[1]) if logits is None else logits
         logits[rows.to(device)] = part
     model.train(training)
@@ -1384,6 +1452,13 @@ def read_weights_only(path, flag):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
+        name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if name:
+            alone = f'torch.save(torch.load("{path}", weights_only=False)["model"], "weights.pt")'
+            raise UsageError(
+                f"{flag}: {path} holds {name[1]} beside tensors, and to read that may run foreign code; if you trust "
+                f'the file, save its weights alone: {alone}; of a whole module .state_dict() in place of ["model"]'
+            ) from None
         raise UsageError(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})") from None
 
 
@@ -1414,48 +1489,79 @@ def load_model(checkpoint, part="model", device="cpu", amp=False):
 
 
 def public_state(path, flag):
-    """The state_dict in a file of other people's, alone or under "model", "state_dict" or "net", without "module."."""
+    """The state_dict in a file of other people's, without the prefixes that DataParallel and others put before names.
+
+    It stands there alone or under "model", "state_dict", "net", "model_state_dict" or "student". Of a file with a
+    teacher too (names with "student." and "teacher."), the student's. Raises UsageError where there is none, and where
+    a tensor has a NaN or an infinity.
+    """
     state = read_weights_only(path, flag)
-    for key in ("model", "state_dict", "net"):
-        state = state.get(key, state)
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    keys = ("model", "state_dict", "net", "model_state_dict", "student")
+    for key in keys:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(tensor) for tensor in state.values()):
+        raise UsageError(f"{flag}: {path} has no state_dict, alone or under one of {', '.join(keys)}")
+    for prefix in ("module.", "_orig_mod.", "student."):
+        inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        state = inside or state
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise UsageError(f"{flag}: {path} has a NaN or an infinity in {name}; take weights of an earlier epoch")
+    return state
 
 
 def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=False):
     """A Classifier with other people's weights, in evaluation mode. Its number of classes is the file's.
 
-    arch, image_size, dropout: as for build_model. mean, std: of the images that the weights expect. Tensors are matched
-    by name where the names are ours, else by their order. Raises UsageError where `arch` has other tensors.
+    arch, image_size, dropout: as for build_model. mean, std: of the images in [0, 1] that the weights expect, where the
+    file has none of ours. Tensors are matched by their order; num_batches_tracked, which files from before torch 0.4.1
+    lack, is left out. Raises UsageError where `arch` has other tensors, or mean and std another scale.
     """
+    if max(*mean, *std) > 1 or min(std) <= 0:
+        raise UsageError(f"--mean, --std: {mean}, {std} are not of images in [0, 1]; divide those of 0 to 255 by 255")
     state = public_state(path, flag)
-    classes = len(list(state.values())[-1])  # the classifier's bias comes last
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    lengths = [len(tensor) for tensor in state.values() if tensor.dim() > 0] or [1]
+    classes = lengths[-1]  # the classifier's bias comes last
     model = build_model(arch, classes, dropout, mean, std, image_size, amp=amp)
     own = model.state_dict()
-    if own.keys() != state.keys():
-        names = [name for name in own if name not in ("mean", "std")]
-        for name, theirs in itertools.zip_longest(names, state):
-            if name is None or theirs is None or own[name].shape != state[theirs].shape:
-                raise UsageError(f"{flag}: {path} is no {arch}: its tensor {theirs} is not like {name} of {arch}")
-        state = own | dict(zip(names, state.values()))
-    model.load_state_dict(state)
+    names = [name for name in own if not name.endswith("num_batches_tracked")]
+    names = [name for name in names if name in state or name not in ("mean", "std")]
+
+    def described(name, tensors):
+        return f"{name} {list(tensors[name].shape)}" if name else "no tensor more"
+
+    for name, theirs in itertools.zip_longest(names, state):
+        wanted, found = described(name, own), described(theirs, state)
+        if wanted.split(".")[-1] != found.split(".")[-1]:  # "weight [16, 3, 3, 3]", whatever its layer is called
+            raise UsageError(f"{flag}: {path} is no {arch}: where that has {wanted}, the file has {found}")
+    model.load_state_dict(own | dict(zip(names, state.values())))
     return model.eval()
 
 
 def load_module(text, flag, path=None):
     """The nn.Module that NAME() gives, text being "FILE.py:NAME", with the state_dict in `path`, if there is one.
 
-    It takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. In evaluation mode. Raises UsageError where
-    there is no such file or name.
+    It takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. In evaluation mode. The file may import its
+    neighbours. Raises UsageError where there is no such file or name, and for weights of another module.
     """
     file, _, name = text.rpartition(":")
     if not Path(file).is_file():
-        raise UsageError(f"{flag}: no file {file}; write FILE.py:NAME")
-    namespace = runpy.run_path(file)
-    if name not in namespace:
-        raise UsageError(f"{flag}: {file} has no {name}")
-    model = namespace[name]()
+        raise UsageError(f"{flag}: {text} names no file; write FILE.py:NAME")
+    sys.path.insert(0, str(Path(file).resolve().parent))  # as for `python FILE.py`
+    make = runpy.run_path(file).get(name)
+    if not callable(make) or isinstance(make, nn.Module):
+        raise UsageError(f"{flag}: {file} has no function or class {name}")
+    model = make()
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{flag}: {text} gives {type(model).__name__}, not an nn.Module")
     if path:
-        model.load_state_dict(public_state(path, flag))
+        state = public_state(path, flag)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:  # names every tensor that is missing, left over or of another shape
+            raise UsageError(f"{flag}: {path} does not fit {text}: {textwrap.shorten(str(error), 300)}") from None
     return model.eval()
 
 
@@ -1501,7 +1607,7 @@ def claim(folder, config, resume, wait):
 class Run:
     """A run folder: config.json, metrics.jsonl, checkpoint.pt and curves.png, and what is printed on the way.
 
-        run = Run(args, device, data.classes)                              # claims the folder
+        run = Run(args, device, data)                                      # claims the folder
         run.checkpoint(model=model, optimizer=optimizer, …)                # saved every epoch, read back by --resume
         for epoch in range(run.epoch, run.epochs):
             for index in run.batches(len(labels), args.batch_size):        # int64 [batch_size]
@@ -1512,16 +1618,17 @@ class Run:
     epochs: None takes args.epochs. wait, and what is raised: see `claim`.
     """
 
-    def __init__(self, args, device, classes, epochs=None, wait=False):
+    def __init__(self, args, device, data, epochs=None, wait=False):
         self.args, self.device, self.epochs = args, device, epochs or args.epochs
         self.folder = args.out or Path("runs") / f"{args.name}-seed{args.seed}"
         self.path = self.folder / "checkpoint.pt"
         if args.batch_size % world_size():
             raise UsageError(f"--batch-size: {args.batch_size} cannot be split over {world_size()} processes")
         config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        config.setdefault("given", {})  # of a teacher
         source = Path(__file__).with_name(f"{args.script}.py")  # a fork has no commit
         self.header = {
-            "script": args.script, "dataset": args.dataset, "classes": list(classes), "epochs": self.epochs,
+            "script": args.script, "dataset": args.dataset, "classes": list(data.classes), "epochs": self.epochs,
             "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed},
             "imbalance": vars(args).get("imbalance"), "config": config,
             "source": source.read_text(encoding="utf-8") if source.exists() else "",
@@ -1529,7 +1636,7 @@ class Run:
         if rank() == 0:
             options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
             commit = subprocess.run("git rev-parse HEAD", **options).stdout.strip()  # "" where there is no git
-            config |= {"torch": str(torch.__version__), "commit": commit}
+            config |= {"data": data.digest, "torch": str(torch.__version__), "commit": commit}
             self.claimed = claim(self.folder, config, args.resume, wait)
         self.board = None
         if vars(args).get("tensorboard") and rank() == 0:
@@ -1670,32 +1777,45 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     a folder of runs/teachers named by all of that. Of --teacher-seeds K, seeds 0 … K-1, the most accurate one teaches.
     Returns the model in evaluation mode without gradients, and what the checkpoint keeps of it: {"teacher": its path,
     "teacher_acc": its test accuracy in percent}. The global random states stay as they are.
-    Raises UsageError for a --teacher of other classes, label noise, imbalance, image size or dropout.
+    Prints where a --teacher had other label noise, imbalance or dropout than a standard one would have. Raises
+    UsageError for a --teacher of other classes or image size, and for --mean or --std without public weights.
     """
-    own = {"arch": args.teacher_arch, "dropout": dropout, "imbalance": vars(args).get("imbalance"), "optimizer": "sgd"}
-    same = "dataset data_dir noise rate noise_seed limit_train limit_test epochs batch_size lr weight_decay"
-    same += " device amp compile resize image_size" if of_photographs(args.dataset) else " device amp compile"
-    own |= {flag: getattr(args, flag) for flag in same.split()} | {"milestones": milestones} | recipe
+    shared = ["dataset", "data_dir", "noise", "rate", "noise_seed", "limit_train", "limit_test"]
+    shared += ["epochs", "batch_size", "lr", "weight_decay", "device", "amp", "compile"]
+    if of_photographs(args.dataset):
+        shared += ["resize", "image_size"]
+    standard = {"arch": args.teacher_arch, "dropout": dropout, "imbalance": vars(args).get("imbalance")}
+    standard |= {"optimizer": "sgd"} | {flag: getattr(args, flag) for flag in shared}
+    standard |= {"milestones": milestones} | recipe
+    if args.dataset.endswith(".npz") or args.dataset.startswith("imagefolder:"):  # files that may be replaced by others
+        standard["data"] = data.digest
+
+    saved = read_weights_only(args.teacher, "--teacher") if args.teacher and not args.teacher_model else None
+    is_ours = isinstance(saved, dict) and "built_as" in saved
+    if (args.mean or args.std) and (saved is None or is_ours):
+        raise UsageError("--mean, --std: are of public weights in --teacher; every other teacher has its own")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if args.teacher_model:
             path, teacher = args.teacher_model, load_module(args.teacher_model, "--teacher-model", args.teacher)
-        elif args.teacher and "built_as" not in read_weights_only(args.teacher, "--teacher"):
-            mean, std = channel_stats(data.train_images)
-            form = args.teacher_arch, args.mean or mean, args.std or std, data.image_size, dropout, args.amp
-            path, teacher = args.teacher, load_public(args.teacher, "--teacher", *form)
-        elif args.teacher:
+        elif is_ours:
             path, checkpoint = args.teacher, load_checkpoint(args.teacher, "--teacher")
-            noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
-            ours = {"classes": list(data.classes), "noise": noise, "imbalance": own["imbalance"]}
-            ours |= {"image_size": data.image_size, "dropout": dropout}
             theirs = checkpoint | checkpoint["built_as"]["model"]
-            for key, value in ours.items():
+            for key, value in {"classes": list(data.classes), "image_size": data.image_size}.items():
                 if theirs[key] != value:
                     differs = f"{key} {theirs[key]}, not {value}"
                     raise UsageError(f"--teacher: {path} has {differs}; leave it out to train one")
+            noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
+            for key, value in {"noise": noise, "imbalance": standard["imbalance"], "dropout": dropout}.items():
+                if theirs[key] != value:
+                    print(f"the teacher has {key} {theirs[key]}; a standard teacher would have {value}", flush=True)
             teacher = load_model(checkpoint, "model", device, args.amp)
+        elif args.teacher:
+            mean, std = channel_stats(data.train_images)
+            mean, std = args.mean or mean, args.std or std
+            path, size = args.teacher, data.image_size
+            teacher = load_public(path, "--teacher", args.teacher_arch, mean, std, size, dropout, args.amp)
         else:
-            teachers = [train_teacher(own, seed, device, data, labels) for seed in range(args.teacher_seeds)]
+            teachers = [train_teacher(standard, seed, device, data, labels) for seed in range(args.teacher_seeds)]
             path, checkpoint = max(teachers, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
             teacher = load_model(checkpoint, "model", device, args.amp)
         logits = predict(teacher.to(device).requires_grad_(False), data.test_images)
@@ -1706,12 +1826,12 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     return teacher, {"teacher": str(path), "teacher_acc": test_acc}
 
 
-def train_teacher(own, seed, device, data, labels):
-    """Train the teacher that the dict `own` of load_teacher describes, or find it trained: its path and checkpoint."""
-    apart = ("arch", "dataset", "noise", "rate", *MACHINE)
-    told = {key: value for key, value in own.items() if value and key not in apart}
-    name = folder_name(own["arch"], own["dataset"], own["noise"], own["rate"], told)
-    args = argparse.Namespace(**own, script="teacher", name=name, seed=seed, resume=True)
+def train_teacher(standard, seed, device, data, labels):
+    """Train the teacher that the dict `standard` of load_teacher describes, or find it trained: path and checkpoint."""
+    elsewhere = ("arch", "dataset", "noise", "rate", *MACHINE)  # in the name, or not of the result
+    flags = {flag: value for flag, value in standard.items() if value and flag not in elsewhere}
+    name = folder_name(standard["arch"], standard["dataset"], standard["noise"], standard["rate"], flags)
+    args = argparse.Namespace(**standard, script="teacher", name=name, seed=seed, resume=True)
     args.out = Path("runs/teachers") / f"{name}-seed{seed}"
     path = args.out / "checkpoint.pt"
     checkpoint = load_checkpoint(path, "teacher") if path.exists() else None
@@ -1720,7 +1840,7 @@ def train_teacher(own, seed, device, data, labels):
 
     print("training a teacher first, or waiting for a process that does; it stays for later runs", flush=True)
     torch.manual_seed(seed)
-    run = Run(args, device, data.classes, wait=True)
+    run = Run(args, device, data, wait=True)
     classes, size = len(data.classes), data.image_size
     stats = channel_stats(data.train_images) if vars(args).get("normalize") else ()
     model = build_model(args.arch, classes, args.dropout, *stats, image_size=size, amp=args.amp).to(device)
@@ -1786,7 +1906,11 @@ def plot_curves(path, metrics, title, teacher_acc=None):
     for key in [*names, "lr"]:
         if isinstance(metrics[-1][key], (int, float)):
             of_training = "training labels (%)" if key.startswith("train_acc") else "accuracy (%)"
-            panel = of_training if "acc" in key or "top5" in key else "loss" if "loss" in key else key
+            panel = key
+            if "acc" in key or "top5" in key:
+                panel = of_training
+            elif "loss" in key:
+                panel = "loss"
             panels.setdefault(panel, []).append(key)
     epochs = [record["epoch"] for record in metrics]
     figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")

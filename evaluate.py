@@ -6,7 +6,7 @@
     python evaluate.py CKPT … --pgd 20 --eps 1/255 2/255 10/255 20/255 25/255 50/255 100/255 200/255    # Table 5
     python evaluate.py CKPT … --pgd 20 --plot-by sigma                       # Table 6, Figure 2
     python evaluate.py CKPT … --cinic CINIC-10 --plot-by target-noise rate   # Figures 4 and 5
-    python evaluate.py CKPT … --attack AutoAttack --eps 8/255               # any l∞ attack of torchattacks
+    python evaluate.py CKPT … --attack AutoAttack --eps 8/255                # any l∞ attack of torchattacks
     python evaluate.py CKPT … --curves              # training, seeds as a band: CMD's Figures 3, 4, NRD's Figure 4
     python evaluate.py CKPT … --transfer --teacher  # Figure 1 of KD Beyond Model Compression
     python evaluate.py CKPT … --ece                 # Figure 5 of Neural Vicinal Risk Minimization
@@ -14,10 +14,10 @@
     python evaluate.py wrn_40_2.pth --arch wrn-40-2 --dataset cifar100       # public weights, as RepDistiller's
     python evaluate.py weights.pt --model mine.py:net --dataset cifar10      # any module: net() gives it
 
-CKPT is the checkpoint.pt of a run or of a teacher, or its folder; put checkpoints first. Those that differ only in
-their seed are one row of a table: mean ± sample standard deviation (n). A row is named by every flag in which it
-differs from another row. The results of a checkpoint stay beside it, in evaluation.json, and are not measured again.
-Pictures and summary.json, the numbers of the tables, go to --out. Only --pgd and --transfer attack.
+CKPT is the checkpoint.pt of a run or of a teacher, or its folder; put checkpoints first. Runs of one script, commit,
+epoch and setting whose seeds differ are one row of a table: mean ± sample standard deviation (n). A row is named by the
+flags given to its training, without those that all rows have, and by its path where that does not tell two rows apart.
+Pictures and summary.json, the numbers of the tables, go to --out. Nothing else is kept: each call measures anew.
 
 Tables and figures without another name are those of Noise as a Resource for Learning in Knowledge Distillation (Arani,
 Sarfraz, Zonooz). evaluate.pgd takes any model, evaluate.corrupt any images. Everything is float32 in evaluation mode
@@ -30,7 +30,8 @@ import csv
 import dataclasses
 import fractions
 import functools
-import hashlib
+import inspect
+import io
 import itertools
 import json
 import math
@@ -88,6 +89,8 @@ def parse_args():
     add = parser.add_argument_group("data, machine and output").add_argument
     add("--dataset", metavar="NAME", help="as in the training scripts; None: what CKPT was trained on")
     add("--data-dir", type=Path, metavar="DIR", help="where data sets are kept; None: as in training")
+    add("--resize", type=int, metavar="PIXELS", help="photographs: side of the square that is kept")
+    add("--image-size", type=int, metavar="PIXELS", help="photographs: side of the crop; None: both as in training")
     add("--limit-test", type=int, metavar="N", help="use N evenly spaced test samples")
     add("--seed", type=int, default=0, help="of random starts, corruptions, CINIC's choice")
     add("--batch-size", type=int, help="images a forward pass; None: 125 on a CPU, else 500")
@@ -101,11 +104,14 @@ def parse_args():
         raise UsageError("CKPT: name the checkpoint.pt of a run folder, before the other flags")
     if (args.arch or args.model) and not args.dataset:
         raise UsageError("--dataset: weights do not tell what to evaluate on; add --dataset NAME")
+    if args.curves and (args.arch or args.model):
+        raise UsageError("--curves: weights do not hold the metrics of their training; name checkpoints of runs")
     args.checkpoints = [path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints]
     args.plot_by = [flag.replace("-", "_") for flag in args.plot_by]
     if args.table and args.table.suffix not in (".csv", ".md", ".tex"):
         raise UsageError(f"--table: {args.table} ends with none of .csv, .md, .tex")
-    args.pgd, args.eps = sorted(set(args.pgd)), sorted(set(args.eps))
+    args.pgd = sorted(set(args.pgd))
+    args.eps = sorted(set(args.eps))
     args.out = args.out or (args.checkpoints[0].parent if args.checkpoints else Path("runs/evaluation"))
     return args
 
@@ -197,6 +203,11 @@ def corrupt(images, name, severity, seed=0):
     return torch.cat(parts)
 
 
+def truncated(x):
+    """x in whole steps of 1/255, as np.uint8 and ImageMagick cut off; 1e-4: float32's error in a blur."""
+    return (x * 255 + 1e-4).floor() / 255
+
+
 def normal(like, generator):
     return torch.randn(like.shape, device=like.device, generator=generator)
 
@@ -267,7 +278,7 @@ def glass_blur(x, constants, generator):
     sigma, shift, rounds = constants
     count, _, height, width = x.shape
     place = torch.arange(height * width, device=x.device).view(height, width)
-    pixels = blur(x, sigma).flatten(2)
+    pixels = truncated(blur(x, sigma)).flatten(2)
     for _ in range(rounds):
         draw = (2, count, height - 2 * shift, width - 2 * shift)
         up, left = torch.randint(-shift, shift, draw, device=x.device, generator=generator)
@@ -291,8 +302,7 @@ def trail(x, radius, sigma, degrees):
 
 
 def motion_blur(x, constants, generator):
-    x = trail(x, *constants, uniform(-45, 45, len(x), x, generator))
-    return (x * 255).round() / 255  # as ImageMagick
+    return trail(x, *constants, uniform(-45, 45, len(x), x, generator))
 
 
 def zoomed(x, factor):
@@ -315,8 +325,8 @@ def zoom_blur(x, end, generator):
 def snow(x, constants, generator):
     mean, std, zoom, threshold, radius, sigma, keep = constants
     flakes = zoomed(mean + std * normal(x[:, :1], generator), zoom)
-    flakes = flakes.masked_fill(flakes < threshold, 0).clamp(0, 1)
-    flakes = trail(flakes, radius, sigma, uniform(-135, -45, len(x), x, generator))
+    flakes = truncated(flakes.masked_fill(flakes < threshold, 0).clamp(0, 1))
+    flakes = truncated(trail(flakes, radius, sigma, uniform(-135, -45, len(x), x, generator)))
     red, green, blue = x.unbind(1)
     gray = (0.299 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
     return keep * x + (1 - keep) * torch.maximum(x, 1.5 * gray + 0.5) + flakes + flakes.flip(2, 3)
@@ -441,9 +451,12 @@ def box_matrix(size, new):
 
 
 def pixelate(x, share, generator):
-    sides = [(side, int(side * share)) for side in x.shape[2:]]
-    height, width = ((box_matrix(b, a) @ box_matrix(a, b)).to(x.device) for a, b in sides)
-    return (torch.einsum("bkhw,ih,jw->bkij", x, height, width) * 255).round() / 255  # as Pillow does
+    """Down and up again with Pillow's box filter, which rounds to whole levels after each axis."""
+    height, width = x.shape[2:]
+    for new_height, new_width in ((int(height * share), int(width * share)), (height, width)):
+        x = truncated(x @ box_matrix(x.shape[3], new_width).T.to(x.device) + 0.5 / 255)
+        x = truncated(box_matrix(x.shape[2], new_height).to(x.device) @ x + 0.5 / 255)
+    return x
 
 
 JPEG_TABLES = """
@@ -507,33 +520,34 @@ def elastic_transform(x, constants, generator):
     return sampled(x, points + shift.permute(0, 2, 3, 1), repeat=True)
 
 
-CORRUPTIONS = {
-    function.__name__: function
-    for function in (
-        gaussian_noise, shot_noise, impulse_noise, speckle_noise, gaussian_blur, defocus_blur, glass_blur, motion_blur,
-        zoom_blur, snow, frost, fog, spatter, brightness, contrast, saturate, pixelate, jpeg_compression,
-        elastic_transform,
-    )
-}  # fmt: skip
+CORRUPTIONS = {name: globals()[name] for name in SEVERITIES}  # the functions above
 
 
 def read_cifar_c(folder, subjects):
-    """The official CIFAR-10-C: {corruption: memory map uint8 [50000, 32, 32, 3]}, severities in blocks of 10,000.
+    """The official CIFAR-10-C: {corruption: memory map uint8 [5, 10000, 32, 32, 3]}, a severity after another.
 
-    Raises UsageError for a missing file, and where labels.npy does not repeat the labels of every subject's test set.
+    Raises UsageError for a file that is missing, damaged or of another form, and where labels.npy does not repeat the
+    labels of every subject's test set.
     """
-    arrays = {}
-    for name in [*CORRUPTIONS, "labels"]:
+
+    def read(name, *shape):
         path = folder / f"{name}.npy"
-        if not path.exists():
-            raise UsageError(f"--cifar-c: no file {path}; --cifar-c without a folder generates the corruptions")
-        arrays[name] = np.load(path, mmap_mode="r")
+        try:
+            array = np.load(path, mmap_mode="r").reshape(5, 10000, *shape)
+        except Exception as error:  # no such file, or whatever a truncated, foreign or short one makes numpy raise
+            says = f"{path} is missing, damaged or not CIFAR-10-C's ({type(error).__name__})"
+            raise UsageError(f"--cifar-c: {says}; without a folder the corruptions are generated") from None
+        if shape and array.dtype != np.uint8:
+            raise UsageError(f"--cifar-c: {path} is {array.dtype}, not uint8")
+        return array
+
+    images = {name: read(name, 32, 32, 3) for name in CORRUPTIONS}
+    labels = read("labels")
     for subject in subjects:
-        labels = subject.data.test_labels.cpu().numpy()
-        blocks = arrays["labels"].reshape(5, 10000)[:, evenly_spaced(10000, len(labels)).numpy()]
-        if not all(np.array_equal(block, labels) for block in blocks):
+        own = subject.data.test_labels.cpu().numpy()
+        if not (labels[:, evenly_spaced(10000, len(own)).numpy()] == own).all():
             raise UsageError(f"--cifar-c: {folder}/labels.npy are not the labels of {subject.test_set}")
-    return arrays
+    return images
 
 
 # ---------------------------------------------------------------------------------------------------------------- CINIC
@@ -545,15 +559,20 @@ def load_cinic(folder, seed, per_class=2100):
     """The ImageNet images of CINIC-10 (Darlow et al. 2018): uint8 [N, 3, 32, 32], and int64 [N] in CIFAR-10's order.
 
     The seed draws `per_class` PNG files of each class below `folder`, in whatever split, whose names do not start with
-    "cifar10-". Raises UsageError for a class with too few.
+    "cifar10-". Raises UsageError for a class with too few, and for a file that cannot be read.
     """
-    random, files = np.random.default_rng(seed), []
+    random = np.random.default_rng(seed)
+    files, images = [], []
     for name in CIFAR10:
         found = sorted(f for f in folder.glob(f"**/{name}/*.png") if not f.name.startswith("cifar10-"))
         if len(found) < per_class:
             raise UsageError(f"--cinic: {folder} has {len(found)} images of ImageNet for {name}, not {per_class}")
         files += [found[i] for i in random.permutation(len(found))[:per_class]]
-    images = [np.asarray(Image.open(file).convert("RGB")) for file in common.progress(files, "reading CINIC-10")]
+    for file in common.progress(files, "reading CINIC-10"):
+        try:
+            images.append(np.asarray(Image.open(file).convert("RGB")).reshape(32, 32, 3))
+        except Exception as error:  # whatever a damaged file makes Pillow raise; ValueError for another size
+            raise UsageError(f"--cinic: {file} is no picture of 32×32 pixels ({error}); unpack it again") from None
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return images, torch.arange(len(CIFAR10)).repeat_interleave(per_class)
 
@@ -566,24 +585,22 @@ class Subject:
     """A trained model, the test set it is evaluated on, and what has been measured."""
 
     path: str  # of the checkpoint
-    file: Path  # the JSON that keeps the results …
-    key: str  # … under this: a digest of the checkpoint, and what else decides the model's answers
     config: dict  # the flags of training
     model: nn.Module  # in evaluation mode, without gradients
     dataset: str
     data: common.Dataset
     batch_size: int
     by_batch: bool = False  # BatchNorm normalises by the batch at hand
+    source: str = ""  # the text of the script that trained it
     metrics: list = dataclasses.field(default_factory=list)  # of training, a dict an epoch
     teacher: str | None = None  # the path of its teacher's checkpoint, as training named it
     numbers: dict = dataclasses.field(default_factory=dict)  # {column of the tables: number}
-    results: dict = dataclasses.field(default_factory=dict)  # {"clean", a corruption or "transfer": what is measured}
+    bins: dict = dataclasses.field(default_factory=dict)  # of evaluate_images
+    corruptions: dict = dataclasses.field(default_factory=dict)  # of evaluate_corruptions
 
-    @functools.cached_property
+    @property
     def test_set(self):
-        """shapes, 1,000 test images; of a file of one's own, which may change, with its sha256."""
-        text = f"{self.dataset}, {len(self.data.test_labels):,} test images"
-        return f"{text} (sha256 {digest(self.dataset)[:8]})" if self.dataset.endswith(".npz") else text
+        return f"{self.dataset}, {len(self.data.test_labels):,} test images"
 
     @functools.cached_property
     def right(self):
@@ -592,190 +609,199 @@ class Subject:
         return logits.argmax(1) == self.data.test_labels
 
 
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+def load_data(args, dataset, config, device, load_dataset, limit_train=None):
+    """The Dataset `dataset`, read as the flags say, else as training read it (config), else as load_dataset does."""
+    sizes = {}
+    for flag in ("resize", "image_size"):
+        asked = vars(args)[flag]
+        if asked and not common.of_photographs(dataset):
+            raise UsageError(f"--{flag.replace('_', '-')}: the images of {dataset} keep their size; leave the flag out")
+        if asked or config.get(flag):
+            sizes[flag] = asked or config[flag]
+    data_dir = args.data_dir or config.get("data_dir", "data")
+    return load_dataset(dataset, data_dir, limit_train, args.limit_test, device, **sizes)
 
 
 def load_run(path, part, args, device, load_dataset, flag="CKPT"):
     """The Subject in `part` ("model", "ema", …) of a run's checkpoint.
 
+    Where training left BatchNorm on current statistics, the batch size is that of training too.
     Raises UsageError where it is no checkpoint, has not this part, or has other classes than the data set.
     """
     checkpoint = common.load_checkpoint(path, flag)
     if part not in checkpoint["built_as"]:
         raise UsageError(f"--part: {path} has no {part!r}; it has {', '.join(checkpoint['built_as'])}")
-    config, dataset = checkpoint["config"], args.dataset or checkpoint["dataset"]
-    sizes = config.get("resize", 256), config.get("image_size", 224)
-    data = load_dataset(dataset, args.data_dir or config["data_dir"], 1, args.limit_test, device, *sizes)
+    config = checkpoint["config"]
+    dataset = args.dataset or checkpoint["dataset"]
+    data = load_data(args, dataset, config, device, load_dataset, limit_train=1)
     if list(data.classes) != checkpoint["classes"]:
         raise UsageError(f"--dataset: {dataset} has other classes than {path}, or has them in another order")
     model = common.load_model(checkpoint, part, device).requires_grad_(False)
-    key, by_batch = f"{digest(path)} {part}", checkpoint.get("batch_norm") == "current"
-    batch_size = args.batch_size or (500 if by_batch else common.EVAL_BATCH[device.type])
-    if by_batch:  # the answers depend on the size of batches
-        key += f", batches of {batch_size}"
+    by_batch = checkpoint.get("batch_norm") == "current"
+    batch_size = common.EVAL_BATCH[device.type]
+    if by_batch:
+        batch_size = config.get("eval_batch_size", config["batch_size"])
         for layer in model.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 layer.running_mean = layer.running_var = None
-    results, teacher = path.with_name("evaluation.json"), checkpoint.get("teacher")
-    metrics = checkpoint["metrics"]
-    return Subject(str(path), results, key, config, model, dataset, data, batch_size, by_batch, metrics, teacher)
+    return Subject(
+        str(path), config, model, dataset, data, args.batch_size or batch_size, by_batch,
+        checkpoint["source"], checkpoint["metrics"], checkpoint.get("teacher"),
+    )  # fmt: skip
 
 
 def load_foreign(path, args, device, load_dataset):
-    """The Subject of public weights, with --arch, or of any module, with --model; path: None where there are none."""
-    data = load_dataset(args.dataset, args.data_dir or "data", None, args.limit_test, device)
+    """The Subject of public weights, with --arch, or of any module, with --model; path: None where there are none.
+
+    Raises UsageError where the model has another number of classes than the data set, and where it ends in softmax.
+    """
+    data = load_data(args, args.dataset, {}, device, load_dataset)
     if args.model:
         model = common.load_module(args.model, "--model", path)
     else:
         mean, std = common.channel_stats(data.train_images)
         model = common.load_public(path, "CKPT", args.arch, args.mean or mean, args.std or std, data.image_size)
-    classes = predict(model.to(device).requires_grad_(False), data.test_images[:1]).shape[1]
-    if classes != len(data.classes):
-        raise UsageError(f"--dataset: {args.dataset} has {len(data.classes)} classes, the model has {classes}")
-    file = path or Path(args.model.rpartition(":")[0])
-    config = {"script": path.stem if path else args.model, "seed": 0}
-    key = f"{digest(file)} {args.model or args.arch} {args.mean} {args.std}"
+    logits = predict(model.to(device).requires_grad_(False), data.test_images[:100])
+    if logits.shape[1] != len(data.classes):
+        raise UsageError(f"--dataset: {args.dataset} has {len(data.classes)} classes, the model has {logits.shape[1]}")
+    if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-2:
+        raise UsageError(f"--model: {args.model} gives probabilities, not logits; leave its softmax out")
+    config = {"script": path.stem if path else args.model, "seed": 0, "given": {}}
     batch_size = args.batch_size or common.EVAL_BATCH[device.type]
-    return Subject(str(file), file.with_name("evaluation.json"), key, config, model, args.dataset, data, batch_size)
+    return Subject(str(path or args.model), config, model, args.dataset, data, batch_size)
 
 
 def grouped(subjects, leave_out=()):
-    """[(name, subjects that differ in their seed and the flags `leave_out` alone)]: the rows of the tables.
+    """[(name, subjects)], the rows of the tables: runs of one script, commit, epoch and setting with different seeds.
 
-    A name is the script and every flag that has another value in another row: "nrd loss=ce rate=0.8".
+    Flags of training in `leave_out` may differ too. A name is the script and the flags given to it, without those that
+    all rows have: "nrd loss=ce". Where two rows have one name, the path of the first checkpoint follows.
     """
-    apart = ("seed", "out", "resume", "device", "data_dir", "name", "commit", "torch", *leave_out)
-    groups = {}
+    apart = ("seed", "name", "given", *common.MACHINE, *leave_out)
+    alike = {}
     for subject in subjects:
-        flags = {flag: value for flag, value in subject.config.items() if flag not in apart}
-        groups.setdefault(json.dumps(flags), (flags, []))[1].append(subject)
+        settings = {flag: value for flag, value in subject.config.items() if flag not in apart}
+        key = json.dumps([settings, subject.source, len(subject.metrics)], sort_keys=True)
+        alike.setdefault(key, []).append(subject)
     rows = []
-    for flags, members in groups.values():
-        name = flags["script"]
-        for flag, value in flags.items():
-            differs = any(other.get(flag, value) != value for other, _ in groups.values())
-            if differs and flag != "script" and value is not None:
-                name += f" {flag}={value}"
-        rows.append((name, members))
-    return rows
+    for members in alike.values():
+        places = {str([subject.config.get(flag) for flag in ("seed", *leave_out)]) for subject in members}
+        rows += [members] if len(places) == len(members) else [[subject] for subject in members]
+    texts = []
+    for members in rows:
+        given = members[0].config["given"].items()
+        texts.append([f"{flag}={value}" for flag, value in given if flag not in leave_out])
+    names = []
+    for members, own in zip(rows, texts):
+        told = [text for text in own if not all(text in others for others in texts)]
+        names.append(" ".join([members[0].config["script"], *told]))
+    unique = [f"{name}, {row[0].path}" if names.count(name) > 1 else name for name, row in zip(names, rows)]
+    return list(zip(unique, rows))
 
 
 # ----------------------------------------------------------------------------------------------------- what is measured
 
 
-def measured(subject, settings, function, *arguments):
-    """The result of a measurement: from subject.file, or function(subject, *arguments), which is then kept there.
-
-    The file is JSON, {subject.key: {settings: result}}.
-    """
-    name = json.dumps({"data": subject.test_set, **settings}, ensure_ascii=False)
-    content = json.loads(subject.file.read_text(encoding="utf-8")) if subject.file.exists() else {}
-    results = content.setdefault(subject.key, {})
-    if name not in results:
-        results[name] = function(subject, *arguments)
-        write_json(subject.file, content)
-    return results[name]
-
-
-def write_json(path, content):
-    with common.atomic_write(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def evaluate_images(subject, images, labels):
-    """Accuracy in percent, ECE with its bins (Guo et al. 2017), NLL in nats, Brier score (summed over classes).
+    """Accuracy in percent; {ECE, NLL in nats, Brier score summed over classes}; the bins of ECE (Guo et al. 2017).
 
     images: uint8 [N, 3, H, W]; labels: int64 [N].
     """
     logits = predict(subject.model, images, batch_size=subject.batch_size).double()
     p = logits.softmax(1)
     ece, accuracy, confidence, share = common.calibration(p, labels)
-    return {
-        "accuracy": common.accuracy(p, labels),
-        "ece": ece,
-        "nll": F.cross_entropy(logits, labels).item(),
-        "brier": (p - F.one_hot(labels, p.shape[1])).square().sum(1).mean().item(),
-        "bins": {"accuracy": accuracy, "confidence": confidence, "share": share},
-    }
+    brier = (p - F.one_hot(labels, p.shape[1])).square().sum(1).mean().item()
+    numbers = {"ECE": ece, "NLL": F.cross_entropy(logits, labels).item(), "Brier": brier}
+    return common.accuracy(p, labels), numbers, {"accuracy": accuracy, "confidence": confidence, "share": share}
 
 
 def evaluate_pgd(subject, eps, args):
-    """Accuracy in percent under PGD of each number of steps in args.pgd, from args.restarts random starts.
+    """Accuracy in percent under PGD of each number of steps in args.pgd, from args.restarts random starts: a list.
 
     A run loses a sample to PGD-k if any point visited in its first k steps, the start included, is misclassified; so
-    one trajectory serves all step counts. A sample leaves a run as soon as no step to come could change its result,
-    except where it is part of its batch's statistics. Returns two lists in the order of args.pgd: {"worst run": the
-    accuracy of the run with the lowest, "worst start": the accuracy where a sample is lost if any run has lost it}.
+    one trajectory serves all step counts. A lost sample leaves the run, except where it is part of its batch's
+    statistics. The run with the lowest accuracy counts, or with args.worst_start the worst run of each sample.
     """
-    images, labels, model = subject.data.test_images, subject.data.test_labels, subject.model
-    longest, size = max(args.pgd), max(1, 2**26 // images[0].numel())  # images attacked at once: 256 MB
-    # int64 [restarts, N]: the largest of the step counts that a sample withstands in a run
-    withstood = longest * subject.right.long().repeat(args.restarts, 1)
-    below = [max((k for k in args.pgd if k < step), default=0) for step in range(longest + 1)]
-    turns = list(itertools.product(range(0, len(labels), size), range(args.restarts), range(longest + 1)))
-    for start, restart, step in common.progress(turns, f"PGD, ε {eps_name(eps)}, on {subject.path}"):
-        block = slice(start, start + size)
-        if step == 0:
-            clean = to_float(images[block].to(labels.device))
-            seed = args.seed + restart + args.restarts * (start // size)
+    images, labels = subject.data.test_images, subject.data.test_labels
+    longest = args.pgd[-1]
+    never = longest + 1
+    lost_at = torch.full((args.restarts, len(labels)), never, device=labels.device)  # the step that first fools
+    lost_at[:, ~subject.right] = 0
+    size = max(1, 2**26 // images[0].numel())  # images attacked at once: 256 MB
+    for block, start in enumerate(range(0, len(labels), size)):
+        clean = to_float(images[start : start + size].to(labels.device))
+        true = labels[start : start + size]
+        for restart in range(args.restarts):
+            seed = args.seed + restart + args.restarts * block
             x = random_start(clean, eps, torch.Generator(clean.device).manual_seed(seed))
-        true, left = labels[block], withstood[restart, block]  # views
-        at_stake = (left >= max(step, 1)) | subject.by_batch
-        for rows in evenly_split(at_stake.nonzero().squeeze(1), subject.batch_size):
-            if step < longest:
-                logits, x[rows] = ascend(model, x[rows], clean[rows], true[rows], eps, args.step_size)
-            else:
-                with torch.no_grad():
-                    logits = model(x[rows])
-            lost = logits.argmax(1) != true[rows]
-            left[rows] = torch.where(lost, left[rows].clamp(max=below[step]), left[rows])
-    runs = [[100 * (run >= k).double().mean().item() for run in withstood] for k in args.pgd]
-    starts = [100 * (withstood.amin(0) >= k).double().mean().item() for k in args.pgd]
-    return {"worst run": [min(accuracies) for accuracies in runs], "worst start": starts}
+            lost = lost_at[restart, start : start + size]  # a view
+            label = f"PGD, ε {eps_name(eps)}, on {subject.path}, run {restart + 1} of {args.restarts}"
+            for step in common.progress(range(longest + 1), label):
+                at_stake = (lost == never) | subject.by_batch
+                for rows in evenly_split(at_stake.nonzero().squeeze(1), subject.batch_size):
+                    logits, x[rows] = ascend(subject.model, x[rows], clean[rows], true[rows], eps, args.step_size)
+                    fooled = rows[logits.argmax(1) != true[rows]]
+                    lost[fooled] = lost[fooled].clamp(max=step)
+    withstood = torch.stack([lost_at > k for k in args.pgd])  # bool [step counts, restarts, N]
+    if args.worst_start:
+        return (100 * withstood.all(1).double().mean(1)).tolist()
+    return (100 * withstood.double().mean(2).amin(1)).tolist()
 
 
-def evaluate_attack(subject, name, eps, args):
-    """Accuracy in percent under the l∞ attack `name` of torchattacks with its own settings, of radius eps."""
+def load_attack(name, classes):
+    """The class `name` of torchattacks. Raises UsageError where it has no l∞ radius, or needs more classes."""
     try:
         import torchattacks
     except ImportError:
         raise UsageError("--attack: needs torchattacks; pip install torchattacks") from None
-    if not hasattr(torchattacks, name):
-        raise UsageError(f"--attack: torchattacks has no {name}; it has {', '.join(torchattacks.__all__)}")
-    options = {"n_classes": len(subject.data.classes)} if name == "AutoAttack" else {}
-    attack = getattr(torchattacks, name)(subject.model, eps=eps, **options)
-    images, labels, hits = subject.data.test_images, subject.data.test_labels, 0
+    known = {name: getattr(torchattacks, name) for name in torchattacks.__all__ if not name.endswith("L2")}
+    known = {name: attack for name, attack in known.items() if "eps" in inspect.signature(attack).parameters}
+    if name not in known:
+        raise UsageError(f"--attack: torchattacks has no {name} of a given l∞ radius; it has {', '.join(known)}")
+    if name in ("AutoAttack", "APGDT") and classes < 4:  # their targeted loss compares four logits
+        raise UsageError(f"--attack: {name} needs four classes, and there are {classes}; APGD and Square take fewer")
+    return known[name]
+
+
+def evaluate_attack(subject, attack, eps, args):
+    """Accuracy in percent under an attack of load_attack with its own settings, of l∞ radius eps."""
+    options = {"eps": eps, "seed": args.seed, "n_classes": min(10, len(subject.data.classes))}  # AutoAttack: 9 targets
+    takes = inspect.signature(attack).parameters
+    attack = attack(subject.model, **{name: value for name, value in options.items() if name in takes})
+    images, labels = subject.data.test_images, subject.data.test_labels
     torch.manual_seed(args.seed)
+    hits = 0
     batches = evenly_split(torch.arange(len(labels), device=labels.device), subject.batch_size)
-    for rows in common.progress(batches, f"{name}, ε {eps_name(eps)}, on {subject.path}"):
+    for rows in common.progress(batches, f"{type(attack).__name__}, ε {eps_name(eps)}, on {subject.path}"):
         adversarial = attack(to_float(images[rows.to(images.device)].to(labels.device)), labels[rows])
-        with torch.no_grad():
-            hits += (subject.model(adversarial).argmax(1) == labels[rows]).sum().item()
+        hits += (subject.model(adversarial.detach()).argmax(1) == labels[rows]).sum().item()
     return 100 * hits / len(labels)
 
 
-def evaluate_corruption(subject, name, args, official, made):
-    """Accuracy in percent on images corrupted with severity 1 … 5, and natural robustness: two lists of 5.
+def evaluate_corruptions(subject, args, official):
+    """{"accuracy": {corruption: in percent, the mean over severities}, "natural robustness": the same}; the key "mean"
+    of both has the mean over corruptions, of accuracy that is mCA.
 
     Natural robustness is the accuracy among the samples classified correctly when clean (Gu et al. 2019), NaN if there
-    are none. official: of read_cifar_c; None generates the images. made: {(test set, severity): images uint8} are those
-    that another subject has needed before.
+    are none. official: of read_cifar_c; None generates the images.
     """
     images, labels = subject.data.test_images, subject.data.test_labels
-    result = {"accuracy": [], "natural_robustness": []}
-    for severity in range(1, 6):
-        key = subject.test_set, severity
-        if key not in made and official:
-            rows = 10000 * (severity - 1) + evenly_spaced(10000, len(images)).numpy()
-            made[key] = torch.from_numpy(official[name][rows]).permute(0, 3, 1, 2).to(images.device)
-        elif key not in made:
-            made[key] = corrupt(images, name, severity, args.seed)
-        hit = predict(subject.model, made[key], batch_size=subject.batch_size).argmax(1) == labels
-        result["accuracy"].append(100 * hit.double().mean().item())
-        result["natural_robustness"].append(100 * hit[subject.right].double().mean().item())
-    return result
+    found = {"accuracy": {}, "natural robustness": {}}
+    for name in common.progress(list(CORRUPTIONS), f"CIFAR-C, {args.cifar_c or 'generated'}, on {subject.path}"):
+        hits = []
+        for severity in range(1, 6):
+            if official:
+                rows = evenly_spaced(10000, len(images)).numpy()
+                corrupted = torch.from_numpy(official[name][severity - 1, rows]).permute(0, 3, 1, 2).to(images.device)
+            else:
+                corrupted = corrupt(images, name, severity, args.seed)
+            hits.append(predict(subject.model, corrupted, batch_size=subject.batch_size).argmax(1) == labels)
+        hits = torch.stack(hits).double()  # [5, N]
+        found["accuracy"][name] = 100 * hits.mean().item()
+        found["natural robustness"][name] = 100 * hits[:, subject.right].mean().item()
+    for by_name in found.values():
+        by_name["mean"] = statistics.fmean(by_name.values())
+    return found
 
 
 def evaluate_transfer(source, targets, args):
@@ -792,47 +818,28 @@ def evaluate_transfer(source, targets, args):
         clean = to_float(images[rows.to(images.device)].to(labels.device))
         adversarial = pgd(source.model, clean, labels[rows], args.eps[0], args.step_size, 20, generator)
         for i, target in enumerate(targets):
-            with torch.no_grad():
-                missed[i, rows] = target.model(adversarial).argmax(1) != labels[rows]
+            missed[i, rows] = target.model(adversarial).argmax(1) != labels[rows]
     return [100 * missed[i, source.right & t.right].double().mean().item() for i, t in enumerate(targets)]
 
 
-def measure(subjects, teacher, args, official, cinic):
-    """Put what the flags ask for into `numbers` and `results` of the subjects. teacher: a list, empty without one."""
-    for subject in subjects:
-        images, labels = subject.data.test_images, subject.data.test_labels
-        clean = measured(subject, {"measure": "clean"}, evaluate_images, images, labels)
-        subject.results["clean"], subject.numbers["accuracy (%)"] = clean, clean["accuracy"]
-        if args.ece or not (args.pgd or args.attack or cinic or args.transfer or args.cifar_c is not None):
-            subject.numbers |= {"ECE": clean["ece"], "NLL": clean["nll"], "Brier": clean["brier"]}
-        if cinic:
-            settings = {"measure": "CINIC", "images": len(cinic[1]), "seed": args.seed}
-            subject.numbers["CINIC (%)"] = measured(subject, settings, evaluate_images, *cinic)["accuracy"]
-        if args.pgd:
-            for eps in args.eps:
-                settings = {"measure": "PGD", "steps": args.pgd, "eps": eps, "step_size": args.step_size}
-                settings |= {"restarts": args.restarts, "seed": args.seed}
-                result = measured(subject, settings, evaluate_pgd, eps, args)
-                for k, accuracy in zip(args.pgd, result["worst start" if args.worst_start else "worst run"]):
-                    subject.numbers[pgd_column(k, eps)] = accuracy
-        for name, eps in itertools.product(args.attack, args.eps):
-            settings = {"measure": name, "by": "torchattacks", "eps": eps, "seed": args.seed}
-            accuracy = measured(subject, settings, evaluate_attack, name, eps, args)
-            subject.numbers[f"{name}, ε {eps_name(eps)} (%)"] = accuracy
+def measure(subject, args, attacks, official, cinic):
+    """Put what the flags ask for, except --transfer, into the subject. attacks: {name: class of load_attack}."""
+    numbers = subject.numbers
+    images, labels = subject.data.test_images, subject.data.test_labels
+    numbers["accuracy (%)"], calibration, subject.bins = evaluate_images(subject, images, labels)
+    if args.ece or not (args.pgd or args.attack or cinic or args.transfer or args.cifar_c is not None):
+        numbers |= calibration
+    if cinic:
+        numbers["CINIC (%)"], *_ = evaluate_images(subject, *cinic)
+    for eps in args.eps if args.pgd else []:
+        for k, accuracy in zip(args.pgd, evaluate_pgd(subject, eps, args)):
+            numbers[pgd_column(k, eps)] = accuracy
+    for name, eps in itertools.product(args.attack, args.eps):
+        numbers[f"{name}, ε {eps_name(eps)} (%)"] = evaluate_attack(subject, attacks[name], eps, args)
     if args.cifar_c is not None:
-        source = "official" if official else "generated"
-        for name in common.progress(list(CORRUPTIONS), f"CIFAR-C, {source}"):
-            settings, made = {"measure": name, "source": source, "seed": None if official else args.seed}, {}
-            for subject in subjects:
-                subject.results[name] = measured(subject, settings, evaluate_corruption, name, args, official, made)
-        for subject in subjects:
-            subject.numbers[f"mCA, {source} (%)"] = averages(subject, "accuracy")["mean"]
-            subject.numbers["natural robustness (%)"] = averages(subject, "natural_robustness")["mean"]
-    if args.transfer:
-        settings = {"measure": "transfer", "eps": args.eps[0], "step_size": args.step_size, "seed": args.seed}
-        settings["targets"] = [target.key for target in subjects]
-        for source in subjects + teacher:
-            source.results["transfer"] = measured(source, settings, evaluate_transfer, subjects, args)
+        subject.corruptions = evaluate_corruptions(subject, args, official)
+        numbers[f"mCA, {'official' if official else 'generated'} (%)"] = subject.corruptions["accuracy"]["mean"]
+        numbers["natural robustness (%)"] = subject.corruptions["natural robustness"]["mean"]
 
 
 # ------------------------------------------------------------------------------------------------------------ reporting
@@ -840,17 +847,12 @@ def measure(subjects, teacher, args, official, cinic):
 
 def eps_name(eps):
     """8/255 for 0.0313725…, the decimal for 0.031."""
-    return f"{eps * 255:.0f}/255" if math.isclose(eps * 255, round(eps * 255), abs_tol=1e-6) else f"{eps:.4g}"
+    whole = round(eps * 255)
+    return f"{whole}/255" if math.isclose(eps * 255, whole, abs_tol=1e-6) else f"{eps:.4g}"
 
 
 def pgd_column(steps, eps):
     return f"PGD-{steps}, ε {eps_name(eps)} (%)"
-
-
-def averages(subject, kind):
-    """{corruption: mean over severities}, and last their mean, which for kind "accuracy" is mCA."""
-    means = {name: statistics.fmean(subject.results[name][kind]) for name in CORRUPTIONS}
-    return means | {"mean": statistics.fmean(means.values())}
 
 
 def statistic(members, column):
@@ -869,39 +871,51 @@ def cell(members, column):
 
 def print_table(heading, columns, rows):
     """heading: of the first column. columns: names. rows: [(name, a text for each column)]."""
-    lines = [[heading, *columns], *([name, *texts] for name, texts in rows)]
-    first, *widths = [max(len(text) for text in column) for column in zip(*lines)]
+    lines = [[heading, *columns]]
+    lines += [[name, *texts] for name, texts in rows]
+    first, *widths = [max(map(len, column)) for column in zip(*lines)]
     print()
     for name, *texts in lines:
         print(name.ljust(first), *(text.rjust(width) for text, width in zip(texts, widths)), sep="  ")
 
 
+def write(path, save):
+    """Let save(temporary path) make the file `path`; where it cannot be written, say so and go on."""
+    try:
+        with common.atomic_write(path) as partial:
+            save(partial)
+    except OSError as error:
+        print(f"not written: {path} ({error.strerror or error})", file=sys.stderr)
+    else:
+        print(f"wrote {path}")
+
+
 def write_table(path, heading, columns, groups):
     """The table as CSV (mean, standard deviation and n a column), Markdown or LaTeX (mean ± standard deviation (n))."""
+    rows = [[heading, *columns]]
+    rows += [[name, *(cell(members, column) for column in columns)] for name, members in groups]
     if path.suffix == ".csv":
-        rows = [[heading, *(f"{column} {kind}" for column in columns for kind in ("mean", "std", "n"))]]
+        file = io.StringIO()
+        table = csv.writer(file)
+        table.writerow([heading, *(f"{column} {kind}" for column in columns for kind in ("mean", "std", "n"))])
         for name, members in groups:
-            rows.append([name, *(value for column in columns for value in statistic(members, column).values())])
+            table.writerow([name, *(value for column in columns for value in statistic(members, column).values())])
+        text = file.getvalue()
+    elif path.suffix == ".md":
+        rows.insert(1, ["---"] * len(rows[0]))
+        text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     else:
-        rows = [[heading, *columns], *([name, *(cell(members, c) for c in columns)] for name, members in groups)]
-    with common.atomic_write(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            csv.writer(file).writerows(rows)
-        elif path.suffix == ".md":
-            rows.insert(1, ["---"] * len(rows[0]))
-            file.writelines(f"| {' | '.join(row)} |\n" for row in rows)
-        else:
-            lines = [" & ".join(row) + r" \\" for row in rows]
-            text = "\n".join([rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", lines[0], r"\hline", *lines[1:]])
-            for plain, tex in (("%", r"\%"), ("_", r"\_"), ("±", r"$\pm$"), ("ε", r"$\epsilon$"), ("∞", r"$\infty$")):
-                text = text.replace(plain, tex)
-            file.write(text + "\n" + r"\end{tabular}" + "\n")
-    print(f"wrote {path}")
+        head, *body = [" & ".join(row) + " \\\\\n" for row in rows]
+        text = f"\\begin{{tabular}}{{l{'r' * len(columns)}}}\n{head}\\hline\n{''.join(body)}\\end{{tabular}}\n"
+        for plain, tex in (("%", r"\%"), ("_", r"\_"), ("±", r"$\pm$"), ("ε", r"$\epsilon$"), ("∞", r"$\infty$")):
+            text = text.replace(plain, tex)
+    write(path, lambda partial: partial.write_text(text, encoding="utf-8", newline=""))
 
 
 def report(args, subjects, teacher):
-    """Print the tables, draw the pictures and return the summary. teacher: a list, empty without one."""
-    groups, columns = grouped(subjects), list(subjects[0].numbers)
+    """Print the tables, write the files and return the summary. teacher: a list, empty without one."""
+    groups = grouped(subjects)
+    columns = list(subjects[0].numbers)
     test_sets = heading = "; ".join(sorted({subject.test_set for subject in subjects}))
     if args.pgd:
         heading += f"; PGD: worst {'start of each sample' if args.worst_start else 'run'} of {args.restarts}"
@@ -910,6 +924,10 @@ def report(args, subjects, teacher):
     for name, members in groups:
         numbers = {column: statistic(members, column) for column in columns}
         summary["models"][name] = {"checkpoints": [subject.path for subject in members], **numbers}
+    if args.transfer:
+        summary["transfer"] = report_transfer(args, groups, teacher)
+    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
+    write(args.out / "summary.json", lambda partial: partial.write_text(text, encoding="utf-8"))
 
     if args.table:
         write_table(args.table, heading, columns, groups)
@@ -923,22 +941,20 @@ def report(args, subjects, teacher):
         draw_by(args, subjects, heading)
     if args.cifar_c is not None:
         draw_corruptions(args, groups, f"{test_sets}; CIFAR-C, {args.cifar_c or 'generated'}")
-    if args.transfer:
-        summary["transfer"] = report_transfer(args, groups, teacher)
     return summary
 
 
 def report_transfer(args, groups, teacher):
-    """The matrix of KD Beyond's Figure 1: targets in rows, sources in columns, the teacher after the mean.
+    """Measure the matrix of KD Beyond's Figure 1: targets in rows, sources in columns, the teacher after the mean.
 
     ONE and DML have no teacher and are not in that figure: they have a row and a column, but no part in the means.
     """
     subjects = [subject for _, members in groups for subject in members]
     names = [f"{name} seed {subject.config['seed']}" for name, members in groups for subject in members]
     counted = [i for i, subject in enumerate(subjects) if subject.config.get("method") not in ("one", "dml")]
-    rates = np.array([source.results["transfer"] for source in subjects + teacher]).T  # [targets, sources]
-    rates = np.insert(rates, len(subjects), rates[:, counted].mean(1), axis=1)
-    values = np.vstack([rates, rates[counted].mean(0)]).tolist()
+    values = np.array([evaluate_transfer(source, subjects, args) for source in subjects + teacher]).T
+    values = np.insert(values, len(subjects), values[:, counted].mean(1), axis=1)
+    values = np.vstack([values, values[counted].mean(0)]).tolist()
     rows = [*(f"{i}: {name}" for i, name in enumerate(names, 1)), "mean"]
     columns = [*(str(i) for i in range(1, len(names) + 1)), "mean", *("teacher" for _ in teacher)]
     heading = f"{subjects[0].test_set}: success rate (%), source → / target ↓"
@@ -962,23 +978,28 @@ def picture(args, name, width, height):
     yield figure
     png = args.out / name
     for path in [png, png.with_suffix(".pdf")] if args.pdf else [png]:
-        with common.atomic_write(path) as partial:
-            figure.savefig(partial, dpi=110)
-        print(f"wrote {path}")
+        write(path, lambda partial: figure.savefig(partial, dpi=110))
 
 
 def heat_map(axes, values, rows, columns, title, low=None, high=None):
     """Numbers in coloured cells; NaN leaves a cell empty. low, high: ends of the colour scale, else those of values."""
     values = np.array(values)
     axes.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high)
+    middle = (np.nanmin(values) + np.nanmax(values) if low is None else low + high) / 2
     for (i, j), v in np.ndenumerate(values):
         if not math.isnan(v):
-            dark = v < (np.nanmin(values) + np.nanmax(values) if low is None else low + high) / 2
-            axes.text(j, i, f"{v:.3g}", ha="center", va="center", color="w" if dark else "k")
+            axes.text(j, i, f"{v:.3g}", ha="center", va="center", color="w" if v < middle else "k")
     axes.set_title(title, parse_math=False)
     axes.set_yticks(range(len(rows)), rows, parse_math=False)
     names = [textwrap.fill(str(name), 45) for name in columns]
     axes.set_xticks(range(len(columns)), names, parse_math=False, rotation=90, fontsize="small")
+
+
+def draw_means(axes, places, stats, **style):
+    """A curve of means with ± standard deviation; stats: dicts of `statistic`."""
+    means = [s["mean"] for s in stats]
+    deviations = [s["std"] or 0 for s in stats]
+    axes.errorbar(places, means, deviations, marker=".", capsize=3, **style)
 
 
 def line_style(i):
@@ -989,51 +1010,49 @@ def line_style(i):
 def legend_below(figure):
     """One legend for all panels, off the drawing."""
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    labels, columns = [textwrap.fill(label, 85) for label in labels], 2 if max(map(len, labels)) < 45 else 1
+    columns = 2 if max(map(len, labels)) < 45 else 1
+    labels = [textwrap.fill(label, 85) for label in labels]
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
-def ordered(subjects, flag):
-    """The values of a flag of training, None last."""
-    values = {subject.config.get(flag) for subject in subjects}
-    return sorted(values, key=lambda value: (value is None, isinstance(value, str), value))
-
-
 def draw_by(args, subjects, heading):
     """Each column of the tables over one flag of training: mean ± standard deviation, a curve for each value of the
-    other flags. Over two flags: a heat map of the means, the first flag and all others down, the second across.
+    other flags. Over two flags: a heat map of the means, the second flag across, the first and all others down.
 
-    Runs without the (second) flag are left out, as a teacher without sigma.
+    Runs without the last flag are left out, as a teacher without sigma.
     """
-    flags = args.plot_by
-    subjects = [subject for subject in subjects if subject.config.get(flags[-1]) is not None]
-    groups, columns, across = grouped(subjects, flags), list(subjects[0].numbers), ordered(subjects, flags[-1])
-    cells, rows = {}, []  # {(group, value of each flag): subjects}; (group, value of the first flag)
-    for name, members in groups:
-        rows += [(name, value) for value in ordered(members, flags[0])]
-        for subject in members:
-            cells.setdefault((name, *(subject.config.get(flag) for flag in flags)), []).append(subject)
-    height = 4.5 if len(flags) == 1 else 1.5 + 0.35 * len(rows)
-    with picture(args, f"by-{'-'.join(flags)}.png", 9, height * len(columns)) as figure:
+
+    def order(value):
+        return value is None, isinstance(value, str), value
+
+    *first, flag = args.plot_by
+    subjects = [subject for subject in subjects if subject.config.get(flag) is not None]
+    groups = grouped(subjects, [flag])
+    if first:
+        groups.sort(key=lambda group: order(group[1][0].config.get(first[0])))
+    columns = list(subjects[0].numbers)
+    across = sorted({subject.config[flag] for subject in subjects}, key=order)
+    height = 1.5 + 0.35 * len(groups) if first else 4.5
+    with picture(args, f"by-{'-'.join(args.plot_by)}.png", 9, height * len(columns)) as figure:
         figure.suptitle(heading, parse_math=False)
         for axes, column in zip(figure.subplots(len(columns), squeeze=False).flat, columns):
-            found = {key: statistic(members, column) for key, members in cells.items()}
-            if len(flags) == 2:
-                means = [[found[*row, b]["mean"] if (*row, b) in found else math.nan for b in across] for row in rows]
-                names = [name if value is None else f"{name} {flags[0]}={value}" for name, value in rows]
-                heat_map(axes, means, names, across, column)
-                axes.set(xlabel=flags[1])
-                continue
-            for name, _ in groups:
-                places = [i for i, value in enumerate(across) if (name, value) in found]
-                points = [found[name, across[i]] for i in places]
-                means, deviations = [point["mean"] for point in points], [point["std"] or 0 for point in points]
-                axes.errorbar(places, means, deviations, marker=".", capsize=3, label=name)
-            axes.set_xticks(range(len(across)), across)
-            axes.set(xlabel=flags[0], ylabel=column)
-            axes.legend(fontsize="small")
+            means = []
+            for name, members in groups:
+                seeds = [[subject for subject in members if subject.config[flag] == value] for value in across]
+                places = [i for i, of in enumerate(seeds) if of]
+                stats = [statistic(of, column) for of in seeds if of]
+                means.append([statistic(of, column)["mean"] if of else math.nan for of in seeds])
+                if not first:
+                    draw_means(axes, places, stats, label=name)
+            if first:
+                heat_map(axes, means, [name for name, _ in groups], across, column)
+                axes.set(xlabel=flag)
+            else:
+                axes.set_xticks(range(len(across)), across)
+                axes.set(xlabel=flag, ylabel=column)
+                axes.legend(fontsize="small")
 
 
 def draw_reliability(args, groups):
@@ -1043,16 +1062,18 @@ def draw_reliability(args, groups):
     with picture(args, "reliability.png", 4 * columns, 4.2 * rows + 0.5) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flat
         for axes, (name, members) in zip(panels, groups):
-            bins = [subject.results["clean"]["bins"] for subject in members]
-            share, acc, conf = (np.array([b[key] for b in bins]) for key in ("share", "accuracy", "confidence"))
-            total = share.sum(0).clip(1e-12)
-            acc, conf, share = (share * acc).sum(0) / total, (share * conf).sum(0) / total, share.mean(0)
-            edges, width = np.linspace(0, 1, len(share) + 1), 1 / len(share)
+            shares = np.array([subject.bins["share"] for subject in members])  # [seeds, bins]
+            weights = shares / shares.sum(0).clip(1e-12)
+            accuracy = (weights * [subject.bins["accuracy"] for subject in members]).sum(0)
+            confidence = (weights * [subject.bins["confidence"] for subject in members]).sum(0)
+            share = shares.mean(0)
+            edges = np.linspace(0, 1, len(share) + 1)
             for some, alpha, of in ((share >= 0.01, 1, ""), (share < 0.01, 0.3, ", bins of less than 1 %")):
-                bar = {"width": width, "align": "edge", "alpha": alpha}
-                axes.bar(edges[:-1][some], acc[some], color="tab:blue", edgecolor="w", label=f"accuracy{of}", **bar)
-                gap = {"bottom": acc[some], "color": "none", "edgecolor": "tab:red", "hatch": "////"}
-                axes.bar(edges[:-1][some], (conf - acc)[some], label=f"gap to confidence{of}", **gap, **bar)
+                left, acc, gap = edges[:-1][some], accuracy[some], (confidence - accuracy)[some]
+                bar = {"width": 1 / len(share), "align": "edge", "alpha": alpha}
+                axes.bar(left, acc, color="tab:blue", edgecolor="w", label=f"accuracy{of}", **bar)
+                hatched = {"color": "none", "edgecolor": "tab:red", "hatch": "////"}
+                axes.bar(left, gap, bottom=acc, label=f"gap to confidence{of}", **hatched, **bar)
             axes.stairs(share, edges, color="k", label="share of samples")
             axes.plot([0, 1], [0, 1], "k--", lw=1)
             axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
@@ -1065,13 +1086,14 @@ def draw_reliability(args, groups):
 
 def draw_corruptions(args, groups, title):
     """Figure 3: corruption by model."""
+    names = [name for name, _ in groups]
     with picture(args, "cifar-c.png", 5 + 1.6 * max(5, len(groups)), 9) as figure:
         figure.suptitle(title, parse_math=False)
-        for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("accuracy", "natural_robustness")):
-            means = [[averages(subject, kind) for subject in members] for _, members in groups]
-            rows = [*CORRUPTIONS, "mean"]
-            values = [[statistics.fmean(of[row] for of in column) for column in means] for row in rows]
-            heat_map(axes, values, rows, [name for name, _ in groups], f"{kind.replace('_', ' ')} (%)", 0, 100)
+        for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("accuracy", "natural robustness")):
+            rows = {}  # {corruption: the mean over seeds of each group}
+            for row in (*CORRUPTIONS, "mean"):
+                rows[row] = [statistics.fmean(s.corruptions[kind][row] for s in members) for _, members in groups]
+            heat_map(axes, list(rows.values()), list(rows), names, f"{kind} (%)", 0, 100)
 
 
 def draw_pgd(args, groups, heading):
@@ -1087,8 +1109,7 @@ def draw_pgd(args, groups, heading):
             values, names, columns = zip((0, "0", "accuracy (%)"), *points)
             for i, (name, members) in enumerate(groups):
                 stats = [statistic(members, column) for column in columns]
-                means, deviations = [s["mean"] for s in stats], [s["std"] or 0 for s in stats]
-                axes.errorbar(values, means, deviations, marker=".", capsize=3, label=name, **line_style(i))
+                draw_means(axes, values, stats, label=name, **line_style(i))
             axes.set_xscale("symlog", linthresh=values[1])
             axes.set_xticks(values, names, rotation=45)
             axes.minorticks_off()
@@ -1099,20 +1120,24 @@ def draw_pgd(args, groups, heading):
 
 def draw_curves(args, groups):
     """The metrics of training over its epochs: a line a group, the mean of its seeds, ± standard deviation a band."""
-    names = [key for key, value in groups[0][1][0].metrics[-1].items() if isinstance(value, float)]
-    names = [key for key in names if key not in ("lr", "seconds", "images_per_second")]
-    rows, columns = math.ceil(len(names) / 3), min(3, len(names))
+    last = groups[0][1][0].metrics[-1]
+    unseen = ("lr", "seconds", "images_per_second")
+    names = [key for key, value in last.items() if isinstance(value, float) and key not in unseen]
+    rows = math.ceil(len(names) / 3)
+    columns = min(3, len(names))
     with picture(args, "training.png", 5.5 * columns, 3.6 * rows + 0.3 * len(groups)) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flat
         for key, axes in zip(names, panels):
             for i, (name, members) in enumerate(groups):
                 runs = [[record.get(key) for record in subject.metrics] for subject in members]
-                length = min(map(len, runs))  # of a run that goes on still
-                values = np.array([run[:length] for run in runs], dtype=float)
-                mean, deviation = values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else np.zeros(length)
-                axes.plot(range(1, length + 1), mean, label=name, **line_style(i))
-                band = range(1, length + 1), mean - deviation, mean + deviation
-                axes.fill_between(*band, color=line_style(i)["color"], alpha=0.2, lw=0)
+                values = np.array(runs, dtype=float)  # [seeds, epochs], NaN where there is no number
+                epochs = range(1, values.shape[1] + 1)
+                mean = values.mean(0)
+                axes.plot(epochs, mean, label=name, **line_style(i))
+                if len(members) > 1:
+                    deviation = values.std(0, ddof=1)
+                    color = line_style(i)["color"]
+                    axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.2, lw=0)
             axes.set(xlabel="epoch", ylabel=key)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
@@ -1127,7 +1152,8 @@ def show_corruptions(args, images):
     rows = []
     for name in CORRUPTIONS:
         row = torch.stack([images, *(corrupt(images, name, severity, args.seed) for severity in range(1, 6))], 1)
-        rows.append(torch.cat(list(F.pad(row.flatten(0, 1), (1, 1, 1, 1), value=255)), 2))
+        framed = F.pad(row.flatten(0, 1), (1, 1, 1, 1), value=255)  # [6 N, 3, H + 2, W + 2]
+        rows.append(torch.cat(list(framed), 2))
     with picture(args, "corruptions.png", 13, 19.5) as figure:
         axes = figure.subplots()
         axes.imshow(torch.cat(rows, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
@@ -1143,7 +1169,8 @@ def show_corruptions(args, images):
 def main(args):
     """Evaluate what the flags name; returns what is written to summary.json."""
     device = common.setup(args)
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     load_dataset = functools.cache(common.load_dataset)
 
@@ -1160,8 +1187,10 @@ def main(args):
         if len(named) != 1:  # baselines, ONE and DML name none
             raise UsageError(f"--teacher: the checkpoints name {', '.join(named) or 'no teacher'}; add the path of one")
         teacher.append(load_run(Path(named[0]), "model", args, device, load_dataset, "--teacher"))
-    if args.transfer and len({subject.test_set for subject in subjects + teacher}) > 1:
+    tests = [(subject.data.test_images, subject.data.test_labels) for subject in subjects + teacher]
+    if args.transfer and not all(torch.equal(a, b) for test in tests for a, b in zip(test, tests[0])):
         raise UsageError("--transfer: the checkpoints have different test sets; --dataset NAME takes one for all")
+    attacks = {name: load_attack(name, min(len(s.data.classes) for s in subjects)) for name in args.attack}
     official = read_cifar_c(Path(args.cifar_c), subjects) if args.cifar_c else None
     cinic = None
     if args.cinic:
@@ -1170,23 +1199,23 @@ def main(args):
         cinic = [part.to(device) for part in load_cinic(args.cinic, args.seed)]
 
     if args.show_corruptions:
-        images = load_dataset(args.dataset or "shapes", args.data_dir or "data").test_images
+        images = load_data(args, args.dataset or "shapes", {}, "cpu", load_dataset).test_images
         show_corruptions(args, images[evenly_spaced(len(images), 2)])
     if not subjects:
         return {}
-    measure(subjects, teacher, args, official, cinic)
-    summary = report(args, subjects, teacher)
-    write_json(args.out / "summary.json", summary)
-    print(f"wrote {args.out / 'summary.json'}")
-    return summary
+    for subject in subjects:
+        measure(subject, args, attacks, official, cinic)
+    return report(args, subjects, teacher)
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without ± or ε shows ?
     try:
         main(parse_args())
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on with what is not measured yet", file=sys.stderr)
+        print("\nstopped", file=sys.stderr)
         sys.exit(130)

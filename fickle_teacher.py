@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from common import positive, share
+from common import UsageError, positive, share
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
@@ -41,7 +41,10 @@ def preset(args):
     rate = usual if args.dropout is None else args.dropout
     if args.method == "baseline":
         rate = 0
-    epochs = 200 if rate == 0 else 250 if rate <= 0.2 else 300 if rate <= 0.3 else 350
+    epochs = 350
+    for highest, fewer in ((0.3, 300), (0.2, 250), (0, 200)):
+        if rate <= highest:
+            epochs = fewer
     values = {"noise": "none", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "epochs": epochs}
     values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2", "dropout": usual}
     values["teacher_epochs"] = round((args.epochs or epochs) * 200 / epochs)
@@ -72,11 +75,16 @@ def fickle(teacher):
     """Switch dropout on in a network that is otherwise in evaluation mode; returns the network.
 
     BatchNorm stays in evaluation mode. On batch statistics the answer to an image would depend on the other images of
-    the batch too, which is another noise than dropout's.
+    the batch too, which is another noise than dropout's. Raises UsageError for a network that has no dropout
+    modules (it may call F.dropout) or only such with p = 0: it would be Hinton's teacher.
     """
-    for module in teacher.eval().modules():
-        if isinstance(module, nn.Dropout):
-            module.train()
+    dropout = nn.modules.dropout._DropoutNd  # of nn.Dropout, nn.Dropout2d, nn.AlphaDropout, …
+    layers = [layer for layer in teacher.eval().modules() if isinstance(layer, dropout) and layer.p > 0]
+    if not layers:
+        raise UsageError("--dropout: the teacher has no dropout module to switch on; --dropout 0 is Hinton's method")
+    for layer in layers:
+        layer.train()
+    print(f"the teacher's dropout is on: {len(layers)} layers, p = {sorted({layer.p for layer in layers})}", flush=True)
     return teacher
 
 
@@ -104,14 +112,15 @@ def main(args):
     last = 0.8 if args.method == "ft" and args.dropout > 0 else 0.75
     milestones = [round(part * args.epochs) for part in (0.3, 0.6, last)]  # 105, 210, 280 of 350; 60, 120, 150 of 200
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
-    run = common.Run(args, device, data.classes)
+    run = common.Run(args, device, data)
     if args.method == "ft":
         standard = [round(part * args.teacher_epochs) for part in (0.3, 0.6, 0.75)]
         teacher, about = common.load_teacher(
             args, device, data, labels, standard, args.dropout, epochs=args.teacher_epochs
         )
         run.header |= about
-        teacher = fickle(teacher)
+        if args.dropout > 0:
+            teacher = fickle(teacher)
     run.checkpoint(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         student.compile()

@@ -16,6 +16,7 @@ To change: a method -> its loss below, and main; a weight -> TABLE_I; a setting 
 The commands of every table, and what we chose where the papers are silent, stand at the end (NOTES).
 """
 
+import inspect
 import math
 
 import torch
@@ -53,8 +54,9 @@ def preset(args):
     alpha = values.get("alpha", 0.0) if args.alpha is None else args.alpha
     values["ce"] = 1 - alpha
     student = args.student_arch or "wrn-16-2"
-    large = "resnet26x4" if student.endswith("x4") else "resnet26" if student.startswith("resnet") else "wrn-40-2"
-    values["teacher_arch"] = large
+    values["teacher_arch"] = "wrn-40-2"
+    if student.startswith("resnet"):
+        values["teacher_arch"] = "resnet26x4" if student.endswith("x4") else "resnet26"
     if args.dataset == "shapes":
         values |= {"student_arch": "wrn-10-1", "teacher_arch": "wrn-16-1", "batch_size": 32, "lr": 0.05}
         values |= {"limit_train": 300, "epochs": 40}
@@ -151,7 +153,8 @@ def boundary_samples(teacher, x, y, S, T, size=32, steps=10, step_size=0.3):
     if len(base) == 0:
         return x[:0]
     x, y = x[base], y[base]
-    target = p_T[base].scatter(1, y.unsqueeze(1), 0).clamp(min=1e-12).scatter(1, y.unsqueeze(1), 0).multinomial(1)
+    wrong = torch.ones_like(p_T[base]).scatter(1, y.unsqueeze(1), 0)  # 1 for a wrong class, 0 for y
+    target = (wrong * p_T[base].clamp(min=1e-12)).multinomial(1)
     moved = x.clone()
     for _ in range(steps):
         with torch.enable_grad():
@@ -196,8 +199,8 @@ def attention_loss(s, t):
 
 def similarity_loss(s, t):
     """1/b² ‖G_T - G_S‖_F² of block 3's Gram matrices between samples, rows of unit length (Tung and Mori 2019)."""
-    G_S, G_T = (F.normalize(f @ f.T) for f in (features[-1].flatten(1) for features in (s, t)))
-    return F.mse_loss(G_S, G_T)
+    f_S, f_T = s[-1].flatten(1), t[-1].flatten(1)
+    return F.mse_loss(F.normalize(f_S @ f_S.T), F.normalize(f_T @ f_T.T))
 
 
 def embedded(f):
@@ -281,25 +284,27 @@ def dml_loss(first, second, y, tau):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def feature_shapes(arch, data):
-    """Shapes (K, H, W) of the features of an architecture, stem first, found without computing."""
-    with torch.device("meta"):
-        model = common.build_model(arch, 2, image_size=data.image_size)
-        images = torch.empty(2, 3, *data.test_images.shape[2:])
+def feature_shapes(model, images):
+    """Shapes (K, H, W) of the features that a model in evaluation mode has of images [B, 3, H, W], stem first.
+
+    Raises UsageError where it has none, as most modules of --teacher-model.
+    """
+    if "features" not in inspect.signature(model.forward).parameters:
+        gives = "module(x, features=True) must give (logits, [output of the stem, of block 1, of block 2, …])"
+        raise UsageError(f"--teacher-model: for fitnet, fsp, at, sp and rkd {gives}; --method hinton needs logits only")
+    with torch.no_grad():
         return [tuple(f.shape[1:]) for f in model(images, features=True)[1]]
 
 
-def check_features(args, teacher_arch, data):
-    """Raise UsageError where FitNet, FSP or AT cannot compare the features of student and teacher as they are."""
-    if args.method not in ("fitnet", "fsp", "at"):
-        return
-    s, t = (feature_shapes(arch, data) for arch in (args.student_arch, teacher_arch))
+def check_features(args, s, t):
+    """Raise UsageError where FitNet, FSP or AT cannot compare features of shapes s (student) and t (teacher)."""
+    same = True
     if args.method == "fitnet":
         same = s[2][1:] == t[2][1:]
-    elif args.method == "fsp":
+    if args.method == "fsp":
         same = s == t
-    else:
-        same = [shape[1:] for shape in s[1:]] == [shape[1:] for shape in t[1:]]
+    if args.beta:
+        same = same and [shape[1:] for shape in s[1:]] == [shape[1:] for shape in t[1:]]
     if not same:
         raise UsageError(f"--student-arch: {args.method} cannot compare its features {s} with the teacher's {t}")
 
@@ -328,24 +333,34 @@ def main(args):
     for _ in range(count):
         nets.append(common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device))
     student, parts = nets[0], {"model": nets[0]}
-    if not args.teacher:  # before one is trained
-        check_features(args, args.teacher_arch, data)
-    run = common.Run(args, device, data.classes, args.init_epochs + args.epochs)
+    by_features = any((args.init_epochs, args.beta, args.gamma, args.lambda_d, args.lambda_a))
+    images = common.to_float(data.test_images[:2]).to(device)
+    student_shapes = feature_shapes(student.eval(), images)
+    if by_features and not (args.teacher or args.teacher_model):  # before one is trained
+        with torch.device("meta"):
+            untrained = common.build_model(args.teacher_arch, num_classes, image_size=size)
+        check_features(args, student_shapes, feature_shapes(untrained, images.to("meta")))
+    run = common.Run(args, device, data, args.init_epochs + args.epochs)
     teacher = None
     if method not in ALONE:
         milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]
         dropout = 0.4 if args.add == "ft" else 0.0
         teacher, about = common.load_teacher(args, device, data, labels, milestones, dropout)
         run.header |= about
-        if hasattr(teacher, "built_as"):
-            check_features(args, teacher.built_as["arch"], data)
-        for module in teacher.modules():
-            module.training = args.add == "ft" and isinstance(module, nn.Dropout)  # fickle: fickle_teacher.py says why
-    if method == "fitnet":
-        widths = [feature_shapes(net.built_as["arch"], data)[2][0] for net in (student, teacher)]
-        parts["regressor"] = nn.Conv2d(*widths, 1, bias=False).to(device)
+        if by_features:
+            teacher_shapes = feature_shapes(teacher, images)
+            check_features(args, student_shapes, teacher_shapes)
+        if args.add == "ft":  # fickle: fickle_teacher.py says why
+            dropout = nn.modules.dropout._DropoutNd
+            layers = [layer for layer in teacher.modules() if isinstance(layer, dropout) and layer.p > 0]
+            if not layers:
+                raise UsageError("--add ft: the teacher has no dropout module to switch on; --add hinton works")
+            for layer in layers:
+                layer.train()
+    if method == "fitnet" and args.init_epochs:
+        parts["regressor"] = nn.Conv2d(student_shapes[2][0], teacher_shapes[2][0], 1, bias=False).to(device)
     if method == "one":
-        parts["one"] = ONE(nets, width=feature_shapes(args.student_arch, data)[-2][0]).to(device)
+        parts["one"] = ONE(nets, width=student_shapes[-2][0]).to(device)
     if method in ("one", "dml"):
         parts |= {f"net{i + 1}": net for i, net in enumerate(nets)}
     parameters = dict.fromkeys(p for part in parts.values() for p in part.parameters())  # each once
@@ -354,7 +369,6 @@ def main(args):
     if args.compile:
         for net in nets:
             net.compile()
-    by_features = any((args.init_epochs, args.beta, args.gamma, args.lambda_d, args.lambda_a))
 
     for epoch in range(run.epoch, run.epochs):
         for part in parts.values():

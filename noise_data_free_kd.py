@@ -275,7 +275,7 @@ def main(args):
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     else:
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    run = common.Run(args, device, data.classes)
+    run = common.Run(args, device, data)
     teacher, about = common.load_teacher(args, device, data, labels, **teacher_recipe(args))
     run.header |= about
     layers = batch_norms(teacher)

@@ -66,7 +66,12 @@ nrd      .2,5e-5    .4,1e-4    .2,.6,.2  .2,.6,.2  .2,.6,.2  .2,.6,.2    .15,.7,
 """,
 }
 
-SHAPES_LR = {  # each loss's best of a grid on other images (tests/RESULTS.md)
+PHOTOGRAPHS = {  # lr, batch size, own hyperparameters; appendix A.2, and of JS and GJS the scripts of GJS
+    "nrd": (0.1, 64, [0.1, 0.8, 0.1]),
+    "js": (0.2, 64, [0.1]),
+    "gjs": (0.1, 32, [0.1]),
+}
+SHAPES_LR = {  # each loss's best of one grid on other images (tests/RESULTS.md)
     "nrd": 0.5, "ce": 0.2, "bs": 0.2, "ls": 0.2, "sce": 0.2, "gce": 0.5, "nce+rce": 0.2, "js": 0.2, "gjs": 0.2,
 }  # fmt: skip
 
@@ -75,7 +80,10 @@ def table_5(dataset, loss, noise, rate):
     """lr, weight decay, and the list of the loss's own hyperparameters."""
     header, *rows = [line.split() for line in TABLE_5[dataset].strip().splitlines()]
     (row,) = [dict(zip(header, row)) for row in rows if row[0] == loss]
-    kind, rates = ("sym", (0.2, 0.4, 0.6, 0.8)) if noise in ("none", "sym", "sym-other") else ("asym", (0.2, 0.4))
+    if noise in ("none", "sym", "sym-other"):
+        kind, rates = "sym", (0.2, 0.4, 0.6, 0.8)
+    else:
+        kind, rates = "asym", (0.2, 0.4)
     nearest = min(rates, key=lambda column: round(abs(column - rate), 6))
     params = row["none" if noise == "none" else f"{kind}{nearest}"]
     lr, weight_decay = map(float, row[kind].split(","))
@@ -85,23 +93,25 @@ def table_5(dataset, loss, noise, rate):
 def preset(args):
     """The flags that are left out: Table 5 for the loss, data set and noise, appendix A for the rest."""
     noise = args.noise or ("sym" if args.dataset in common.BENCHMARKS else "none")
-    rate = {"none": None, "sym": 0.5, "sym-other": 0.5, "asym": 0.4, "pair": 0.4}.get(noise)
-    column = args.rate if args.rate is not None else rate or (0.4 if noise in ("human-worse", "human-noisy") else 0.2)
+    rate = {"sym": 0.5, "sym-other": 0.5, "asym": 0.4, "pair": 0.4}.get(noise)
+    column = rate if args.rate is None else args.rate
+    if column is None:
+        column = 0.4 if noise in ("human-worse", "human-noisy") else 0.2
     rows = "cifar100" if Path(args.dataset).stem == "cifar100" else "cifar10"
     lr, weight_decay, params = table_5(rows, args.loss, noise, column)
-    values = {"noise": noise, "rate": rate, "lr": lr, "weight_decay": weight_decay, "loss_params": params}
-    values |= {"arch": "preact_resnet34", "epochs": 400, "batch_size": 128, "beta": 0.99, "student_augment": "paper"}
-    values |= {"drops": [0.5, 0.75], "jsd_scale": args.loss in ("nrd", "js", "gjs")}
+    values = {"noise": noise, "rate": rate, "views": 10 if args.analyze else 1}
     if common.of_photographs(args.dataset):  # appendix A.2, and the text's weight decay
-        values |= {"arch": "resnet50", "epochs": 300, "batch_size": 64, "lr": 0.1, "weight_decay": 1e-4}
-        values |= {"drops": [1 / 3, 2 / 3], "jsd_scale": False}
-        of_loss = {"nrd": {"loss_params": [0.1, 0.8, 0.1]}, "js": {"loss_params": [0.1], "lr": 0.2}}
-        of_loss["gjs"] = {"loss_params": [0.1], "batch_size": 32}
-        values |= of_loss.get(args.loss, {})
+        lr, batch_size, params = PHOTOGRAPHS.get(args.loss, (0.1, 64, params))
+        values |= {"arch": "resnet50", "epochs": 300, "batch_size": batch_size, "lr": lr, "weight_decay": 1e-4}
+        values |= {"beta": 0.99, "student_augment": "paper", "drops": [1 / 3, 2 / 3], "jsd_scale": False}
+        return values | {"loss_params": params}
+    values |= {"loss_params": params, "weight_decay": weight_decay, "drops": [0.5, 0.75]}
+    values["jsd_scale"] = args.loss in ("nrd", "js", "gjs")
     if args.dataset == "shapes":
-        values |= {"arch": "wrn-10-1", "epochs": 20, "batch_size": 32, "beta": 0.95, "student_augment": "crop"}
-        values["lr"] = SHAPES_LR[args.loss]
-    return values | {"views": 10 if args.analyze else 1}
+        values |= {"arch": "wrn-10-1", "epochs": 20, "batch_size": 32, "lr": SHAPES_LR[args.loss]}
+        return values | {"beta": 0.95, "student_augment": "crop"}
+    values |= {"arch": "preact_resnet34", "epochs": 400, "batch_size": 128, "lr": lr}
+    return values | {"beta": 0.99, "student_augment": "paper"}
 
 
 def follows_gjs(args):
@@ -256,7 +266,7 @@ def main(args):
     else:
         milestones = [math.ceil(drop * args.epochs) for drop in args.drops]
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
-    run = common.Run(args, device, data.classes)
+    run = common.Run(args, device, data)
     run.checkpoint(model=model, ema=ema, optimizer=optimizer, scheduler=scheduler)
     see_as_student, see_as_teacher = student_view, teacher_view
     if args.compile:
@@ -275,7 +285,8 @@ def main(args):
 
     for _ in range(run.epoch, run.epochs):
         model.train()
-        lr, losses, predicted = scheduler.get_last_lr()[0], [], torch.full_like(labels, -1)
+        lr, losses = scheduler.get_last_lr()[0], []
+        predicted = torch.full_like(labels, -1)
         for index in run.batches(len(labels), args.batch_size):
             x, y = data.batch(index), F.one_hot(labels[index], num_classes).float()
             views = [see_as_student(x, args.student_augment, size) for _ in range(student_views)]
@@ -341,7 +352,7 @@ def analyze(args, device):
         table, nll, reliability = {}, {}, {}
         for name, p in predictions.items():
             # Table 1: accuracy for the true label
-            masks = {"clean": ~wrong, "mislabelled": wrong, "overall": wrong | ~wrong}
+            masks = {"clean": ~wrong, "mislabelled": wrong, "overall": torch.ones_like(wrong)}
             table[name] = {subset: accuracy(p[mask], true[mask]) for subset, mask in masks.items()}
             # Figure 1: cross-entropy with the true label of the mislabelled samples
             nll[name] = -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu().numpy()
@@ -349,7 +360,8 @@ def analyze(args, device):
             reliability[name] = common.calibration(p, true)
             accuracies = "  ".join(f"{subset} {value:.2f} %" for subset, value in table[name].items())
             print(f"{name:>15}: {accuracies}  ECE {reliability[name][0]:.3f}")
-        auroc = float(mannwhitneyu(*nll.values()).statistic) / int(wrong.sum()) ** 2
+        pairs = int(wrong.sum()) ** 2
+        auroc = float(mannwhitneyu(nll["not transformed"], nll["transformed"]).statistic) / pairs
         print(f"AUROC {auroc:.4f}")
 
         # Figure 2a and Table 6: four clean and four mislabelled samples, 40 views of each

@@ -80,7 +80,7 @@ def main(args):
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]  # 60, 120, 150 of 200
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
-    run = common.Run(args, device, data.classes)
+    run = common.Run(args, device, data)
     if args.method == "sr":
         teacher, about = common.load_teacher(args, device, data, labels, milestones)
         run.header |= about

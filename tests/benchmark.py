@@ -160,11 +160,11 @@ def attack(args):
     net.eval().requires_grad_(False)
     x, y = to_float(images[:500]), labels[:500]
     test = common.Dataset(images[:1], labels[:1], images[:500], labels[:500], common.SHAPES_CLASSES)
-    flags = argparse.Namespace(pgd=[20], restarts=1, seed=0, step_size=0.003)
+    flags = argparse.Namespace(pgd=[20], restarts=1, seed=0, step_size=0.003, worst_start=False)
     pgd, size = library.PGD(net, eps=0.031, alpha=0.003, steps=20), common.EVAL_BATCH[args.device.type]
 
     def ours():
-        evaluate.evaluate_pgd(evaluate.Subject("", Path(), "", {}, net, "shapes", test, size), 0.031, flags)
+        evaluate.evaluate_pgd(evaluate.Subject("", {}, net, "shapes", test, size), 0.031, flags)
         return len(x)
 
     def to_the_last_step():

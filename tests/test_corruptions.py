@@ -27,13 +27,19 @@ def applied(name, severity, x):
     return CORRUPTIONS[name](x, SEVERITIES[name][severity - 1], torch.Generator().manual_seed(0))
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    assert np.abs(np.asarray(found) - np.asarray(expected)).max() < tolerance
+def assert_close(found, expected, tolerance=1e-5, share=0):
+    """A share of the values may be off: those that float32's error takes past a whole level before they are cut off."""
+    assert (np.abs(np.asarray(found) - np.asarray(expected)) >= tolerance).mean() <= share
 
 
 def gaussian(images, sigma, mode="nearest", truncate=4):
     """scipy's blur of the last two axes."""
     return scipy.ndimage.gaussian_filter(images, (*[0] * (images.ndim - 2), sigma, sigma), mode=mode, truncate=truncate)
+
+
+def cut_off(values):
+    """As CIFAR-C's np.uint8(255 · values) / 255; 1e-4 for values that are whole levels but for float32's error."""
+    return np.floor(255 * values + 1e-4) / 255
 
 
 def textured(size):
@@ -166,8 +172,7 @@ def test_motion_blur_is_a_loop_over_the_pixels_of_a_trail(x, severity, constants
     ((low, high, *_), degrees) = drawn[0]
     assert (low, high) == (-45, 45) and degrees.shape == (len(x),)
     for image, result, angle in zip(x.double().numpy(), out, degrees.tolist()):
-        expected = np.stack([trailed(plane, *constants, angle) for plane in image])
-        assert_close(result, expected, 0.501 / 255)  # ImageMagick rounds
+        assert_close(result, np.stack([trailed(plane, *constants, angle) for plane in image]))
 
 
 @by_severity("constants", (0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2))
@@ -178,7 +183,7 @@ def test_glass_blur_moves_pixels_as_the_published_loop_does(severity, constants)
     count, _, height, width = clean.shape
     out = applied("glass_blur", severity, clean)
     draws = torch.Generator().manual_seed(0)
-    expected = gaussian(clean.double().numpy(), sigma).transpose(0, 2, 3, 1)  # [B, H, W, 3]
+    expected = cut_off(gaussian(clean.double().numpy(), sigma)).transpose(0, 2, 3, 1)  # [B, H, W, 3]
     for _ in range(rounds):
         up, left = torch.randint(-1, 1, (2, count, height - 2, width - 2), generator=draws).tolist()
         for image, dy, dx in zip(expected, up, left):
@@ -186,7 +191,7 @@ def test_glass_blur_moves_pixels_as_the_published_loop_does(severity, constants)
                 for j in range(width - 1, 1, -1):
                     a, b = i + dy[i - 2][j - 2], j + dx[i - 2][j - 2]
                     image[i, j], image[a, b] = image[a, b], image[i, j]
-    assert_close(out, gaussian(expected.transpose(0, 3, 1, 2), sigma))
+    assert_close(out, gaussian(expected.transpose(0, 3, 1, 2), sigma), share=0.002)
 
 
 @by_severity("quality", 80, 65, 58, 50, 40)
@@ -202,14 +207,23 @@ def test_jpeg_is_the_library_s(severity, quality):
         assert (out - expected).abs().mean() < min(1.3, 0.11 * distance)
 
 
+@pytest.mark.parametrize("height, width", [(32, 32), (48, 40)])
 @by_severity("share", 0.95, 0.9, 0.85, 0.75, 0.65)
-def test_pixelate_is_pillow_s_box_filter(severity, share):
-    images = textured((48, 40))
+def test_pixelate_is_pillow_s_box_filter(severity, share, height, width):
+    images = textured((height, width))
     for image, result in zip(images, corrupt(images, "pixelate", severity)):
         picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-        small = picture.resize((int(40 * share), int(48 * share)), Image.BOX)
-        expected = np.asarray(small.resize((40, 48), Image.BOX)).astype(int)
-        assert_close(result.permute(1, 2, 0).int(), expected, 1.5)
+        small = picture.resize((int(width * share), int(height * share)), Image.BOX)
+        assert np.array_equal(result.permute(1, 2, 0), small.resize((width, height), Image.BOX))
+
+
+def test_levels_are_cut_off_as_cifar_c_s(monkeypatch):
+    """Not rounded; 0 below and 255 above."""
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    for change in (0.0, 0.7, -0.3, 300.0, -300.0):
+        monkeypatch.setitem(evaluate.CORRUPTIONS, "fog", lambda x, *_, change=change: x + change / 255)
+        expected = (images.double() + change).floor().clamp(0, 255)
+        assert torch.equal(corrupt(images, "fog", 1).double(), expected)
 
 
 def test_hsv(x):
@@ -287,6 +301,7 @@ def test_snow_is_scipy_s(x, severity, constants, drawn):
     assert (low, high) == (-135, -45)  # flakes fall downwards or to one side of it, and are drawn out backwards
     for image, result, flakes, angle in zip(x.double().numpy(), out, noise.double().numpy(), degrees.tolist()):
         flakes = zoomed(mean + std * flakes[0], zoom)
-        flakes = trailed(np.where(flakes < threshold, 0, flakes.clip(0, 1)), radius, sigma, angle)
+        flakes = cut_off(np.where(flakes < threshold, 0, flakes.clip(0, 1)))
+        flakes = cut_off(trailed(flakes, radius, sigma, angle))
         whitened = np.maximum(image, 1.5 * np.tensordot([0.299, 0.587, 0.114], image, 1) + 0.5)
-        assert_close(result, keep * image + (1 - keep) * whitened + flakes + np.rot90(flakes, 2), 1e-4)
+        assert_close(result, keep * image + (1 - keep) * whitened + flakes + np.rot90(flakes, 2), 1e-4, 0.002)

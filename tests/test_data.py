@@ -1,7 +1,12 @@
 """Data sets: shapes, .npz files good and bad; photographs, decoded once into arrays."""
 
+import errno
 import hashlib
+import io
 import json
+import os
+import re
+import types
 
 import numpy as np
 import pytest
@@ -58,10 +63,43 @@ def test_wrong_arrays_are_refused_by_name(tmp_path, key, value, says):
 
 def test_damaged_files_are_refused(tiny_npz):
     whole = tiny_npz.read_bytes()
-    for content in (b"", whole[: len(whole) // 2], whole[:5000] + bytes(4000) + whole[9000:]):
+    page = b"<!DOCTYPE html><title>404</title>"
+    for content in (b"", page, whole[: len(whole) // 2], whole[:5000] + bytes(4000) + whole[9000:]):
         tiny_npz.write_bytes(content)
-        with pytest.raises(UsageError, match="tiny.npz is no .npz file with train_images, train_labels"):
+        with pytest.raises(UsageError, match="tiny.npz is no .npz file with train_images, .*; README says") as error:
             load_dataset(str(tiny_npz))
+        assert "pickle" not in str(error.value)
+    tiny_npz.rename(tiny_npz.with_name("cifar10.npz"))
+    with pytest.raises(UsageError, match="cifar10.npz is no .npz file .*; remove it to download it again"):
+        load_dataset("cifar10", tiny_npz.parent)
+
+
+def test_a_download_becomes_a_file(tmp_path, monkeypatch):
+    """With classes that have torchvision's attributes."""
+    pixels, labels = torch.randint(256, (2, 5, 3, 32, 32), dtype=torch.uint8), torch.randint(10, (2, 5))
+
+    def cifar(root, train, download):
+        data = pixels[1 - train].permute(0, 2, 3, 1).numpy()
+        return types.SimpleNamespace(data=data, targets=labels[1 - train].tolist(), classes=list("abcdefghij"))
+
+    def svhn(root, split, download):
+        part = ["train", "test"].index(split)
+        return types.SimpleNamespace(data=pixels[part].numpy(), labels=labels[part].numpy())
+
+    def web_page(*_, **__):
+        raise RuntimeError("File not found or corrupted.")  # torchvision's, where the digest is another
+
+    for name, source, classes in (("CIFAR100", cifar, "abcdefghij"), ("SVHN", svhn, "0123456789")):
+        monkeypatch.setattr(torchvision.datasets, name, web_page)
+        says = f"--dataset {name.lower()}: torchvision's download failed .File not found or corrupted..; try again"
+        with pytest.raises(UsageError, match=says):
+            load_dataset(name.lower(), tmp_path)
+        for now in (source, web_page):  # downloaded, and not again
+            monkeypatch.setattr(torchvision.datasets, name, now)
+            data = load_dataset(name.lower(), tmp_path)
+            assert torch.equal(data.train_images, pixels[0]) and torch.equal(data.test_images, pixels[1])
+            assert torch.equal(data.train_labels, labels[0]) and torch.equal(data.test_labels, labels[1])
+            assert data.classes == list(classes)
 
 
 def test_channel_stats_against_numpy():
@@ -123,6 +161,62 @@ def test_pictures_become_arrays(folder):
         load(folder)
 
 
+def test_pixels_are_as_stored(tmp_path):
+    """Of every kind of picture: no transparency, no turn, and 16 bits for 8. 32 bits have no known range."""
+    rgb = np.random.default_rng(0).integers(0, 256, (36, 40, 3), dtype=np.uint8)
+    grey = rgb[..., 0]
+    deep, alpha = grey * np.uint16(257), rgb[..., 1]
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    palette = Image.fromarray(grey // 64)
+    palette.putpalette([10, 20, 30, 200, 0, 7, 0, 255, 1, 90, 90, 90])
+    big_endian = Image.frombytes("I;16B", (40, 36), deep.astype(">u2").tobytes())
+    (tmp_path / "deep.pgm").write_bytes(b"P5 40 36 65535\n" + deep.astype(">u2").tobytes())
+    pictures = {
+        "rgb.png": (Image.fromarray(rgb), rgb, {"exif": turned}),
+        "rgba.png": (Image.fromarray(np.dstack([rgb, alpha])), rgb, {}),
+        "la.png": (Image.fromarray(np.dstack([grey, alpha])), grey, {}),
+        "palette.png": (palette, np.array(palette.getpalette("RGB")).reshape(-1, 3)[grey // 64], {"transparency": 1}),
+        "bits.png": (Image.fromarray(grey > 99), (grey > 99) * 255, {}),
+        "frames.webp": (Image.fromarray(rgb), rgb,
+                        {"save_all": True, "append_images": [Image.fromarray(255 - rgb)], "lossless": True}),
+        "deep.png": (Image.fromarray(deep), grey, {}),
+        "deep.tif": (Image.fromarray(deep), grey, {}),
+        "deep.tiff": (big_endian, grey, {}),
+        "deep.pgm": (None, grey, {}),
+        "integers.tif": (Image.fromarray(np.int32(deep)), None, {}),
+        "floats.tif": (Image.fromarray(np.float32(grey)), None, {}),
+    }  # fmt: skip
+    for name, (picture, expected, options) in pictures.items():
+        if picture:
+            picture.save(tmp_path / name, **options)
+        image = common.read_square(tmp_path / name, 36, 36)
+        if expected is None:
+            assert image is None, name
+        else:
+            columns = expected[:, 2:-2]
+            assert np.array_equal(image, columns.transpose(2, 0, 1) if columns.ndim == 3 else [columns] * 3), name
+
+
+def test_decoding_takes_the_cores_that_the_process_may_use(folder, monkeypatch):
+    loader, workers = torch.utils.data.DataLoader, []
+
+    def record(*args, num_workers, **options):
+        workers.append(num_workers)
+        return loader(*args, num_workers=num_workers, **options)
+
+    monkeypatch.setattr(torch.utils.data, "DataLoader", record)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 8}, raising=False)
+    load(folder)
+    assert workers == [3, 3]
+
+
+def test_decoded_files_have_short_and_plain_names(folder):
+    load(folder.rename(folder.with_name("a:b " * 40)))
+    names = [path.name for path in (folder.parent / "data/decoded").iterdir()]
+    assert len(names) == 4 and all(re.fullmatch(r"[\w.-]{,99}", name) for name in names)
+
+
 def test_they_are_decoded_once_and_a_run_is_the_same(folder, nrd_cli, monkeypatch):
     """Decoding draws nothing from the global generators. The labels count as they are."""
     flags = ["--dataset", "imagefolder:pictures", "--resize", 36, "--image-size", 32, "--arch", "resnet8"]
@@ -135,11 +229,13 @@ def test_they_are_decoded_once_and_a_run_is_the_same(folder, nrd_cli, monkeypatc
 
 
 def test_a_changed_folder_is_decoded_again(folder):
-    load(folder)
     picture = folder / "train/ape/2.jpg"
+    os.utime(picture, (0, 0))
     size = picture.stat().st_size
+    load(folder)
     write_picture(picture, (40, 40), seed=9)
     picture.write_bytes(picture.read_bytes().ljust(size, b"\0"))  # as long as before
+    os.utime(picture, (0, 0))  # and as old
     assert_pictures(load(folder).train_images, sorted(folder.rglob("train/*/*")), 36, 36)
     picture.rename(folder / "train/bat/2.jpg")
     after = load(folder)
@@ -147,17 +243,47 @@ def test_a_changed_folder_is_decoded_again(folder):
     assert after.train_labels.tolist() == [0, 1, 1, 1]
 
 
+@pytest.mark.parametrize("field", ["st_size", "st_mtime_ns", "st_ctime_ns"])
+def test_a_file_is_another_by_its_size_and_by_both_times(folder, capsys, monkeypatch, field):
+    """Each alone: not every system keeps all three."""
+    load(folder)
+    stat, picture = os.stat, str(folder / "test/ape/1.jpg")
+
+    def changed(file, **options):
+        found = stat(file, **options)
+        if str(file) != picture:
+            return found
+        values = {key: getattr(found, key) for key in dir(found) if key.startswith("st_")}
+        values[field] += 1
+        return types.SimpleNamespace(**values)
+
+    monkeypatch.setattr(os, "stat", changed)
+    capsys.readouterr()
+    load(folder)
+    load(folder)
+    assert capsys.readouterr().out.count("decoded 2 pictures") == 1
+
+
 def test_what_cannot_be_read_is_named_counted_and_left_out(folder, capsys):
-    bad = [folder / "train/ape/1.png", folder / "train/bat/1.png"]
+    bad = [folder / "train/ape/1.png", folder / "train/bat/1.png", folder / "train/bat/huge.bmp"]
     bad[0].write_bytes(b"not a picture")
     bad[1].write_bytes(bad[1].read_bytes()[:-40])
+    Image.new("L", (8, 8)).save(bad[2])
+    header = bytearray(bad[2].read_bytes())
+    header[18:26] = (13400).to_bytes(4, "little") * 2  # width and height
+    bad[2].write_bytes(header)
     for _ in range(2):  # decoded, and read again
         data = load(folder)
         assert_pictures(data.train_images, [folder / "train/ape/2.jpg", folder / "train/bat/9.JPG"], 36, 36)
         assert data.train_labels.tolist() == [0, 1]
     out, err = capsys.readouterr()
     assert err.splitlines() == [f"cannot be read and is left out: {path}" for path in bad]
-    assert out.count("decoded 2 pictures, left out 2") == 1
+    assert out.count("decoded 2 pictures, left out 3") == 1
+    for file in folder.rglob("test/*/*"):
+        file.write_bytes(b"<html>")
+    for _ in range(2):
+        with pytest.raises(UsageError, match="none of the 2 pictures of .*pictures-test-36-32 can be read"):
+            load(folder)
 
 
 def test_a_stopped_decode_leaves_nothing_that_looks_finished(folder, monkeypatch):
@@ -165,10 +291,15 @@ def test_a_stopped_decode_leaves_nothing_that_looks_finished(folder, monkeypatch
         yield next(iter(items))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "progress", stop)
-    with pytest.raises(KeyboardInterrupt):
-        load(folder)
-    assert [path for path in (folder.parent / "data").rglob("*") if path.is_file()] == []
+    class FullDisk(io.FileIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name, value, error in (("progress", stop, KeyboardInterrupt), ("open", FullDisk, OSError)):
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(common, name, value, raising=False)
+            load(folder)
+        assert [path for path in (folder.parent / "data").rglob("*") if path.is_file()] == []
 
 
 def test_food101(tmp_path, monkeypatch):
@@ -178,7 +309,7 @@ def test_food101(tmp_path, monkeypatch):
         for part, numbers in (("train", "123"), ("test", "4")):
             listed = {kind: [f"{kind}/{i}" for i in numbers] for kind in ("ramen", "paella")}
             (tmp_path / "food-101/meta").mkdir(parents=True, exist_ok=True)
-            (tmp_path / f"food-101/meta/{part}.json").write_text(json.dumps(listed))
+            (tmp_path / f"food-101/meta/{part}.json").write_text(json.dumps(listed), encoding="utf-8")
             for label, kind in enumerate(("paella", "ramen")):
                 for i in numbers:
                     write_colour(tmp_path / f"food-101/images/{kind}/{i}.jpg", label)
@@ -195,11 +326,12 @@ def test_mini_webvision(tmp_path):
     """The first 50 of 52 classes; ILSVRC12's validation images of the same."""
     info, order = tmp_path / "webvision/info", np.random.default_rng(0).permutation(104)
     info.mkdir(parents=True)
-    (info / "synsets.txt").write_text("".join(f"n{10 + c:08} thing {c}, stuff\n" for c in range(52)))
+    synsets = "".join(f"n{10 + c:08} thing {c}, stuff\n" for c in range(52))
+    (info / "synsets.txt").write_text(synsets, encoding="utf-8")
     train = [f"google/q{i // 2:04}/{i}.jpg {i // 2}" for i in order]
     val = [f"val{i:06}.jpg {i % 52}" for i in order[:52]]
-    (info / "train_filelist_google.txt").write_text("\n".join(train))
-    (info / "val_filelist.txt").write_text("\n".join(val))
+    (info / "train_filelist_google.txt").write_text("\n".join(train), encoding="utf-8")
+    (info / "val_filelist.txt").write_text("\n".join(val), encoding="utf-8")
     for root, lines in ((tmp_path / "webvision", train), (tmp_path / "webvision/val_images_256", val)):
         for file, label in map(str.split, lines):
             write_colour(root / file, int(label))

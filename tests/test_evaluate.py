@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -28,7 +27,7 @@ def subject_of(model, images, labels, **fields):
     """A Subject of any module; images uint8."""
     data = common.Dataset(images[:1], labels[:1], images, labels, CLASSES)
     fields = {"batch_size": 125} | fields
-    return evaluate.Subject("some.pt", Path(), f"{id(model)}", {}, model.eval(), "some", data, **fields)
+    return evaluate.Subject("some.pt", {}, model.eval(), "some", data, **fields)
 
 
 class Net(nn.Sequential):
@@ -107,17 +106,20 @@ def test_accuracy_under_pgd_is_that_of_a_naive_attack(steps, fields):
     clean = common.to_float(images)
     labels = model(clean).argmax(1)
     labels[::7] = 3  # some are wrong before the attack
-    args = SimpleNamespace(pgd=steps, restarts=3, seed=4, step_size=0.003)
-    found = evaluate.evaluate_pgd(subject_of(model, images, labels, **fields), 0.15, args)
+    subject = subject_of(model, images, labels, **fields)
+    args = SimpleNamespace(pgd=steps, restarts=3, seed=4, step_size=0.003, worst_start=False)
+    worst_run = evaluate.evaluate_pgd(subject, 0.15, args)
+    args.worst_start = True
+    worst_start = evaluate.evaluate_pgd(subject, 0.15, args)
     lost = (model(clean).argmax(1) != labels).repeat(3, len(steps), 1)  # bool [restarts, step counts, N]
     for run, seed in zip(lost, (4, 5, 6)):
         points = naive_pgd(model, clean, labels, 0.15, 0.003, max(steps), torch.Generator().manual_seed(seed))
         for step, (_, logits) in enumerate(points):
             for k, so_far in zip(steps, run):
                 so_far |= (logits.argmax(1) != labels) & (step <= k)
-    expected = {"worst run": (~lost).double().mean(2).amin(0), "worst start": (~lost.any(0)).double().mean(1)}
-    assert found == {key: pytest.approx((100 * value).tolist(), abs=1e-4) for key, value in expected.items()}
-    assert len(set(found["worst run"])) == len(steps) and 0 < found["worst start"][-1] < found["worst run"][-1] < 80
+    assert worst_run == pytest.approx((100 * (~lost).double().mean(2).amin(0)).tolist(), abs=1e-4)
+    assert worst_start == pytest.approx((100 * (~lost.any(0)).double().mean(1)).tolist(), abs=1e-4)
+    assert len(set(worst_run)) == len(steps) and 0 < worst_start[-1] < worst_run[-1] < 80
 
 
 @pytest.mark.parametrize("scale", [0.5, 3, 60])
@@ -125,30 +127,42 @@ def test_clean_metrics_are_numpy_s(scale):
     """Also where softmax is one to the last bit of float32."""
     logits = scale * torch.randn(250, 7)
     labels = torch.where(torch.rand(250) < 0.6, logits.argmax(1), torch.randint(0, 7, (250,)))
-    found = evaluate.evaluate_images(subject_of(Lookup(logits), numbered(250), labels), numbered(250), labels)
+    subject = subject_of(Lookup(logits), numbered(250), labels)
+    accuracy, numbers, bins = evaluate.evaluate_images(subject, numbered(250), labels)
     z, y = logits.double().numpy(), labels.numpy()
     log_p = z - z.max(1, keepdims=True)
     log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
     p, hit = np.exp(log_p), z.argmax(1) == y
     which = np.digitize(p.max(1), np.linspace(0, 1, 16), right=True) - 1
     ece = sum((which == b).mean() * abs(hit[which == b].mean() - p.max(1)[which == b].mean()) for b in set(which))
-    assert found["accuracy"] == pytest.approx(100 * hit.mean()) and found["ece"] == pytest.approx(ece, abs=1e-9)
-    assert found["nll"] == pytest.approx(-log_p[np.arange(250), y].mean(), rel=1e-9)
-    assert found["brier"] == pytest.approx(((p - np.eye(7)[y]) ** 2).sum(1).mean(), rel=1e-9)
-    assert found["bins"]["share"] == pytest.approx([(which == b).mean() for b in range(15)])
+    brier = ((p - np.eye(7)[y]) ** 2).sum(1).mean()
+    expected = {"ECE": ece, "NLL": -log_p[np.arange(250), y].mean(), "Brier": brier}
+    assert accuracy == pytest.approx(100 * hit.mean()) and numbers == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    for key, values in (("accuracy", hit), ("confidence", p.max(1))):
+        means = [values[which == b].mean() if (which == b).any() else 0 for b in range(15)]
+        assert bins[key] == pytest.approx(means)
+    assert bins["share"] == pytest.approx([(which == b).mean() for b in range(15)])
 
 
-def test_natural_robustness_by_hand():
+def test_natural_robustness_by_hand(monkeypatch):
     """Four images of class 0, the first two right when clean; image 4k + i is image i at severity k."""
     right = ["1100", "1000", "0100", "0011", "1111", "0000"]
     logits = torch.tensor([[1.0, 0] if bit == "1" else [0, 1.0] for bit in "".join(right)])
-
     subject, never = (subject_of(Lookup(logits), numbered(4, k), torch.zeros(4).long()) for k in (0, 20))
-    made = {(subject.test_set, severity): numbered(4, 4 * severity) for severity in range(1, 6)}  # by another model
-    found = evaluate.evaluate_corruption(subject, "fog", 0, None, made)
-    assert found == {"accuracy": [25, 25, 50, 100, 0], "natural_robustness": [50, 50, 0, 100, 0]}
-    found = evaluate.evaluate_corruption(never, "fog", 0, None, made)
-    assert found["accuracy"] == [25, 25, 50, 100, 0] and all(math.isnan(v) for v in found["natural_robustness"])
+
+    def corrupt(images, name, severity, seed):
+        return numbered(4, 4 * severity if name == "fog" else 16)  # all others: right
+
+    monkeypatch.setattr(evaluate, "corrupt", corrupt)
+    monkeypatch.setattr(evaluate, "CORRUPTIONS", ["fog", "snow"])
+    args = SimpleNamespace(cifar_c="", seed=0)
+    found = evaluate.evaluate_corruptions(subject, args, None)
+    assert found == {
+        "accuracy": {"fog": (25 + 25 + 50 + 100 + 0) / 5, "snow": 100, "mean": 70},
+        "natural robustness": {"fog": (50 + 50 + 0 + 100 + 0) / 5, "snow": 100, "mean": 70},
+    }
+    found = evaluate.evaluate_corruptions(never, args, None)
+    assert found["accuracy"]["fog"] == 40 and all(math.isnan(v) for v in found["natural robustness"].values())
 
 
 def test_transfer_by_hand(monkeypatch):
@@ -179,9 +193,10 @@ def write_checkpoint(path, seed=0, changes=(), **flags):
     torch.manual_seed(seed)
     nets = {"model": common.build_model("wrn-10-1", 3), "ema": common.build_model("wrn-10-1", 3)}
     config = {"script": "nrd", "dataset": "tiny.npz", "data_dir": "data", "noise": "sym", "lr": 0.1, "seed": seed}
-    config |= {"device": "cpu", "out": None, "resume": False, "name": "nrd-tiny"} | flags
+    config |= {"device": "cpu", "out": None, "resume": False, "name": "nrd-tiny", "commit": "c0ffee", "given": {}}
+    config |= flags
     checkpoint = {"script": config["script"], "dataset": "tiny.npz", "classes": CLASSES, "config": config, "rng": {}}
-    checkpoint |= {"noise": {}, "epochs": 2, "epoch": 2}
+    checkpoint |= {"noise": {}, "epochs": 2, "epoch": 2, "source": "the text of nrd.py"}
     checkpoint |= {"metrics": [{"epoch": epoch, "test_acc": 50.0 * epoch} for epoch in (1, 2)]}
     checkpoint |= {"built_as": {part: net.built_as for part, net in nets.items()}}
     checkpoint |= {part: net.state_dict() for part, net in nets.items()} | dict(changes)
@@ -191,10 +206,21 @@ def write_checkpoint(path, seed=0, changes=(), **flags):
 
 
 @pytest.fixture
-def run(monkeypatch):
+def figures(monkeypatch):
+    """The figures that are drawn from now on, by their file's name; none is rendered."""
+    drawn = {}
+
+    def savefig(figure, path, dpi):
+        Path(path).touch()
+        drawn[Path(path).name.split(".")[0]] = figure
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    return drawn
+
+
+@pytest.fixture
+def run(monkeypatch, figures):
     """run(*flags) evaluates in this process and returns the summary."""
-    for name in ("draw_reliability", "draw_pgd", "draw_by", "draw_corruptions"):
-        monkeypatch.setattr(evaluate, name, lambda *_: None)  # the first test has them
 
     def main(*flags):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "--device", "cpu"])
@@ -204,18 +230,18 @@ def run(monkeypatch):
 
 
 def test_end_to_end():
-    """As a user runs it: tables, pictures, summary.json, and the results of each checkpoint beside it."""
-    write_checkpoint("a/checkpoint.pt", lr=0.1, changes={"teacher": "a/checkpoint.pt"})
-    write_checkpoint("b/checkpoint.pt", seed=1, lr=0.2, method="one")
+    """As a user runs it: tables, pictures and summary.json, and nothing beside the checkpoints."""
+    write_checkpoint("a/checkpoint.pt", lr=0.1, given={"lr": 0.1}, changes={"teacher": "a/checkpoint.pt"})
+    write_checkpoint("b/checkpoint.pt", seed=1, lr=0.2, given={"lr": 0.2}, method="one")
     flags = "a b --ece --pgd 1 2 --eps 1/255 0.031 --restarts 1 --cifar-c --transfer --teacher"
-    flags += " --curves --plot-by lr --pdf --table out/table.csv --limit-test 6 --out out --device cpu"
+    flags += " --curves --pdf --table out/table.csv --limit-test 6 --out out --device cpu"
     command = [sys.executable, str(ROOT / "evaluate.py"), *flags.split()]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
     missing = subprocess.run([*command[:2], "missing.pt"], capture_output=True, text=True, timeout=120)
     assert missing.returncode == 2 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
     pictures = [f"{name}.{kind}" for kind in ("png", "pdf")
-                for name in ("reliability", "pgd", "training", "by-lr", "cifar-c", "transfer")]  # fmt: skip
+                for name in ("reliability", "pgd", "training", "cifar-c", "transfer")]  # fmt: skip
     assert {path.name for path in Path("out").iterdir()} == {*pictures, "table.csv", "summary.json"}
     summary = json.loads(Path("out/summary.json").read_text(encoding="utf-8"))
     assert list(summary["models"]) == ["nrd lr=0.1", "nrd lr=0.2"]
@@ -230,7 +256,7 @@ def test_end_to_end():
         heading, first, _ = csv.reader(file)
     assert heading[1:7] == [f"{column} {kind}" for column in columns[:2] for kind in ("mean", "std", "n")]
     assert float(first[4]) == summary["models"]["nrd lr=0.1"]["ECE"]["mean"] and first[5:7] == ["", "1"]
-    assert Path("a/evaluation.json").exists() and Path("b/evaluation.json").exists()
+    assert [path.name for folder in "ab" for path in Path(folder).iterdir()] == ["checkpoint.pt"] * 2
     rates = np.array(summary["transfer"]["success_rate"])
     assert rates.shape == (3, 4)
     for column in (2, 3):  # the mean, in which ONE has no part, and the teacher, which is the first
@@ -247,6 +273,46 @@ def test_tables_to_take_along(tmp_path, suffix, row):
     assert row in path.read_text(encoding="utf-8").splitlines()
 
 
+def test_what_cannot_be_written_is_printed_all_the_same(run, capsys):
+    write_checkpoint("a.pt")
+    nll = run("a.pt", "--out", "tiny.npz/below", "--ece")["models"]["nrd"]["NLL"]["mean"]
+    out, err = capsys.readouterr()
+    assert f"{nll:.4f}" in out and "wrote" not in out
+    assert err.splitlines() == [f"not written: tiny.npz/below/{name} (Not a directory)"
+                                for name in ("summary.json", "reliability.png")]  # fmt: skip
+
+
+MINE = """
+import torch.nn as nn
+class Net(nn.Linear):
+    def forward(self, x):
+        return SCALE * super().forward(x.mean((2, 3)))
+def net():
+    return Net(3, 3)
+"""
+
+
+def test_every_call_measures_what_is_there_now(run):
+    """Images, weights and a module's code may change between two calls."""
+    write_checkpoint("a.pt")
+    found = [run("a.pt", "--ece")]
+    write_npz("tiny.npz", test_images=np.zeros((20, 3, 32, 32), np.uint8))
+    found.append(run("a.pt", "--ece"))
+    write_checkpoint("a.pt", seed=1)
+    found.append(run("a.pt", "--ece"))
+    torch.save({"weight": torch.eye(3), "bias": torch.arange(3.0)}, "w.pt")
+    for scale in ("1", "2"):
+        Path("mine.py").write_text(MINE.replace("SCALE", scale), encoding="utf-8")
+        found.append(run("w.pt", "--model", "mine.py:net", "--dataset", "tiny.npz"))
+    numbers = [next(iter(summary["models"].values()))["NLL"]["mean"] for summary in found]
+    assert len(set(numbers)) == 5
+    assert {path.name for path in Path().iterdir() if path.suffix == ".json"} == {"summary.json"}
+
+
+def library_of(*attacks):
+    return SimpleNamespace(**{attack.__name__: attack for attack in attacks}, __all__=[a.__name__ for a in attacks])
+
+
 def test_attacks_of_a_library(run, monkeypatch):
     """By name, with the radius and the labels; here one that turns images into their negatives."""
     asked = []
@@ -258,7 +324,14 @@ def test_attacks_of_a_library(run, monkeypatch):
         def __call__(self, images, labels):
             return 1 - images
 
-    library = SimpleNamespace(Negative=Negative, __all__=["Negative"])
+    class PGDL2(Negative):
+        pass
+
+    class CW:
+        def __init__(self, model, c=1, steps=50):
+            pass
+
+    library = library_of(Negative, PGDL2, CW)
     monkeypatch.setitem(sys.modules, "torchattacks", library)
     write_checkpoint("a.pt")
     row = run("a.pt", "--attack", "Negative", "--eps", "8/255")["models"]["nrd"]
@@ -267,43 +340,228 @@ def test_attacks_of_a_library(run, monkeypatch):
         common.predict(model, 255 - data.test_images), data.test_labels
     )
     assert asked == [8 / 255]
-    for module, says in ((library, "torchattacks has no Other; it has Negative"), (None, "pip install torchattacks")):
-        monkeypatch.setitem(sys.modules, "torchattacks", module)
+    for name in ("Other", "PGDL2", "CW"):
+        says = f"torchattacks has no {name} of a given l∞ radius; it has Negative$"
         with pytest.raises(common.UsageError, match=says):
-            run("a.pt", "--attack", "Other")
+            run("a.pt", "--attack", name)
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    with pytest.raises(common.UsageError, match="pip install torchattacks"):
+        run("a.pt", "--attack", "Negative")
 
 
-def test_contact_sheet(monkeypatch):
-    monkeypatch.setattr(evaluate, "CORRUPTIONS", {"fog": evaluate.fog, "contrast": evaluate.contrast})
-    args = SimpleNamespace(out=Path("."), pdf=False, seed=0)
-    evaluate.show_corruptions(args, common.read_npz(Path("tiny.npz")).test_images[:2])
-    assert matplotlib.image.imread("corruptions.png")[..., :3].std() > 0.05
+@pytest.mark.parametrize("classes", [3, 4, 10, 100])
+def test_auto_attack_as_its_standard(monkeypatch, classes):
+    """At most nine targets, at least four classes, and --seed decides every draw."""
+    asked = []
+
+    class AutoAttack:
+        def __init__(self, model, norm="Linf", eps=8 / 255, version="standard", n_classes=10, seed=None, verbose=False):
+            asked.append({"eps": eps, "n_classes": n_classes, "seed": seed})
+
+        def __call__(self, images, labels):
+            asked.append(torch.rand(1).item())
+            return images
+
+    monkeypatch.setitem(sys.modules, "torchattacks", library_of(AutoAttack))
+    if classes < 4:
+        with pytest.raises(common.UsageError, match="--attack: AutoAttack needs four classes, and there are 3"):
+            evaluate.load_attack("AutoAttack", classes)
+        return
+    subject = subject_of(Lookup(torch.eye(classes)[[0, 1, 2, 3]]), numbered(4), torch.tensor([0, 1, 2, 2]))
+    subject.data = subject.data._replace(classes=list(range(classes)))
+    for _ in range(2):
+        args = SimpleNamespace(seed=7)
+        assert evaluate.evaluate_attack(subject, evaluate.load_attack("AutoAttack", classes), 0.02, args) == 75
+    options = {"eps": 0.02, "n_classes": min(classes, 10), "seed": 7}
+    assert asked[:2] == asked[2:] and asked[0] == options
 
 
-def test_plot_by_two_flags_puts_each_mean_in_its_place(monkeypatch):
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+def drawn_subject(path="a.pt", seed=0, flags=(), **fields):
+    """A Subject of which only what is drawn is there."""
+    config = {"script": "nrd", "seed": seed, "given": dict(flags)} | dict(flags)
+    return evaluate.Subject(path, config, None, "some", None, 1, **fields)
+
+
+def curve(container):
+    """The points (x, y) of an errorbar, and the ends (low, high) of its bars."""
+    line, _, (bars,) = container
+    return line.get_xydata().tolist(), [segment[:, 1].tolist() for segment in bars.get_segments()]
+
+
+def test_reliability_diagram(figures):
+    """The bins of seeds are pooled; the hatched gap reaches from a bin's accuracy to its confidence, up or down."""
+    bins = [
+        {"share": [0.5, 0.5, 0.0, 0.0], "accuracy": [0.2, 0.9, 0, 0], "confidence": [0.25, 0.5, 0, 0]},
+        {"share": [0.5, 0.488, 0.0, 0.012], "accuracy": [0.4, 0.9, 0, 0.5], "confidence": [0.15, 0.5, 0, 0.75]},
+    ]
+    members = [drawn_subject(bins=of, numbers={"ECE": 0.1 * i}) for i, of in enumerate(bins)]
+    args = SimpleNamespace(out=Path("."), pdf=False)
+    evaluate.draw_reliability(args, [("nrd", members)])
+    (axes,) = figures["reliability"].axes
+    bars = [[(bar.get_x(), bar.get_y(), bar.get_y() + bar.get_height()) for bar in of] for of in axes.containers]
+    solid = [(0, 0, 0.3), (0.25, 0, 0.9)]
+    assert bars[0] == [pytest.approx(bar) for bar in solid]
+    assert bars[1] == [pytest.approx(bar) for bar in [(0, 0.3, 0.2), (0.25, 0.9, 0.5)]]
+    assert bars[2] == [pytest.approx(bar) for bar in [(0.5, 0, 0), (0.75, 0, 0.5)]]
+    assert bars[3] == [pytest.approx(bar) for bar in [(0.5, 0, 0), (0.75, 0.5, 0.75)]]
+    assert [{bar.get_alpha() for bar in of} for of in axes.containers] == [{1}, {1}, {0.3}, {0.3}]
+    assert axes.patches[-1].get_data().values.tolist() == pytest.approx([0.5, 0.494, 0, 0.006])
+    assert axes.get_title() == "nrd, ECE 0.0500 ± 0.0707 (2)"
+
+
+def test_picture_of_pgd(figures):
+    """Over steps at the smallest radius, over radii at the most steps; from the clean accuracy at 0."""
+    numbers = {"accuracy (%)": 90.0, "PGD-1, ε 1/255 (%)": 80.0, "PGD-5, ε 1/255 (%)": 70.0}
+    numbers |= {"PGD-1, ε 2/255 (%)": 60.0, "PGD-5, ε 2/255 (%)": 50.0}
+    members = [drawn_subject(numbers={k: v + i * spread for k, v in numbers.items()})
+               for i, spread in ((-1, 1), (1, 1))]  # fmt: skip
+    args = SimpleNamespace(out=Path("."), pdf=False, pgd=[1, 5], eps=[1 / 255, 2 / 255])
+    evaluate.draw_pgd(args, [("nrd", members)], "heading")
+    steps, radii = figures["pgd"].axes
+    points, bars = curve(steps.containers[0])
+    assert points == [[0, 90], [1, 80], [5, 70]]
+    assert bars == [pytest.approx([y - 2**0.5, y + 2**0.5]) for _, y in points]
+    points, _ = curve(radii.containers[0])
+    assert points == [pytest.approx(point) for point in ([0, 90], [1 / 255, 70], [2 / 255, 50])]
+    assert [text.get_text() for text in radii.get_xticklabels()] == ["0", "1/255", "2/255"]
+
+
+def test_picture_of_training(figures):
+    """A line is the mean of the seeds, a band one sample standard deviation to either side."""
+    runs = [[{"epoch": 1, "test_acc": 10.0, "lr": 0.1}, {"epoch": 2, "test_acc": 20.0, "lr": 0.1}],
+            [{"epoch": 1, "test_acc": 14.0, "lr": 0.1}, {"epoch": 2, "test_acc": 30.0, "lr": 0.1}]]  # fmt: skip
+    groups = [("two", [drawn_subject(metrics=run) for run in runs]), ("one", [drawn_subject(metrics=runs[1])])]
+    evaluate.draw_curves(SimpleNamespace(out=Path("."), pdf=False), groups)
+    (axes,) = figures["training"].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {"two": [[1, 12], [2, 25]], "one": [[1, 14], [2, 30]]}
+    (band,) = axes.collections
+    spread = [statistics.stdev([10, 14]), statistics.stdev([20, 30])]
+    edges = {(x, round(y, 6)) for x, y in band.get_paths()[0].vertices.tolist()}
+    assert edges == {(x, round(mean + sign * s, 6)) for x, mean, s in zip((1, 2), (12, 25), spread) for sign in (-1, 1)}
+
+
+def test_picture_of_corruptions(figures, monkeypatch):
+    """Corruptions down, rows of the table across, the mean over seeds in each cell."""
+    monkeypatch.setattr(evaluate, "CORRUPTIONS", ["fog", "snow"])
+
+    def subject(*accuracies):
+        accuracy = dict(zip(("fog", "snow", "mean"), accuracies))
+        robustness = {name: value + 1 for name, value in accuracy.items()}
+        return drawn_subject(corruptions={"accuracy": accuracy, "natural robustness": robustness})
+
+    groups = [("one", [subject(10, 20, 15)]), ("two", [subject(30, 40, 35), subject(40, 50, 45)])]
+    evaluate.draw_corruptions(SimpleNamespace(out=Path("."), pdf=False), groups, "title")
+    left, right = figures["cifar-c"].axes
+    assert left.images[0].get_array().tolist() == [[10, 35], [20, 45], [15, 40]]
+    assert right.images[0].get_array().tolist() == [[11, 36], [21, 46], [16, 41]]
+    assert [text.get_text() for text in left.get_yticklabels()] == ["fog", "snow", "mean"]
+    assert [text.get_text() for text in left.texts] == ["10", "35", "20", "45", "15", "40"]
+
+
+def test_picture_of_transfer(figures, monkeypatch):
+    """Targets down, sources across; ONE has no part in the means; the teacher comes after them."""
+    one = drawn_subject("c", flags={"method": "one"})
+    groups = [("a", [drawn_subject("a"), drawn_subject("b", seed=1)]), ("c", [one])]
+    for _, members in groups:
+        for subject in members:
+            subject.data = common.Dataset(None, None, None, [0] * 4, CLASSES)
+    rates = {"a": [1.0, 2, 3], "b": [4.0, 6, 8], "c": [50.0, 60, 70], "t": [7.0, 8, 9]}  # source: rate on each target
+    monkeypatch.setattr(evaluate, "evaluate_transfer", lambda source, *_: rates[source.path])
+    args = SimpleNamespace(out=Path("."), pdf=False, eps=[0.031])
+    found = evaluate.report_transfer(args, groups, [drawn_subject("t")])
+    expected = [[1, 4, 50, 2.5, 7], [2, 6, 60, 4, 8], [3, 8, 70, 5.5, 9], [1.5, 5, 55, 3.25, 7.5]]
+    assert found["success_rate"] == expected
+    (axes,) = figures["transfer"].axes
+    assert axes.images[0].get_array().tolist() == expected
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["1: a seed 0", "2: a seed 1", "3: c seed 0", "mean"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "3", "mean", "teacher"]
+
+
+def test_contact_sheet(figures, monkeypatch):
+    """A corruption a row in the order of the names, then for each image the clean one and severity 1 to 5."""
+    monkeypatch.setattr(evaluate, "CORRUPTIONS", {"contrast": evaluate.contrast, "brightness": evaluate.brightness})
+    images = common.read_npz(Path("tiny.npz")).test_images[:2]
+    evaluate.show_corruptions(SimpleNamespace(out=Path("."), pdf=False, seed=0), images)
+    (axes,) = figures["corruptions"].axes
+    sheet = torch.from_numpy(np.array(axes.images[0].get_array())).permute(2, 0, 1)
+    assert sheet.shape == (3, 2 * 34, 12 * 34)
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["contrast", "brightness"]
+    for i, name in enumerate(("contrast", "brightness")):
+        top = round(axes.get_yticks()[i]) - 17
+        for k, image in enumerate(images):
+            for severity in range(6):
+                column = 6 * k + severity
+                left = round(axes.get_xticks()[column]) - 17
+                shown = sheet[:, top + 1 : top + 33, left + 1 : left + 33]
+                clean = image[None]
+                assert torch.equal(shown, (evaluate.corrupt(clean, name, severity) if severity else clean)[0])
+                assert axes.get_xticklabels()[column].get_text() == (str(severity) if severity else "clean")
+
+
+BY = [(0.2, 0.5, 0), (0.2, 0.5, 1), (0.1, 0.0, 0), (0.1, 0.5, 0), (None, 0.5, 0)]  # sigma, rate, seed
+
+
+def test_plot_by_flags(figures):
+    """One flag: a curve of means for each value of the others. Two: a cell for each pair of values."""
     subjects = []
-    for i, (sigma, rate, seed) in enumerate([(0.2, 0.5, 0), (0.2, 0.5, 1), (0.1, 0.0, 0), (None, 0.5, 0)]):
-        config = {"script": "sr" if sigma else "teacher", "sigma": sigma, "rate": rate, "seed": seed}
-        subjects.append(SimpleNamespace(config=config, numbers={"accuracy (%)": 10.0 * i}))
-    drawn = []
-    monkeypatch.setattr(evaluate, "heat_map", lambda _, *arguments: drawn.append(arguments))
-    args = SimpleNamespace(plot_by=["sigma", "rate"], out=Path("."), pdf=False)
-    evaluate.draw_by(args, subjects, "heading")
-    ((values, rows, columns, title),) = drawn
-    assert np.allclose(values, [[20, math.nan], [math.nan, 5], [math.nan, 30]], equal_nan=True)
-    assert (rows, columns, title) == (["sr sigma=0.1", "sr sigma=0.2", "teacher"], [0.0, 0.5], "accuracy (%)")
+    for i, (sigma, rate, seed) in enumerate(BY):
+        given = {"rate": rate} | ({"sigma": sigma} if sigma else {})
+        config = {"script": "sr" if sigma else "teacher", "sigma": sigma, "rate": rate, "seed": seed, "given": given}
+        subjects.append(evaluate.Subject(f"{i}.pt", config, None, "some", None, 1, numbers={"accuracy (%)": 10.0 * i}))
+    evaluate.draw_by(SimpleNamespace(plot_by=["sigma", "rate"], out=Path("."), pdf=False), subjects, "heading")
+    (axes,) = figures["by-sigma-rate"].axes
+    expected = [[20, 30], [math.nan, 5], [math.nan, 40]]
+    assert np.array_equal(np.ma.filled(axes.images[0].get_array(), math.nan), expected, equal_nan=True)
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["sr sigma=0.1", "sr sigma=0.2", "teacher"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.0", "0.5"] and axes.get_title() == "accuracy (%)"
+
+    evaluate.draw_by(SimpleNamespace(plot_by=["sigma"], out=Path("."), pdf=False), subjects, "heading")
+    (axes,) = figures["by-sigma"].axes
+    found = {container.get_label(): curve(container) for container in axes.containers}
+    half, none = found["sr rate=0.5"], found["sr rate=0.0"]
+    assert half[0] == [[0, 30], [1, 5]] and none[0] == [[0, 20]]
+    assert half[1] == [[30, 30], pytest.approx([5 - 50**0.5, 5 + 50**0.5])]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.1", "0.2"]
 
 
-def test_rows_are_seeds_and_named_by_every_flag_that_differs(run):
-    """Mean ± sample standard deviation (n). A flag that another script has not is no difference."""
-    for i, flags in enumerate([{"lr": 0.1, "loss": "ce"}, {"lr": 0.1, "loss": "ce"}, {"lr": 0.2, "loss": "nrd"}]):
-        write_checkpoint(f"{i}.pt", seed=i, name=f"run{i}", device=f"cuda:{i}", **flags)
-    write_checkpoint("3.pt", seed=3, script="cmd", arch="wrn", lr=0.2)
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+def test_rows_are_seeds_and_named_by_the_flags_given(run):
+    """Mean ± sample standard deviation (n). A flag that all rows are given is not named."""
+    for i, loss in enumerate(["ce", "ce", "nrd"]):
+        given = {"dataset": "tiny.npz"} | ({"loss": "ce"} if loss == "ce" else {})
+        lr = 0.1 if loss == "ce" else 0.05  # of the preset, so not given
+        machine = {"name": f"run{i}", "device": f"cuda:{i}", "tensorboard": i == 1, "out": f"{i}"}
+        write_checkpoint(f"{i}.pt", seed=i, loss=loss, lr=lr, given=given, **machine)
+    write_checkpoint("3.pt", seed=3, script="cmd", given={"dataset": "tiny.npz", "arch": "wrn-10-1"})
     models = run("0.pt", "1.pt", "2.pt", "3.pt", "--ece")["models"]
-    assert list(models) == ["nrd lr=0.1 loss=ce", "nrd lr=0.2 loss=nrd", "cmd lr=0.2"]
+    assert list(models) == ["nrd loss=ce", "nrd", "cmd arch=wrn-10-1"]
     first, second = (run(f"{i}.pt", "--ece")["models"]["nrd"]["NLL"]["mean"] for i in range(2))
     expected = {"mean": statistics.fmean([first, second]), "std": abs(first - second) / math.sqrt(2), "n": 2}
-    assert models["nrd lr=0.1 loss=ce"]["NLL"] == pytest.approx(expected) and first != second
+    assert models["nrd loss=ce"]["NLL"] == pytest.approx(expected) and first != second
+    assert models["nrd loss=ce"]["checkpoints"] == ["0.pt", "1.pt"]
+
+
+@pytest.mark.parametrize("other", [
+    {"seed": 0}, {"changes": {"source": "another text"}}, {"commit": "decade"}, {"torch": "2.6"}, {"lr": 0.2},
+    {"changes": {"metrics": [{"epoch": 1, "test_acc": 50.0}], "epoch": 1}},
+], ids=str)  # fmt: skip
+def test_runs_that_differ_in_more_than_their_seed_are_rows_of_their_own(run, other):
+    write_checkpoint("a.pt", seed=0)
+    write_checkpoint("b.pt", **{"seed": 1} | other)
+    assert list(run("a.pt", "b.pt", "--out", "ev")["models"]) == ["nrd, a.pt", "nrd, b.pt"]
+
+
+def test_two_files_of_one_name_are_two_rows(run):
+    for folder in ("x", "y"):
+        torch.save(write_checkpoint(f"{folder}/net.pt")["model"], f"{folder}/net.pt")
+    models = run("x/net.pt", "y/net.pt", "--arch", "wrn-10-1", "--dataset", "tiny.npz", "--out", "ev")["models"]
+    assert list(models) == ["net, x/net.pt", "net, y/net.pt"]
 
 
 def test_the_part_asked_for_is_evaluated(run, capsys):
@@ -317,66 +575,110 @@ def test_the_part_asked_for_is_evaluated(run, capsys):
     assert found["model"] != found["ema"] and "a.pt: epoch 2 of 40\n" in capsys.readouterr().out
 
 
-def test_batch_norm_on_current_statistics(run):
-    """As the checkpoint asks; the answers then depend on the batches."""
-    checkpoint = write_checkpoint("a.pt", changes={"batch_norm": "current"})
-    data, found = common.read_npz(Path("tiny.npz")), []
-    for size in (20, 5):
-        found.append(run("a.pt", "--ece", "--batch-size", size)["models"]["nrd"]["NLL"]["mean"])
-    model = common.load_model(checkpoint).train()
-    logits = model(common.to_float(data.test_images))
-    assert found[0] == pytest.approx(F.cross_entropy(logits, data.test_labels).item(), rel=1e-4)
-    assert abs(found[1] - found[0]) > 1e-4
-
-
-@pytest.mark.parametrize("change, again", [
-    ([], 0), (["--batch-size", 7], 0), (["--worst-start"], 0), (["--pgd", 1], 1), (["--eps", "0.02"], 1),
-    (["--seed", 1], 2), (["--step-size", "0.004"], 1), (["--restarts", 1], 1), (["--limit-test", 10], 3),
-    (["--part", "ema"], 3), ("other weights", 3), ("other images", 3),
+@pytest.mark.parametrize("flags, config, size", [
+    ([], {"batch_size": 5}, 5), ([], {"batch_size": 5, "eval_batch_size": 10}, 10),
+    (["--batch-size", 20], {"batch_size": 5}, 20),
 ], ids=str)  # fmt: skip
-def test_what_is_there_is_not_measured_again(run, monkeypatch, change, again):
-    calls = []
-
-    def counted(function):
-        return lambda *arguments: calls.append(function) or function(*arguments)
-
-    for name in ("evaluate_images", "evaluate_pgd", "evaluate_corruption"):
-        monkeypatch.setattr(evaluate, name, counted(getattr(evaluate, name)))
-    monkeypatch.setattr(evaluate, "CORRUPTIONS", {"fog": evaluate.fog})
-    write_checkpoint("a.pt")
-    first = ["--ece", "--pgd", 1, 2, "--restarts", 2, "--eps", "0.01", "--cifar-c"]
-    run("a.pt", *first)
-    assert len(calls) == 3
-    if change == "other weights":
-        write_checkpoint("a.pt", seed=1)
-    elif change == "other images":
-        write_npz("tiny.npz", test_images=np.zeros((20, 3, 32, 32), np.uint8))
-    run("a.pt", *first, *(change if isinstance(change, list) else []))
-    assert len(calls) == 3 + again
+def test_batch_norm_on_current_statistics_has_the_batches_of_training(run, flags, config, size):
+    checkpoint = write_checkpoint("a.pt", changes={"batch_norm": "current"}, **config)
+    data = common.read_npz(Path("tiny.npz"))
+    found = run("a.pt", "--ece", *flags)["models"]["nrd"]["NLL"]["mean"]
+    model = common.load_model(checkpoint).train()
+    logits = torch.empty(20, 3)
+    for rows in common.evenly_split(torch.arange(20), size):
+        logits[rows] = model(common.to_float(data.test_images[rows])).detach()
+    assert found == pytest.approx(F.cross_entropy(logits, data.test_labels).item(), rel=1e-4)
 
 
-class Numbered:
-    """In place of an array [50000, 32, 32, 3] of CIFAR-10-C: each image has its row's number in its first two bytes."""
+SIZES = """
+import torch.nn as nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+    def forward(self, x):
+        open("seen", "a").write(f"{x.shape[2]} ")
+        return self.fc(x.mean((2, 3)))
+"""
 
-    def __getitem__(self, rows):
-        images = np.zeros((len(rows), 32, 32, 3), np.uint8)
-        images[:, 0, 0, 0], images[:, 0, 0, 1] = rows // 256, rows % 256
-        return images
+
+def test_size_of_pictures_is_asked_for_or_that_of_training(run):
+    for part in ("train", "test"):
+        for name in ("ape", "bat"):
+            (Path("pics") / part / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(f"pics/{part}/{name}/1.png")
+    Path("sizes.py").write_text(SIZES, encoding="utf-8")
+    for flags, size in ([], 224), (["--image-size", 48], 48), (["--resize", 40, "--image-size", 32], 32):
+        Path("seen").unlink(missing_ok=True)
+        run("--model", "sizes.py:Net", "--dataset", "imagefolder:pics", "--out", "ev", *flags)
+        assert set(Path("seen").read_text(encoding="utf-8").split()) == {str(size)}
+    changes = {"dataset": "imagefolder:pics", "classes": ["ape", "bat"]}
+    write_checkpoint("a.pt", changes=changes, resize=40, image_size=36)
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "load_dataset", lambda *_, **sizes: asked.append(sizes) or common.read_npz("tiny.npz"))
+        for flags in [], ["--image-size", 32]:
+            with pytest.raises(common.UsageError):  # tiny.npz has other classes
+                run("a.pt", *flags)
+    assert asked == [{"resize": 40, "image_size": 36}, {"resize": 40, "image_size": 32}]
 
 
-def test_the_official_files_are_read_by_block_and_row(run, monkeypatch):
+@pytest.fixture
+def official(folder):
+    """A CIFAR-10-C of sparse files: the images that 20 evenly spaced ones are taken from are numbered by their row."""
+    images = np.lib.format.open_memmap("images.npy", "w+", np.uint8, (50000, 32, 32, 3))
+    rows = np.arange(0, 50000, 500)
+    images[rows, 0, 0, 0] = rows // 256
+    images[rows, 0, 0, 1] = rows % 256
+    images.flush()
+    (folder / "official").mkdir()
+    labels = np.zeros(50000, np.uint8)
+    labels[rows] = np.tile(np.arange(20) % 3, 5)
+    np.save("official/labels.npy", labels)
+    for name in evaluate.CORRUPTIONS:
+        Path(f"official/{name}.npy").symlink_to("../images.npy")
+    return folder / "official"
+
+
+def test_the_official_files_are_read_by_severity_and_row(official, monkeypatch):
     """Of 10,000 test images the 20 evenly spaced ones are those of tiny.npz."""
     seen = []
     monkeypatch.setattr(evaluate, "predict", lambda model, images, **_: seen.append(images) or torch.zeros(20, 3))
-    subject = subject_of(Net(), numbered(20), torch.zeros(20).long())
-    evaluate.evaluate_corruption(subject, "fog", None, {"fog": Numbered()}, {})
+    subject = subject_of(Net(), numbered(20), torch.arange(20) % 3)
+    files = evaluate.read_cifar_c(official, [subject])
+    monkeypatch.setattr(evaluate, "CORRUPTIONS", ["fog"])
+    evaluate.evaluate_corruptions(subject, SimpleNamespace(cifar_c="official"), files)
     rows = [images[:, 0, 0, 0].int() * 256 + images[:, 1, 0, 0] for images in seen if images.shape[2] == 32]
     assert torch.equal(torch.cat(rows), torch.arange(0, 50000, 500))
+
+
+DAMAGED = {  # name: what is written in place of official/fog.npy
+    "page": lambda path: path.write_text("<html>"),
+    "cut": lambda path: path.write_bytes(Path("images.npy").read_bytes()[:1000]),
+    "short": lambda path: np.save(path, np.zeros((10, 32, 32, 3), np.uint8)),
+    "pickle": lambda path: np.save(path, np.array([{}]), allow_pickle=True),
+    "empty": lambda path: path.touch(),
+    "missing": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_files_of_cifar_c_are_named(official, run, kind):
     write_checkpoint("a.pt")
-    Path("official").mkdir()
-    for name in [*evaluate.CORRUPTIONS, "labels"]:
-        np.save(f"official/{name}.npy", np.zeros(50000, np.uint8))
+    (official / "fog.npy").unlink()
+    DAMAGED[kind](official / "fog.npy")
+    with pytest.raises(common.UsageError, match="^--cifar-c: official/fog.npy is missing, damaged or not CIFAR-10-C's"):
+        run("a.pt", "--cifar-c", "official")
+
+
+def test_cifar_c_of_other_labels_and_numbers_is_refused(official, run):
+    write_checkpoint("a.pt")
+    np.save("official/labels.npy", np.zeros(50000, np.uint8))
     with pytest.raises(common.UsageError, match="--cifar-c: official/labels.npy are not the labels of tiny.npz, 20 "):
+        run("a.pt", "--cifar-c", "official")
+    (official / "fog.npy").unlink()
+    np.lib.format.open_memmap("official/fog.npy", "w+", np.float32, (50000, 32, 32, 3))
+    with pytest.raises(common.UsageError, match="--cifar-c: official/fog.npy is float32, not uint8"):
         run("a.pt", "--cifar-c", "official")
 
 
@@ -396,8 +698,19 @@ def test_cinic_takes_the_images_of_imagenet_class_by_class(folder):
     assert sorted(red.tolist()) == sorted(10 * c + i for c in range(10) for i in range(6))  # nothing else, none twice
     with pytest.raises(common.UsageError, match="--cinic: .*cinic has 6 images of ImageNet for airplane, not 7"):
         evaluate.load_cinic(cinic, 0, per_class=7)
+    damaged = cinic / "train/frog/n06_0.png"
+    Image.new("RGB", (28, 28)).save("small.png")
+    for content in (damaged.read_bytes()[:60], b"<html>", Path("small.png").read_bytes()):
+        damaged.write_bytes(content)
+        with pytest.raises(common.UsageError, match=f"--cinic: {damaged} is no picture of 32×32 pixels"):
+            evaluate.load_cinic(cinic, 0, per_class=6)
 
 
+SOFT = """
+import torch.nn as nn
+def net():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 3), nn.Softmax(1))
+"""
 BAD = [
     ("", "CKPT: name the checkpoint.pt of a run folder"),
     ("missing.pt", "CKPT: no file missing.pt"),
@@ -406,7 +719,11 @@ BAD = [
     ("a.pt --dataset renamed.npz", "--dataset: renamed.npz has other classes than a.pt"),
     ("a.pt other.pt --transfer", "--transfer: the checkpoints have different test sets"),
     ("a.pt --cinic nowhere", "--cinic: has the classes of cifar10"),
-    ("a.pt --cifar-c nowhere", "--cifar-c: no file nowhere/gaussian_noise.npy"),
+    ("a.pt --cifar-c nowhere", "--cifar-c: nowhere/gaussian_noise.npy is missing"),
+    ("a.pt --image-size 32", "--image-size: the images of tiny.npz keep their size"),
+    ("--model soft.py:net --dataset tiny.npz --resize 40", "--resize: the images of tiny.npz keep their size"),
+    ("--model soft.py:net --dataset tiny.npz", "--model: soft.py:net gives probabilities, not logits"),
+    ("--model soft.py:net --dataset tiny.npz --curves", "--curves: weights do not hold the metrics"),
     ("a.pt --plot-by sigma", "--plot-by: name one or two flags of the runs' config.json, not sigma"),
     ("a.pt --transfer --teacher", "--teacher: the checkpoints name no teacher; add the path of one"),
     ("taught.pt other.pt --transfer --teacher", "--teacher: the checkpoints name t1.pt, t2.pt; add the path of one"),
@@ -418,7 +735,8 @@ def test_bad_input_is_one_line(run, flags, says):
     checkpoint = write_checkpoint("a.pt")
     torch.save(checkpoint["model"], "weights.pt")
     write_npz("renamed.npz", classes=np.array(["ant", "bee", "cow"]))
-    write_npz("other.npz", train_labels=np.zeros(40, int))
+    write_npz("other.npz", test_labels=np.zeros(20, int))
+    Path("soft.py").write_text(SOFT, encoding="utf-8")
     write_checkpoint("taught.pt", changes={"teacher": "t1.pt"})
     write_checkpoint("other.pt", changes={"dataset": "other.npz", "teacher": "t2.pt"})
     with pytest.raises(common.UsageError) as error:

@@ -1,5 +1,7 @@
 """Label noise, by counting; the files of CIFAR-10N and CIFAR-100N."""
 
+import os
+
 import pytest
 import torch
 from conftest import within
@@ -91,7 +93,9 @@ def human(tmp_path):
     labels = dict(zip(kinds, torch.randint(10, (7, 100))))
     ten = {key: values.numpy() for key, values in zip(keys, labels.values())}
     hundred = {"clean_label": labels["clean"].numpy(), "noisy_label": labels["noisy"].numpy()}
-    torch.save(ten, tmp_path / "CIFAR-10_human.pt")
+    path = tmp_path / "CIFAR-10_human.pt"
+    torch.save(ten, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"numpy._core.", b"numpy.core."))  # as numpy 1 names its parts
     torch.save(hundred, tmp_path / "CIFAR-100_human.pt")
     return labels
 
@@ -104,3 +108,23 @@ def test_human_labels_follow_the_images(human, tmp_path, kind):
     assert torch.equal(corrupt(f"human-{kind}", None, human["clean"][part], data_dir=tmp_path), noisy[part])
     with pytest.raises(UsageError, match="another data set, or the images are not in the official order"):
         corrupt(f"human-{kind}", None, human["clean"].flip(0), data_dir=tmp_path)
+
+
+class Command:
+    def __reduce__(self):
+        return os.mkdir, ("made",)
+
+
+def test_files_that_are_not_cifar_n_s_are_refused(human, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, hundred = tmp_path / "CIFAR-10_human.pt", (tmp_path / "CIFAR-100_human.pt").read_bytes()
+    torch.save({"clean_label": Command()}, "command.pt")
+    command = (tmp_path / "command.pt").read_bytes()
+    for content in (b"<!DOCTYPE html><title>404</title>", path.read_bytes()[:-1000], b"", hundred, command, None):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UsageError, match="^--noise human-worse: cannot read .*CIFAR-10_human.pt .*; take it from"):
+            corrupt("human-worse", None, human["clean"], data_dir=tmp_path)
+        path.touch()
+    assert not (tmp_path / "made").exists()  # nothing in a file is executed

@@ -1,0 +1,123 @@
+"""On device "cuda" without a GPU: no tensor of a step is on another device, and in no step does the host wait.
+
+Fake tensors stand in for those of the GPU. Two functions wait, as their data decide what is left to do, and are tested
+on the CPU: the dead leaves of noise_data_free_kd.py and boundary_samples of kd_zoo.py.
+"""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import load_script
+from fake_cuda import epoch, fake_cuda
+from test_cuda import AUGMENTATIONS
+
+import common
+import evaluate
+
+LOAD_TEACHER = common.load_teacher
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda.py tests the same on the GPU"),
+    pytest.mark.skipif(not hasattr(torch._C, "_ensureCUDADeviceGuardSet"), reason="this torch is too old for it"),
+]
+names = "cmd fickle_teacher kd_zoo messy_collaboration noise_data_free_kd nrd soft_randomization"
+SCRIPTS = {name: load_script(name) for name in names.split()}
+CMD, ZOO, NRD, FREE = (SCRIPTS[name] for name in ("cmd", "kd_zoo", "nrd", "noise_data_free_kd"))
+
+
+@pytest.fixture
+def watch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with fake_cuda() as watch:
+        yield watch
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Networks of ten operations, so that the loops are soon gone through."""
+
+    def build_model(arch, classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), image_size=32, pretrained=False, amp=False):
+        blocks = [nn.Conv2d(4, 4, 3, 2, 1) for _ in range(3)]
+        head = common.pooled(nn.BatchNorm2d(4), nn.Dropout(dropout), classifier=nn.Linear(4, classes))
+        model = common.Classifier(nn.Conv2d(3, 4, 1), blocks, head, mean, std, amp)
+        model.built_as = {"arch": arch}
+        return model
+
+    monkeypatch.setattr(common, "build_model", build_model)
+
+
+@pytest.mark.parametrize("line", [
+    "fickle_teacher", "soft_randomization", "messy_collaboration --amp", "nrd --student-augment paper",
+    "nrd --dataset food101", *(f"nrd --loss {loss}" for loss in NRD.HYPERPARAMETERS if loss != "nrd"),
+    *(f"cmd --mutual {method}" for method in ("sync", "async", "kdcl")),
+    *(f"cmd --mutual cmd --self-kd {method}" for method in CMD.EPSILON),
+    *(f"kd_zoo --method {method}" for method in ZOO.TABLE_I), "kd_zoo --method one --amp", "kd_zoo --add ft",
+    *(f"noise_data_free_kd --source {source}" for source in ("data", "gaussian", "dead-leaves")),
+    "noise_data_free_kd --bn running",
+])  # fmt: skip
+def test_loop(line, watch, small, monkeypatch):
+    monkeypatch.setattr(ZOO, "boundary_samples", lambda teacher, x, *others: x[:4])
+    monkeypatch.setattr(FREE, "dead_leaves", lambda n, size, _, device: torch.rand(n, 3, size, size, device=device))
+    name, *flags = line.split()
+    epoch(SCRIPTS[name], "--batch-size", 8, *flags)
+
+
+@pytest.mark.parametrize("method", ["fitnet", "fsp"])
+def test_second_stage(method, watch, small, monkeypatch):
+    monkeypatch.setattr(common.Run, "epoch", 20)
+    epoch(ZOO, "--batch-size", 8, "--method", method, "--init-epochs", 20)
+
+
+@pytest.mark.parametrize("name", ["soft_randomization", "noise_data_free_kd"])  # by SGD and by Adam
+def test_loop_of_the_teacher(name, watch, small, monkeypatch):
+    monkeypatch.setattr(common, "load_teacher", LOAD_TEACHER)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    epoch(SCRIPTS[name], "--batch-size", 8)
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_augmentation(name, watch):
+    for watch.in_step in (False, True):  # the first call makes tables
+        x = getattr(common, name)(torch.rand(4, 3, 32, 32, device="cuda"), *AUGMENTATIONS[name])
+    assert x.device.type == "cuda"
+
+
+@pytest.mark.parametrize("name", evaluate.CORRUPTIONS)
+def test_corruption(name, watch):
+    watch.in_step = watch.uploads = True
+    for severity in (1, 5):
+        constants, x = evaluate.SEVERITIES[name][severity - 1], torch.rand(4, 3, 32, 32, device="cuda")
+        assert evaluate.CORRUPTIONS[name](x, constants, None).device.type == "cuda"
+
+
+def test_prediction_and_attack(watch):
+    model, x = common.build_model("wrn-10-1", 10).to("cuda").eval(), torch.rand(9, 3, 32, 32, device="cuda")
+    watch.in_step = True
+    logits = common.predict(model, x.byte(), 4)
+    assert logits.device == evaluate.pgd(model, x, logits.argmax(1), steps=2).device == x.device
+
+
+def test_what_waits_makes_every_tensor_on_the_device_of_its_arguments():
+    """Dead leaves and BSS. A factory that is not told the device makes a tensor that fits no other."""
+    x = torch.rand(8, 3, 4, 4)
+    scores = x.mean((2, 3))
+    with torch.device("meta"):
+        images = FREE.dead_leaves(2, 16, None, x.device)
+        moved = ZOO.boundary_samples(lambda x: x.mean((2, 3)), x, scores.argmax(1), scores, scores)
+    assert images.device == moved.device == x.device and len(moved) == 8
+
+
+@pytest.mark.parametrize("fault, says", [
+    (lambda x: x[torch.arange(4)], "aten.index.Tensor is given"),
+    (lambda x: x * torch.rand(8, 1, 1, 1), "same device"),
+    (lambda x: torch.tensor([0.5], device=x.device), "aten._to_copy.default is given"),
+    (lambda x: x.to("cpu"), "aten._to_copy.default is given"),
+    (lambda x: x.mean().item(), "_local_scalar_dense"), (lambda x: bool(x.any()), "_local_scalar_dense"),
+    (lambda x: x[:, 0, 0, 0].tolist(), "_local_scalar_dense"), (lambda x: x[x > 0], "aten.nonzero"),
+    (lambda x: x.nonzero(), "aten.nonzero"), (lambda x: x.numpy(), "numpy"),
+])  # fmt: skip
+def test_these_tests_can_fail(fault, says, watch, small, monkeypatch):
+    monkeypatch.setattr(common, "crop_flip", lambda x, **options: (x, fault(x))[0])
+    with pytest.raises((AssertionError, RuntimeError), match=says):
+        epoch(SCRIPTS["messy_collaboration"], "--batch-size", 8)
