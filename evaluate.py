@@ -614,7 +614,7 @@ def load_data(args, dataset, config, device, load_dataset, limit_train=None):
     sizes = {}
     for flag in ("resize", "image_size"):
         asked = vars(args)[flag]
-        if asked and not common.of_photographs(dataset):
+        if asked and not common.is_photographs(dataset):
             raise UsageError(f"--{flag.replace('_', '-')}: the images of {dataset} keep their size; leave the flag out")
         if asked or config.get(flag):
             sizes[flag] = asked or config[flag]
@@ -629,6 +629,7 @@ def load_run(path, part, args, device, load_dataset, flag="CKPT"):
     Raises UsageError where it is no checkpoint, has not this part, or has other classes than the data set.
     """
     checkpoint = common.load_checkpoint(path, flag)
+    part = checkpoint.get("best", part) if part == "model" else part
     if part not in checkpoint["built_as"]:
         raise UsageError(f"--part: {path} has no {part!r}; it has {', '.join(checkpoint['built_as'])}")
     config = checkpoint["config"]

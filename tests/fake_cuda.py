@@ -85,7 +85,7 @@ def assign(module, function):
 
 def load_data(args, device):
     """Images of 32 pixels; photographs have 64."""
-    count, side = 1024, 64 if common.of_photographs(args.dataset) else 32
+    count, side = 1024, 64 if common.is_photographs(args.dataset) else 32
     images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
     labels = torch.zeros(count, dtype=torch.int64, device=device)
     return common.Dataset(images, labels, images[:, :, :32, :32], labels, common.SHAPES_CLASSES)

@@ -358,7 +358,7 @@ def test_public_weights_are_evaluated(monkeypatch):
     assert summary["models"]["wrn"]["accuracy (%)"]["mean"] == common.accuracy(logits, data.test_labels)
 
 
-def test_metrics_go_to_tensorboard(cli, monkeypatch):
+def test_accuracies_go_to_tensorboard(cli, monkeypatch):
     written = []
 
     class SummaryWriter:

@@ -174,7 +174,7 @@ def test_analysis_of_a_memorised_model(nrd_cli, tmp_path):
     assert common.load_checkpoint(checkpoints[0])["epoch"] == 20
     result = json.loads((tmp_path / "run/analysis.json").read_text())
     data = common.load_dataset("shapes", limit_train=64)
-    given = common.corrupt_labels(data.train_labels, "sym", 0.5, 10, 0)
+    given = common.corrupt_labels(data.train_labels, "sym", 0.5, data.classes, 0)
     wrong = given != data.train_labels
     model = common.load_model(common.load_checkpoint("run/checkpoint.pt"))
     p = common.predict(model, data.train_images).softmax(1)
