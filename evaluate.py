@@ -83,7 +83,7 @@ def parse_args():
     add("--transfer", action="store_true", help="PGD-20 images of each checkpoint on each other, of the smallest --eps")
     add("--teacher", nargs="?", const="", metavar="CKPT", help="--transfer from it too; no CKPT: whom students name")
     add("--plot-by", nargs="+", default=[], metavar="FLAG", help="curves over a flag of training, as sigma; two: maps")
-    add("--curves", nargs="*", metavar="METRIC", help="write training.png: these metrics by epoch, else all; seeds a band")
+    add("--curves", nargs="*", metavar="METRIC", help="write training.png: these metrics by epoch, or all")
     add("--show-corruptions", action="store_true", help="write corruptions.png, a contact sheet")
 
     add = parser.add_argument_group("data, machine and output").add_argument
