@@ -174,11 +174,23 @@ def refuse(args, flags, why):
             raise UsageError(f"--{flag.replace('_', '-')}: {why}; leave it out")
 
 
+def find_device(name):
+    """The torch.device of --device. Raises UsageError for anything but the CPU and the CUDA devices that are there."""
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
+        raise UsageError(f"--device {name}: unknown; cpu, cuda and cuda:N work")
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: no CUDA device is visible; --device cpu works")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"--device {name}: the last visible CUDA device is cuda:{count - 1}")
+    return device
+
+
 def multiplies_bfloat16(device):
     """Whether the hardware of `device`, a text, multiplies bfloat16 itself, without emulation."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities()
+    if find_device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
@@ -231,9 +243,7 @@ def run(parse_args, main):
 
 def setup(args):
     """Seed the generators, choose the fast paths, join torchrun's processes: the torch.device to run on."""
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {args.device}: no CUDA device is visible; --device cpu works")
-    device = torch.device(args.device)
+    device = find_device(args.device)
     if dist.is_torchelastic_launched():
         if not dist.is_initialized():
             dist.init_process_group(timeout=datetime.timedelta(days=1))  # while one downloads, the others wait
@@ -243,6 +253,8 @@ def setup(args):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
+        if not vars(args).get("amp", True) and not multiplies_bfloat16(args.device):
+            print("this GPU has no bfloat16; float32", flush=True)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     return device

@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import common
 
 FAKE = FakeTensorMode()  # one for all: tables that a function keeps are of this mode
+AUGMENTATIONS = ("aug_mix", "auto_augment", "color_jitter", "crop_flip", "cutout", "rand_augment", "random_erasing",
+                 "random_resized_crop")  # fmt: skip
 aten = torch.ops.aten
 
 
@@ -111,14 +113,27 @@ def fake_cuda():
                 yield index
 
         def backward(loss):  # autograd's engine wants a real device
-            nodes, watch.part = graph(loss), "gradients"
+            nodes, watch.part = graph(loss), None
             for node in nodes:
                 if hasattr(node, "variable"):
                     node.variable.grad = torch.empty_like(node.variable)
             watch.counts["backward"], watch.part = len(nodes), "optimiser"
+            del watch.counts[None]
 
+        def augmentation(function):
+            def counted(*args, **options):
+                watch.part, before = "augmentation", watch.part
+                result = function(*args, **options)
+                watch.part = before
+                return result
+
+            return counted
+
+        for name in AUGMENTATIONS:
+            patch.setattr(common, name, augmentation(getattr(common, name)))
         patch.setattr(common.Run, "batches", three_batches)
         patch.setattr(common, "setup", lambda args: torch.device("cuda"))
+        patch.setattr(common, "multiplies_bfloat16", lambda device: False)
         patch.setattr(common, "load_data", load_data)
         patch.setattr(common, "load_teacher", load_teacher)
         patch.setattr(common, "corrupt_labels", lambda labels, *args, **kwargs: labels)
