@@ -135,6 +135,7 @@ def fake_cuda():
         patch.setattr(common, "setup", lambda args: torch.device("cuda"))
         patch.setattr(common, "multiplies_bfloat16", lambda device: False)
         patch.setattr(common, "load_data", load_data)
+        patch.setattr(common.Dataset, "digest", "of nothing")
         patch.setattr(common, "load_teacher", load_teacher)
         patch.setattr(common, "corrupt_labels", lambda labels, *args, **kwargs: labels)
         patch.setattr(common, "channel_stats", lambda images: ((0, 0, 0), (1, 1, 1)))
