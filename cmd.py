@@ -62,7 +62,7 @@ EPSILON = {  # Table 2 and Tf-KD_reg: how far a network trusts itself, where tha
 
 def preset(args):
     """The flags that are left out, from A.2; `milestones` and `gamma` of lr, which have no flag."""
-    photographs = common.of_photographs(args.dataset)
+    photographs = common.is_photographs(args.dataset)
     arch = args.arch or ARCHITECTURES.get(args.dataset, "resnet50" if photographs else "resnet34")
     values = {"arch": arch, "arch_b": arch, "pretrained": args.dataset == "food101"}
     values |= {"augment": "none" if args.dataset == "shapes" else "crop"}
@@ -78,7 +78,7 @@ def preset(args):
     values |= {"epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
     values |= {"milestones": milestones, "gamma": gamma}
 
-    noise = args.noise or ("sym-other" if args.dataset in common.BENCHMARKS else "none")
+    noise = args.noise or ("sym-other" if args.dataset in common.CLEANLY_LABELLED else "none")
     values |= {"noise": noise, "rate": None if noise in ("none", *common.HUMAN) else 0.4}
     if args.mutual != "cmd":
         return values | {"epsilon": 0.5}
@@ -117,7 +117,7 @@ def parse_args():
 
 
 # ----------------------------------------------------------------------------------------------------------- the method
-# S: logits [B, C]; p: their softmax; q: given labels, one-hot, and q~ refined ones, [B, C]; entropies in nats.
+# p: predictions, softmax of logits S; q: given labels, one-hot, and q~ refined ones; all [B, C]. Entropies in nats.
 
 
 def logistic(x, b):
@@ -128,6 +128,11 @@ def logistic(x, b):
 def entropy(p):
     """H(p) of each row: [B]."""
     return torch.special.entr(p).sum(1)
+
+
+def cross_entropy(q, p):
+    """H(q, p) of each row: [B]. The 1e-6 is that of supplement C: no class costs more than 13.8."""
+    return -(q * (p + 1e-6).log()).sum(1)
 
 
 def self_trust(p, g):
@@ -153,13 +158,13 @@ def threshold(t, eta, b2, num_classes):
     return math.log(num_classes) / eta * 2 * logistic(t - 0.5, b2)
 
 
-def cmd_losses(q_A, q_B, S_A, S_B, chi):
+def cmd_losses(q_A, q_B, p_A, p_B, chi):
     """L_A and L_B of equations 10 and 11, means over the whole batch; and who is confident, bool [2, B], A first."""
-    sure_A, sure_B = (entropy(S.detach().softmax(1)) < chi for S in (S_A, S_B))
-    own_A, own_B = F.cross_entropy(S_A, q_A, reduction="none"), F.cross_entropy(S_B, q_B, reduction="none")
-    B2A = sure_B * F.cross_entropy(S_A, q_B.detach(), reduction="none")  # equation 8
-    A2B = sure_A * F.cross_entropy(S_B, q_A.detach(), reduction="none")  # equation 9
-    return (own_A + B2A).mean(), (own_B + A2B).mean(), torch.stack([sure_A, sure_B])
+    sure_A, sure_B = entropy(p_A) < chi, entropy(p_B) < chi
+    B2A = sure_B * cross_entropy(q_B.detach(), p_A)  # equation 8
+    A2B = sure_A * cross_entropy(q_A.detach(), p_B)  # equation 9
+    loss_A, loss_B = cross_entropy(q_A, p_A) + B2A, cross_entropy(q_B, p_B) + A2B
+    return loss_A.mean(), loss_B.mean(), torch.stack([sure_A, sure_B])
 
 
 def kdcl_teacher(S_A, S_B, y):
@@ -169,9 +174,10 @@ def kdcl_teacher(S_A, S_B, y):
     return torch.minimum(less_A, less_B).detach()
 
 
-def kl_divergence(S, T):
-    """KL(softmax T || softmax S), mean over the batch."""
-    return F.kl_div(S.log_softmax(1), T.log_softmax(1), log_target=True, reduction="batchmean")
+def hinton_loss(S, T, tau):
+    """tau² KL(softmax(T / tau) || softmax(S / tau)), mean over the batch (Hinton et al. 2015)."""
+    log_S, log_T = (S / tau).log_softmax(1), (T / tau).log_softmax(1)
+    return tau**2 * F.kl_div(log_S, log_T, log_target=True, reduction="batchmean")
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -181,9 +187,7 @@ def main(args):
     device = common.setup(args)
     data = common.load_data(args, device)
     num_classes, size = len(data.classes), data.image_size
-    labels = common.corrupt_labels(
-        data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir
-    )
+    labels = common.noisy_labels(args, data)
     draw = torch.Generator().manual_seed(2**63 - 1 - args.noise_seed)  # another one than that of the label noise
     order = torch.randperm(len(labels), generator=draw).to(device)
     held_out = round(args.validation * len(labels))
@@ -198,7 +202,7 @@ def main(args):
     optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.milestones, args.gamma)
     run = common.Run(args, device, data)
-    run.checkpoint(model=A, peer=B, optimizer=optimizer, scheduler=scheduler)
+    run.track(model=A, peer=B, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         A.compile()
         B.compile()
@@ -232,15 +236,15 @@ def main(args):
                     epsilon_A, epsilon_B = self_trust(p_A, trust_A), self_trust(p_B, trust_B)
                 q_A = refined_label(args.self_kd, q, p_A, epsilon_A)
                 q_B = refined_label(args.self_kd, q, p_B, epsilon_B)
-                loss_A, loss_B, confident = cmd_losses(q_A, q_B, S_A, S_B, chi)
+                loss_A, loss_B, confident = cmd_losses(q_A, q_B, p_A, p_B, chi)
                 sent += confident.sum(1)
             elif args.mutual == "kdcl":
                 T = kdcl_teacher(S_A, S_B, y)
-                loss_A = F.cross_entropy(S_A, y) + 4 * kl_divergence(S_A / 2, T / 2)
-                loss_B = F.cross_entropy(S_B, y) + 4 * kl_divergence(S_B / 2, T / 2)
+                loss_A = F.cross_entropy(S_A, y) + hinton_loss(S_A, T, tau=2)
+                loss_B = F.cross_entropy(S_B, y) + hinton_loss(S_B, T, tau=2)
             else:  # equations 2-4: the peer's prediction is mixed into the label
-                loss_A = F.cross_entropy(S_A, (1 - args.epsilon) * q + args.epsilon * p_B.detach())
-                loss_B = F.cross_entropy(S_B, (1 - args.epsilon) * q + args.epsilon * p_A.detach())
+                loss_A = cross_entropy((1 - args.epsilon) * q + args.epsilon * p_B.detach(), p_A).mean()
+                loss_B = cross_entropy((1 - args.epsilon) * q + args.epsilon * p_A.detach(), p_B).mean()
             loss = loss_A + loss_B
             if args.mutual == "async":  # equation 2: they take turns, step by step
                 loss = loss_A if (epoch * steps + step) % 2 == 1 else loss_B
@@ -253,7 +257,7 @@ def main(args):
             seen += len(index)
         scheduler.step()
 
-        of_A, of_B = (common.test_metrics(net, data) for net in (A, B))
+        of_A, of_B = (common.test_accuracies(net, data) for net in (A, B))
         metrics = {key: (of_A[key] + of_B[key]) / 2 for key in of_A}
         metrics |= {"test_acc_A": of_A["test_acc"], "test_acc_B": of_B["test_acc"]}
         if held_out:
@@ -290,10 +294,12 @@ Not yet run at the paper's size. Its tables disagree: CMD-S with ProSelfLC at 20
 has for eta = 2 (eta = 4: 73.25), while at 40 % both have eta = 4's 67.26. Without a peer Table 1 has 48.74 (CE), 50.06
 (CP) and 62.75 (ProSelfLC), Table 3 for the same 47.20, 51.09 and 64.07.
 
-From code, not from the paper: the gradient of a network's own term flows through its prediction in q~ too, as in the
-code of ProSelfLC, by the same group, but not through eps. To the peer, q~ is a constant. CE, LS and Tf-KD_reg have no
-prediction in their label, so that the peer hands over the given one: a sample of which it is sure counts twice. CP's
-label goes to the peer as equation 10 has it, with its negative part, which drives the two predictions apart.
+From code. H(q, p) takes log(p + 1e-6), in a network's own term too, as supplement C and the code of ProSelfLC, by the
+same group, do: a label that the network holds for next to impossible costs 13.8 and has no gradient. The gradient of a
+network's own term flows through its prediction in q~ too, as in that code, but not through eps. To the peer, q~ is a
+constant. CE, LS and Tf-KD_reg have no prediction in their label, so that the peer hands over the given one: a sample of
+which it is sure counts twice. CP's label goes to the peer as equation 10 has it, with its negative part, which drives
+the two predictions apart.
 
 Our choices where the paper is silent: eps is 0.1 for LS and CP and 0.05 for Boot-soft, as in their own papers; b1 = 16.
 CMD-S has eta = 4, the one of Table 7 that agrees with Table 1; CMD-P eta = 4, the best of Figure 4b, and b2 = -8; on

@@ -71,7 +71,7 @@ def test_refined_labels_by_hand_and_in_numpy(draw, self_kd, by_hand):
     label = cmd.refined_label(self_kd, q, p, epsilon)
     label_64 = (1 - eps_64) * q_64 + eps_64 * other
     assert np.allclose(label.detach(), label_64, atol=1e-6)
-    F.cross_entropy(S, label, reduction="none").sum().backward()
+    (label * -p.log()).sum().backward()
     gradient = p_64 * label_64.sum(1, keepdims=True) - label_64
     if self_kd not in ("ce", "ls", "tf-kd-reg"):  # what the prediction in the label adds: that of ± eps H(p)
         sign = -1 if self_kd == "cp" else 1
@@ -87,42 +87,50 @@ def test_losses_in_numpy(draw, chi):
     p_A, p_B = softmax(S_A), softmax(S_B)
     L_A = L_B = 0.0
     for i in range(B):
-        L_A -= (q_A[i].numpy() * np.log(p_A[i])).sum() / B
-        L_B -= (q_B[i].numpy() * np.log(p_B[i])).sum() / B
+        L_A -= (q_A[i].numpy() * np.log(p_A[i] + 1e-6)).sum() / B
+        L_B -= (q_B[i].numpy() * np.log(p_B[i] + 1e-6)).sum() / B
         if entropy(p_B[i : i + 1])[0] < chi:
-            L_A -= (q_B[i].numpy() * np.log(p_A[i])).sum() / B
+            L_A -= (q_B[i].numpy() * np.log(p_A[i] + 1e-6)).sum() / B
         if entropy(p_A[i : i + 1])[0] < chi:
-            L_B -= (q_A[i].numpy() * np.log(p_B[i])).sum() / B
+            L_B -= (q_A[i].numpy() * np.log(p_B[i] + 1e-6)).sum() / B
     for tensor in (S_A, S_B, q_A, q_B):
         tensor.requires_grad_()
-    loss_A, loss_B, sure = cmd.cmd_losses(q_A, q_B, S_A, S_B, chi)
+    loss_A, loss_B, sure = cmd.cmd_losses(q_A, q_B, S_A.softmax(1), S_B.softmax(1), chi)
     assert (loss_A.item(), loss_B.item()) == pytest.approx((L_A, L_B), abs=1e-5)
     assert sure.tolist() == [(entropy(p) < chi).tolist() for p in (p_A, p_B)]
     assert torch.autograd.grad(loss_A, (S_B, q_B), retain_graph=True, allow_unused=True) == (None, None)
     assert torch.autograd.grad(loss_B, (S_A, q_A), retain_graph=True, allow_unused=True) == (None, None)
     gradient, of_label = torch.autograd.grad(loss_A, (S_A, q_A))
-    assert torch.allclose(of_label, -S_A.log_softmax(1) / B)  # the own label is no constant
-    target = q_A + sure[1].unsqueeze(1) * q_B
-    expected = (S_A.softmax(1) * target.sum(1, keepdim=True) - target) / B
-    assert torch.allclose(gradient, expected, atol=1e-6)
+    assert np.allclose(of_label, -np.log(p_A + 1e-6) / B, atol=1e-5)  # the own label is no constant
+    target = (q_A + sure[1].unsqueeze(1) * q_B).detach().numpy() * p_A / (p_A + 1e-6)
+    assert np.allclose(gradient, (p_A * target.sum(1, keepdims=True) - target) / B, atol=1e-6)
 
 
 def test_selection_by_hand():
     """Two samples, two classes; only B is sure, of the first: A learns twice there, and B nowhere."""
-    S_A = torch.zeros(2, 2)
-    S_B = torch.tensor([[math.log(9), 0.0], [0.0, 0.0]])  # p_B: (0.9, 0.1), entropy 0.325, and uniform
+    p_A = torch.full((2, 2), 0.5)
+    p_B = torch.tensor([[0.9, 0.1], [0.5, 0.5]])  # entropies 0.325 and log 2
     q_A, q_B = torch.tensor([[1.0, 0], [1, 0]]), torch.tensor([[0.0, 1], [0, 1]])
-    loss_A, loss_B, sure = cmd.cmd_losses(q_A, q_B, S_A, S_B, 0.5)
+    loss_A, loss_B, sure = cmd.cmd_losses(q_A, q_B, p_A, p_B, 0.5)
     assert sure.tolist() == [[False, False], [True, False]]
-    assert loss_A.item() == pytest.approx(3 * math.log(2) / 2)  # two of its own and one of B's, over the batch of two
-    assert loss_B.item() == pytest.approx((math.log(10) + math.log(2)) / 2)
+    assert loss_A.item() == pytest.approx(3 * math.log(2) / 2, rel=1e-5)  # two of its own and one of B's, over two
+    assert loss_B.item() == pytest.approx((math.log(10) + math.log(2)) / 2, rel=1e-5)
     uniform = cmd.entropy(torch.full((1, 2), 0.5)).item()
-    assert cmd.cmd_losses(q_A, q_B, S_A, S_B, uniform)[2].sum() == 1  # "<": a uniform prediction is not below H(u)
+    assert cmd.cmd_losses(q_A, q_B, p_A, p_B, uniform)[2].sum() == 1  # "<": a uniform prediction is not below H(u)
     for select, count in (("zero", 0), ("all", 2)):
         eta, _, b2 = cmd.SELECT[select]
-        nearly = S_B + torch.tensor([0.0, 0.1])
+        nearly = torch.tensor([[0.9, 0.1], [0.49, 0.51]])
         assert all(cmd.cmd_losses(q_A, q_B, nearly, nearly, cmd.threshold(t, eta, b2, 2))[2].sum() == 2 * count
                    for t in (0.1, 0.5, 1))  # fmt: skip
+
+
+def test_an_impossible_label_costs_no_more_than_supplement_c_says():
+    """-log(0 + 1e-6), and where p is far below that, no gradient; where it is far above, that of cross-entropy."""
+    S = torch.tensor([[0.0, 40.0], [0.0, 5.0]], requires_grad=True)
+    losses = cmd.cross_entropy(torch.tensor([[1.0, 0], [1, 0]]), S.softmax(1))
+    assert losses.tolist() == pytest.approx([6 * math.log(10), math.log(1 + math.exp(5))], rel=1e-3)
+    losses.sum().backward()
+    assert S.grad[0].abs().max() < 1e-6 and S.grad[1, 0].item() == pytest.approx(-1 / (1 + math.exp(-5)), rel=1e-3)
 
 
 def test_kdcl_by_hand_and_in_numpy(draw):
@@ -132,7 +140,7 @@ def test_kdcl_by_hand_and_in_numpy(draw):
     assert np.allclose(T, np.minimum(*less), atol=1e-5) and not T.requires_grad
     assert cmd.kdcl_teacher(torch.tensor([[3.0, 1]]), torch.tensor([[1.0, 2]]), torch.tensor([0])).tolist() == [[0, -2]]
     p, q = softmax(S_A.detach()), softmax(S_B)
-    assert cmd.kl_divergence(S_A, S_B).item() == pytest.approx((q * np.log(q / p)).sum() / B, abs=1e-5)
+    assert cmd.hinton_loss(S_A, S_B, 1).item() == pytest.approx((q * np.log(q / p)).sum() / B, abs=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- configuration
@@ -251,7 +259,7 @@ def test_the_loop_follows_the_equations(cli, spy, self_kd):
     """One step an epoch: trust in a network by its last epoch's certainty or by time, the falling threshold."""
     flags = ["--self-kd", self_kd, "--eta", 1.5, "--b1", 6, "--b2", -2, "--lr", 0.01, "--epochs", 3, "--batch-size", 40]
     assert cli(cmd, *TINY, *NOISE, *flags, "--out", "run")[0] == 0
-    labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, 3, 0)
+    labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, "abc", 0)
     certainty, metrics = [0, 0], saved("run")["metrics"]
     for epoch, record in enumerate(metrics):
         t, q = (epoch + 1) / 3, np.eye(3)[labels[spy["index"][epoch]]]
@@ -261,7 +269,7 @@ def test_the_loop_follows_the_equations(cli, spy, self_kd):
         own = [(1 - eps[i]) * q + eps[i] * p[i] for i in (0, 1)]
         chi = math.log(3) / 1.5 * 2 / (1 + math.exp(2 * (t - 0.5)))
         sure = [(entropy(x) < chi)[:, None] for x in p]
-        loss = sum(-((own[i] + sure[1 - i] * own[1 - i]) * np.log(p[i])).sum() / 40 for i in (0, 1))
+        loss = sum(-((own[i] + sure[1 - i] * own[1 - i]) * np.log(p[i] + 1e-6)).sum() / 40 for i in (0, 1))
         certainty = [1 - entropy(x).mean() / np.log(3) for x in p]
         assert record["train_loss"] == pytest.approx(loss, rel=1e-4) and record["threshold"] == pytest.approx(chi)
         assert record["communication"] == np.sum(sure) and record["certainty"] == pytest.approx(certainty, rel=1e-3)
@@ -271,11 +279,11 @@ def test_the_loop_follows_the_equations(cli, spy, self_kd):
 @pytest.mark.parametrize("mutual", ["sync", "kdcl"])
 def test_the_loop_of_the_methods_compared(cli, spy, mutual):
     assert cli(cmd, *TINY, *NOISE, "--mutual", mutual, "--batch-size", 40, "--out", "run")[0] == 0
-    labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, 3, 0)[spy["index"][0]]
+    labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, "abc", 0)[spy["index"][0]]
     S, q = spy["S"], np.eye(3)[labels]
     p = [softmax(logits) for logits in S]
     if mutual == "sync":
-        loss = sum(-((q + p[1 - i]) / 2 * np.log(p[i])).sum() / 40 for i in (0, 1))
+        loss = sum(-((q + p[1 - i]) / 2 * np.log(p[i] + 1e-6)).sum() / 40 for i in (0, 1))
     else:
         T = softmax(np.minimum(*(x - (x * q).sum(1, keepdims=True) for x in S)) / 2)
         loss = sum((-(q * np.log(p[i])) + 4 * T * np.log(T / softmax(S[i] / 2))).sum() / 40 for i in (0, 1))

@@ -123,7 +123,7 @@ def robust(name):
 def mutual(self_kd):
     def loss(S, T, q):
         q_A, q_B = (CMD.refined_label(self_kd, q, p, CMD.self_trust(p, 0.5)) for p in (S.softmax(1), T.softmax(1)))
-        return sum(CMD.cmd_losses(q_A, q_B, S, T, chi=1.9)[:2])
+        return sum(CMD.cmd_losses(q_A, q_B, S.softmax(1), T.softmax(1), chi=1.9)[:2])
 
     return loss
 
@@ -131,7 +131,7 @@ def mutual(self_kd):
 LOSSES = {  # of logits S, T [B, 10] and one-hot labels q
     **{name: robust(name) for name in nrd.HYPERPARAMETERS},
     **{f"cmd {name}": mutual(name) for name in CMD.EPSILON},
-    "kdcl": lambda S, T, q: CMD.kl_divergence(S / 2, CMD.kdcl_teacher(S, T, q.argmax(1)) / 2),
+    "kdcl": lambda S, T, q: CMD.hinton_loss(S, CMD.kdcl_teacher(S, T, q.argmax(1)), 2),
     "hinton": lambda S, T, q: kd_zoo.hinton_loss(S, T, 4.0),
     "one": lambda S, T, q: kd_zoo.one_loss([S, T], (S + T) / 2, q.argmax(1), 3.0, 0.5),
     "dml": lambda S, T, q: kd_zoo.dml_loss(S, T, q.argmax(1), 4.0),

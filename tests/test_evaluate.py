@@ -439,10 +439,10 @@ def test_picture_of_pgd(figures):
 
 def test_picture_of_training(figures):
     """A line is the mean of the seeds, a band one sample standard deviation to either side."""
-    runs = [[{"epoch": 1, "test_acc": 10.0, "lr": 0.1}, {"epoch": 2, "test_acc": 20.0, "lr": 0.1}],
-            [{"epoch": 1, "test_acc": 14.0, "lr": 0.1}, {"epoch": 2, "test_acc": 30.0, "lr": 0.1}]]  # fmt: skip
+    runs = [[{"epoch": 1, "test_acc": 10.0, "loss": 0.1}, {"epoch": 2, "test_acc": 20.0, "loss": 0.1}],
+            [{"epoch": 1, "test_acc": 14.0, "loss": 0.1}, {"epoch": 2, "test_acc": 30.0, "loss": 0.1}]]  # fmt: skip
     groups = [("two", [drawn_subject(metrics=run) for run in runs]), ("one", [drawn_subject(metrics=runs[1])])]
-    evaluate.draw_curves(SimpleNamespace(out=Path("."), pdf=False), groups)
+    evaluate.draw_curves(SimpleNamespace(out=Path("."), pdf=False, curves=["test_acc"]), groups)
     (axes,) = figures["training"].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert lines == {"two": [[1, 12], [2, 25]], "one": [[1, 14], [2, 30]]}

@@ -1,7 +1,6 @@
 """noise_data_free_kd.py: statistics of BatchNorm layer by layer, dead leaves by counting, whole runs, pictures."""
 
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import assert_resumes_to_the_same_bit, assert_same, saved, within, write_npz
-from PIL import Image
+from conftest import assert_resumes_to_the_same_bit, assert_same, saved, within
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from test_noise_as_a_resource import TINY, log_softmax, quick  # noqa: F401
 
 import common
@@ -236,28 +236,68 @@ def test_an_interrupted_run_continues_to_the_same_bit(cli):
     assert_resumes_to_the_same_bit(cli, dfkd, *SMALL, "--epochs", 2, "--teacher-epochs", 2, stops=4)
 
 
-def test_the_paper_is_the_preset(monkeypatch):
-    for name, teacher in (("cifar10", "resnet34"), ("cifar100", "wrn-28-10"), ("svhn", "resnet18")):
-        monkeypatch.setattr("sys.argv", ["x", "--dataset", name])
-        args = dfkd.parse_args()
-        assert (args.epochs, args.teacher_epochs, args.batch_size, args.lr) == (200, 100, 256, 1e-3)
-        assert (args.teacher_arch, args.student_arch, args.running_fraction) == (teacher, "resnet18", 0)
-        assert (args.weight_decay, args.schedule, args.eval_batch_size) == (0, "plateau", 256)
+@pytest.mark.parametrize("flags, teacher, student, numbers, of_teacher", [
+    ("--dataset shapes", "wrn-16-1", "wrn-10-1", (20, 64, 2e-3, 0, 0), ("Adam", 12, 64, 2e-3, 0, (8, 10))),
+    ("--dataset shapes --teacher-epochs 30 --source gaussian", "wrn-16-1", "wrn-10-1", (20, 64, 2e-3, 0, 0),
+     ("Adam", 30, 64, 2e-3, 0, (20, 25))),
+    ("--dataset cifar10", "resnet34", "resnet18", (200, 256, 1e-3, 0, 0), ("Adam", 100, 256, 1e-3, 0, None)),
+    ("--dataset cifar10 --source data", "resnet34", "resnet18", (200, 256, 1e-3, 0, 1),
+     ("Adam", 100, 256, 1e-3, 0, None)),
+    ("--dataset cifar10 --source data --bn current", "resnet34", "resnet18", (200, 256, 1e-3, 0, 0),
+     ("Adam", 100, 256, 1e-3, 0, None)),
+    ("--dataset cifar10 --lr 0.003 --weight-decay 0.1 --batch-size 10 --bn running", "resnet34", "resnet18",
+     (200, 10, 0.003, 0.1, 1), ("Adam", 100, 256, 1e-3, 0, None)),
+    ("--dataset cifar100", "wrn-28-10", "resnet18", (200, 256, 1e-3, 0, 0), ("SGD", 100, 256, 0.1, 5e-4, None)),
+    ("--dataset svhn", "resnet18", "resnet18", (200, 256, 1e-3, 0, 0), ("Adam", 100, 256, 1e-3, 0, None)),
+    ("--dataset food101", "resnet101", "resnet18", (200, 256, 1e-3, 0, 0), ("Adam", 100, 256, 1e-3, 0, None)),
+])  # fmt: skip
+def test_the_paper_is_the_preset(cli, monkeypatch, flags, teacher, student, numbers, of_teacher):
+    """As the optimisers and schedulers of teacher and student have it before the first step (appendix A.7).
 
+    numbers: epochs, batch size, lr, weight decay, running fraction; of_teacher: its optimiser, the same, milestones.
+    """
+    runs, built, build, load_teacher = [], [], common.build_model, common.load_teacher
+    data = common.load_dataset("tiny.npz")
 
-def test_the_teachers_recipe(cli, tmp_path):
-    """Adam 0.001, for CIFAR-100 SGD 0.1, weight decay 5e-4 (A.7), whatever the student has; a plateau schedule."""
-    write_npz(tmp_path / "cifar100.npz")
-    for dataset, batch_size in (("tiny.npz", 20), ("tiny.npz", 10), ("cifar100.npz", 20)):
-        flags = ["--lr", 0.003, "--weight-decay", 0.1, "--batch-size", batch_size, "--teacher-epochs", 2]
-        assert cli(dfkd, *SMALL, "--dataset", dataset, *flags)[0] == 0
-    configs = [json.loads(path.read_text()) for path in Path("runs/teachers").glob("*/config.json")]
-    assert [config["epochs"] for config in configs] == [2, 2]
-    keys = ("optimizer", "lr", "weight_decay", "batch_size", "milestones", "normalize")
-    recipes = {config["dataset"]: [config[key] for key in keys] for config in configs}
-    adam, sgd = ["adam", 0.001, 0.0, 256, None, True], ["sgd", 0.1, 5e-4, 256, None, True]
-    assert recipes == {"tiny.npz": adam, "cifar100.npz": sgd}
-    assert all("-normalize=True" in config["name"] for config in configs)  # else a teacher without it would be taken
+    def small(arch, classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), image_size=32, amp=False):
+        built.append((arch, dropout, mean, std))
+        return build("wrn-10-1", classes)
+
+    def checkpoint(run, model, optimizer, scheduler):
+        runs.append((run.args, optimizer, scheduler))
+        raise common.UsageError("far enough")
+
+    def begin_teacher(*args, **recipe):
+        with pytest.raises(common.UsageError):
+            load_teacher(*args, **recipe)
+        return build("wrn-10-1", 3), {}
+
+    monkeypatch.setattr(common, "load_data", lambda *_: data)
+    monkeypatch.setattr(common, "build_model", small)
+    monkeypatch.setattr(common.Run, "checkpoint", checkpoint)
+    monkeypatch.setattr(common, "load_teacher", begin_teacher)
+    cli(dfkd, *flags.split())
+    stats = common.channel_stats(data.train_images)
+    assert built == [(student, 0.0, *stats), (teacher, 0.0, *stats)]
+    (its_args, its_optimizer, its_scheduler), (args, optimizer, scheduler) = runs
+
+    (group,), plateau = optimizer.param_groups, torch.optim.lr_scheduler.ReduceLROnPlateau
+    assert (args.epochs, args.batch_size, group["lr"], group["weight_decay"], args.running_fraction) == numbers
+    assert type(optimizer) is torch.optim.Adam and (group["betas"], group["eps"]) == ((0.9, 0.999), 1e-8)
+    assert args.eval_batch_size == args.batch_size and args.adjust_batches == 16 and args.noise == "none"
+    assert isinstance(scheduler, plateau) == ("--source data" not in flags)
+    for each in (scheduler, its_scheduler):
+        if isinstance(each, plateau):
+            assert (each.factor, each.patience, each.threshold, each.threshold_mode) == (0.1, 10, 1e-4, "rel")
+
+    (group,), milestones = its_optimizer.param_groups, of_teacher[-1]
+    told = type(its_optimizer).__name__, its_args.epochs, its_args.batch_size, group["lr"], group["weight_decay"]
+    assert told == of_teacher[:-1]
+    assert group["betas"] == (0.9, 0.999) if told[0] == "Adam" else group["momentum"] == 0.9
+    assert isinstance(its_scheduler, plateau) == (milestones is None)
+    if milestones:
+        assert tuple(its_scheduler.milestones.elements()) == milestones and its_scheduler.gamma == 0.2
+    assert "-normalize=True" in its_args.name  # else a teacher that was trained without it would be taken
 
 
 @pytest.mark.parametrize("flags, rates", [
@@ -273,29 +313,131 @@ def test_the_rate_falls_on_a_plateau_or_as_a_cosine_or_not(cli, monkeypatch, fla
     assert [record["lr"] for record in saved("run")["metrics"]] == pytest.approx(rates)
 
 
-def assert_drawn(*names):
-    for name in names:
-        assert len(np.unique(np.asarray(Image.open(f"{name}.png")))) > 20, name
+@pytest.fixture
+def figures(monkeypatch):
+    """The matplotlib figures, in the order in which they are saved."""
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure) or savefig(figure, path))
+    return drawn
 
 
-def test_pictures_of_runs(cli, monkeypatch):
-    drawn, activations = [], dfkd.activations
-    monkeypatch.setattr(dfkd, "activations", lambda *args: drawn.append(activations(*args)) or drawn[-1])
-    assert cli(dfkd, *SMALL, "--out", "a", "--batch-size", 10)[0] == cli(dfkd, *SMALL, "--out", "b")[0] == 0
-    status, out, err = cli(dfkd, "--plot-activations", "a/checkpoint.pt", "--device", "cpu", "--eval-batch-size", 5)
-    assert (status, err) == (0, "") and all(f" {k}: " in out for k in (1, 2, 4)) and " 8: " not in out
-    assert len({layers[-1].mean().item() for layers in drawn}) == 6  # of real images and noise, by either statistics
-    status, out, err = cli(dfkd, "--plot-batch-size", "b/checkpoint.pt", "a/checkpoint.pt", "--device", "cpu")
-    small, large = (saved(run)["metrics"][-1]["test_acc"] for run in "ab")
-    assert (status, err) == (0, "") and f"dead-leaves: 10: {small:.2f} %, 20: {large:.2f} %\n" in out
-    assert_drawn("a/activations", "a/adjust", "runs/batch-size")
+@pytest.fixture
+def made(monkeypatch):
+    """Arguments and results of every call of `samples`."""
+    calls, make = [], dfkd.samples
+    monkeypatch.setattr(dfkd, "samples", lambda *args: calls.append((args, make(*args))) or calls[-1][1])
+    return calls
 
 
-def test_pictures_without_runs(cli):
-    """And the distances that the toy prints: with current statistics its embeddings of noise come back."""
-    for source in ("gaussian", "dead-leaves", "data"):
-        assert cli(dfkd, *SMALL, "--show-source", "--source", source)[::2] == (0, "")
+def points(axes):
+    """What the lines of `axes` go through: {label: (x, y)}."""
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+
+
+def assert_histograms(axes, values):
+    """`axes` has these histograms of 80 bins, each a density: {colour: values}."""
+    for patch, (colour, expected) in zip(axes.patches, values.items(), strict=True):
+        heights, edges = np.histogram(expected, 80, density=True)
+        x, y = patch.get_xy().T  # a step at each edge
+        assert patch.get_edgecolor() == to_rgba(colour)
+        assert np.allclose(x[::2], edges, rtol=1e-4, atol=1e-4)
+        assert abs(y[1:-1:2] - heights).mean() < 0.01 * heights.mean()
+
+
+def test_the_picture_of_activations(cli, monkeypatch, figures, made):
+    """Figures 2, 3a and 5 to 8: each curve is of the images and the statistics that its label and colour say."""
+    assert cli(dfkd, *SMALL, "--epochs", 2, "--out", "a")[0] == 0
+    made.clear()
+    crops, crop = [], common.crop_flip
+    monkeypatch.setattr(common, "crop_flip", lambda x, **how: crops.append((x, how, crop(x, **how))) or crops[-1][2])
+    flags = ["--plot-activations", "a/checkpoint.pt", "--device", "cpu", "--eval-batch-size", 5]
+    status, out, err = cli(dfkd, *flags)
+    assert (status, err) == (0, "") and Path("a/activations.png").exists() and Path("a/adjust.png").exists()
+    ((source, index, data, mean, std), noise), (images, how, real) = made[0], crops[0]
+    checkpoint = common.load_checkpoint("a/checkpoint.pt")
+    student = common.load_model(checkpoint)
+    teacher = common.load_model(common.load_checkpoint(checkpoint["teacher"]))
+    assert source == "dead-leaves" and torch.equal(mean, student.mean) and torch.equal(std, student.std)
+    assert torch.equal(images, data.batch(index)) and len(index.unique()) == 40 and how["padding"] == 0
+
+    def layers(net, x, current):
+        net = copy.deepcopy(net).train(current)  # in training mode statistics are current ones
+        with torch.no_grad():
+            return [output.mean((2, 3)).numpy() for output in net(x, features=True)[1]]
+
+    figure, adjust = figures
+    *of_teacher, scatter, density = [axes for part in figure.subfigs for axes in part.axes]
+    red, blue, black = layers(teacher, real, False), layers(teacher, noise, False), layers(teacher, noise, True)
+    assert [axes.get_title() for axes in of_teacher] == ["stem", "block 1", "block 2", "block 3"]
+    for i, axes in enumerate(of_teacher):
+        assert_histograms(axes, {"red": red[i].mean(1), "blue": blue[i].mean(1), "black": black[i].mean(1)})
+    labels = [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
+    assert labels == [
+        "original data, running statistics", "dead-leaves, running statistics", "dead-leaves, current statistics",
+    ]  # fmt: skip
+    red, blue, black = (layers(student, *case)[-1] for case in ((real, False), (noise, False), (real, True)))
+    assert_histograms(density, {"red": red.flatten(), "blue": blue.flatten(), "black": black.flatten()})
+    for line, colour, values in zip(scatter.lines, ("red", "blue", "black"), (red, blue, black), strict=True):
+        assert line.get_color() == colour
+        assert np.allclose(line.get_xdata(), blue.mean(0), atol=1e-4)
+        assert np.allclose(line.get_ydata(), values.mean(0), atol=1e-4)
+
+    numbers, expected = [1, 2, 4], {"adjusted": [], "current": [], "running": []}
+    for number in numbers:
+        for name, logits in dfkd.logits_by_statistics(student, data.test_images, 5, number).items():
+            expected[name].append(common.accuracy(logits, data.test_labels))
+    assert points(adjust.axes[0]) == {f"{name} statistics": (numbers, scores) for name, scores in expected.items()}
+    assert "batches of 5: " + ", ".join(f"{k}: {acc:.2f} %" for k, acc in zip(numbers, expected["adjusted"])) in out
+
+
+def test_the_picture_of_batch_sizes(cli, figures):
+    """A line a source, each through the last test accuracies of its runs."""
+    scores = {}
+    for name, source, size in (("a", "dead-leaves", 10), ("b", "dead-leaves", 20), ("c", "gaussian", 5)):
+        assert cli(dfkd, *SMALL, "--out", name, "--source", source, "--batch-size", size)[0] == 0
+        scores[size] = saved(name)["metrics"][-1]["test_acc"]
+    files = [f"{name}/checkpoint.pt" for name in "bca"]
+    status, out, err = cli(dfkd, "--plot-batch-size", *files, "--device", "cpu")
+    assert (status, err) == (0, "") and f"dead-leaves: 10: {scores[10]:.2f} %, 20: {scores[20]:.2f} %\n" in out
+    (axes,) = figures[0].axes
+    assert points(axes) == {"gaussian": ([5], [scores[5]]), "dead-leaves": ([10, 20], [scores[10], scores[20]])}
+    assert list(axes.get_xticks()) == [5, 10, 20] and Path("runs/batch-size.png").exists()
+    (teacher,) = Path("runs/teachers").glob("*/checkpoint.pt")
+    for flag in ("--plot-batch-size", "--plot-activations"):
+        status, _, err = cli(dfkd, flag, teacher, "--device", "cpu")
+        assert status == 2 and err.startswith(f"error: {flag}: ") and "no student of this script" in err
+
+
+@pytest.mark.parametrize("source", ["gaussian", "dead-leaves", "data"])
+def test_the_sheet_of_samples(cli, figures, made, source):
+    assert cli(dfkd, *SMALL, "--show-source", "--source", source)[::2] == (0, "")
+    (_, _, data, mean, std), x = made[0]
+    stats = torch.stack([mean, std]).flatten(1)
+    assert torch.allclose(stats, torch.tensor(common.channel_stats(data.train_images)))
+    sheet = np.asarray(figures[0].axes[0].images[0].get_array())
+    assert sheet.shape == (8 * 34, 8 * 34, 3) and len(x) == 64 and Path(f"runs/{source}.png").exists()
+    for i, tile in enumerate(x.clamp(0, 1).permute(0, 2, 3, 1).numpy()):
+        cell = sheet[34 * (i // 8) :, 34 * (i % 8) :][:34, :34]
+        assert np.array_equal(cell[1:-1, 1:-1], tile) and (cell[0] == 1).all() and (cell[:, 0] == 1).all()
+
+
+def test_the_toy(cli, figures):
+    """Figure 1; with current statistics the embeddings of noise come back to those of the circles."""
     status, out, err = cli(dfkd, "--toy", "--device", "cpu")
-    distances = [float(line.rsplit(" ", 1)[1]) for line in out.splitlines() if "Fréchet" in line]
-    assert (status, err) == (0, "") and distances[0] == 0 and distances[2] < distances[1] / 10
-    assert_drawn("runs/gaussian", "runs/dead-leaves", "runs/data", "runs/toy")
+    assert (status, err) == (0, "") and Path("runs/toy.png").exists()
+    left, middle, right = figures[0].axes
+    (circles,), (noise,) = left.collections, middle.collections
+    radius, outer = np.linalg.norm(circles.get_offsets(), axis=1), circles.get_array() == 1
+    assert len(radius) == 1000 and outer.sum() == 500
+    assert abs(radius[outer].mean() - 1) < 0.02 and abs(radius[~outer].mean() - 0.5) < 0.02
+    assert len(noise.get_offsets()) == 1000 and abs(noise.get_offsets().std() - 1) < 0.05
+    embedded = {part.get_label(): np.float64(part.get_offsets()) for part in right.collections}
+    names = ["circles, running statistics", "noise, running statistics", "noise, current statistics"]
+    assert list(embedded) == names
+    printed = [float(line.rsplit(" ", 1)[1]) for line in out.splitlines() if "Fréchet" in line]
+    true = embedded[names[0]]
+    for name, e, distance in zip(names, embedded.values(), printed, strict=True):
+        root = np.sqrt(np.linalg.eigvals(np.cov(e.T) @ np.cov(true.T)).astype(complex)).real.sum()
+        expected = ((e.mean(0) - true.mean(0)) ** 2).sum() + np.trace(np.cov(e.T) + np.cov(true.T)) - 2 * root
+        assert distance == pytest.approx(expected, abs=0.002) and f"{name}: " in out
+    assert printed[0] == 0 and printed[2] < printed[1] / 10
