@@ -10,10 +10,13 @@ prediction y_t of its moving average (EMA) on another augmentation, through whic
 Shon, Koh, Jeon, Kim: Neural Vicinal Risk Minimization: Noise-robust Distillation for Noisy Labels, IJCAI-2024 AISafety
 Workshop. Equations 19 and 24-27, Algorithm 1.
 
-    python nrd.py                                             # built-in data, half of its labels wrong: NRD_HERE
-    python nrd.py --loss ce                                   # the same with cross-entropy: CE_HERE
+    python nrd.py                                             # built-in data, half its labels random: 89.4 ± 5.1 %
+    python nrd.py --loss ce                                   # the same with cross-entropy: 74.1 ± 1.2 %
     python nrd.py --dataset cifar10 --noise sym --rate 0.8    # a cell of Table 2; the paper has 85.32
     python nrd.py --dataset cifar10 --noise human-worse       # the annotators of CIFAR-10N
+
+Test accuracy of the last epoch, n = 5, on a CPU; GCE and GJS have 95.0 ± 1.6 and 98.2 ± 1.1. Not yet run at the paper's
+size.
 
 To change: the loss -> robust_loss; a view -> student_view, teacher_view; a setting -> preset; a step -> main.
 The commands of every table, and what we chose where the paper is silent, stand at the end (NOTES).
