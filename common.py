@@ -4,6 +4,8 @@
 
 Functions take tensors and return tensors; copy one out if that is all you need. What a method is about (its loss, its
 loop, its hyperparameters) is never in this file: it stands in the method's own script.
+A fork may delete what it does not call: processes (torchrun), the data sets, kinds of noise, augmentations and
+architectures of others, teachers. Arguments, run folders and reporting belong to every script.
 
 Conventions. Images at rest are uint8 [N, 3, H, W]. Images in flight are float32 [B, 3, H, W] in [0, 1]; normalisation
 is part of the model. Labels are int64. Accuracies are percentages. Random draws come from torch's global generator of
