@@ -34,7 +34,7 @@ else:  # nothing outside functions may need these
     import torch.nn.functional as F
 
     import common
-    from common import accuracy, predict, refuse, share
+    from common import UsageError, accuracy, predict, refuse, share
 
 # -------------------------------------------------------------------------------------------------------- configuration
 
@@ -113,6 +113,8 @@ def parse_args():
         refuse(args, ("epsilon",), "--mutual kdcl has none")
     if args.self_kd in ("ce", "proselflc", "mconf"):
         refuse(args, ("epsilon",), f"--self-kd {args.self_kd} decides it")
+    if args.eta == 0:
+        raise UsageError("--eta: 0 cannot divide the threshold; below 0 no sample is sent")
     return args
 
 
