@@ -62,7 +62,7 @@ EPSILON = {  # Table 2 and Tf-KD_reg: how far a network trusts itself, where tha
 
 def preset(args):
     """The flags that are left out, from A.2; `milestones` and `gamma` of lr, which have no flag."""
-    photographs = common.of_photographs(args.dataset)
+    photographs = common.is_photographs(args.dataset)
     arch = args.arch or ARCHITECTURES.get(args.dataset, "resnet50" if photographs else "resnet34")
     values = {"arch": arch, "arch_b": arch, "pretrained": args.dataset == "food101"}
     values |= {"augment": "none" if args.dataset == "shapes" else "crop"}
@@ -78,7 +78,7 @@ def preset(args):
     values |= {"epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
     values |= {"milestones": milestones, "gamma": gamma}
 
-    noise = args.noise or ("sym-other" if args.dataset in common.BENCHMARKS else "none")
+    noise = args.noise or ("sym-other" if args.dataset in common.CLEANLY_LABELLED else "none")
     values |= {"noise": noise, "rate": None if noise in ("none", *common.HUMAN) else 0.4}
     if args.mutual != "cmd":
         return values | {"epsilon": 0.5}
@@ -174,9 +174,10 @@ def kdcl_teacher(S_A, S_B, y):
     return torch.minimum(less_A, less_B).detach()
 
 
-def kl_divergence(S, T):
-    """KL(softmax T || softmax S), mean over the batch."""
-    return F.kl_div(S.log_softmax(1), T.log_softmax(1), log_target=True, reduction="batchmean")
+def hinton_loss(S, T, tau):
+    """tau² KL(softmax(T / tau) || softmax(S / tau)), mean over the batch (Hinton et al. 2015)."""
+    log_S, log_T = (S / tau).log_softmax(1), (T / tau).log_softmax(1)
+    return tau**2 * F.kl_div(log_S, log_T, log_target=True, reduction="batchmean")
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -186,9 +187,7 @@ def main(args):
     device = common.setup(args)
     data = common.load_data(args, device)
     num_classes, size = len(data.classes), data.image_size
-    labels = common.corrupt_labels(
-        data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir
-    )
+    labels = common.noisy_labels(args, data)
     draw = torch.Generator().manual_seed(2**63 - 1 - args.noise_seed)  # another one than that of the label noise
     order = torch.randperm(len(labels), generator=draw).to(device)
     held_out = round(args.validation * len(labels))
@@ -203,7 +202,7 @@ def main(args):
     optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.milestones, args.gamma)
     run = common.Run(args, device, data)
-    run.checkpoint(model=A, peer=B, optimizer=optimizer, scheduler=scheduler)
+    run.track(model=A, peer=B, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         A.compile()
         B.compile()
@@ -241,8 +240,8 @@ def main(args):
                 sent += confident.sum(1)
             elif args.mutual == "kdcl":
                 T = kdcl_teacher(S_A, S_B, y)
-                loss_A = F.cross_entropy(S_A, y) + 4 * kl_divergence(S_A / 2, T / 2)
-                loss_B = F.cross_entropy(S_B, y) + 4 * kl_divergence(S_B / 2, T / 2)
+                loss_A = F.cross_entropy(S_A, y) + hinton_loss(S_A, T, tau=2)
+                loss_B = F.cross_entropy(S_B, y) + hinton_loss(S_B, T, tau=2)
             else:  # equations 2-4: the peer's prediction is mixed into the label
                 loss_A = cross_entropy((1 - args.epsilon) * q + args.epsilon * p_B.detach(), p_A).mean()
                 loss_B = cross_entropy((1 - args.epsilon) * q + args.epsilon * p_A.detach(), p_B).mean()
@@ -258,7 +257,7 @@ def main(args):
             seen += len(index)
         scheduler.step()
 
-        of_A, of_B = (common.test_metrics(net, data) for net in (A, B))
+        of_A, of_B = (common.test_accuracies(net, data) for net in (A, B))
         metrics = {key: (of_A[key] + of_B[key]) / 2 for key in of_A}
         metrics |= {"test_acc_A": of_A["test_acc"], "test_acc_B": of_B["test_acc"]}
         if held_out:

@@ -4,6 +4,8 @@
 
 Functions take tensors and return tensors; copy one out if that is all you need. What a method is about (its loss, its
 loop, its hyperparameters) is never in this file: it stands in the method's own script.
+A fork may delete what it does not call: processes (torchrun), the data sets, kinds of noise, augmentations and
+architectures of others, teachers. Arguments, run folders and reporting belong to every script.
 
 Conventions. Images at rest are uint8 [N, 3, H, W]. Images in flight are float32 [B, 3, H, W] in [0, 1]; normalisation
 is part of the model. Labels are int64. Accuracies are percentages. Random draws come from torch's global generator of
@@ -160,7 +162,7 @@ def parse(parser, preset):
             args.given[flag] = str(typed[flag]) if isinstance(typed[flag], Path) else typed[flag]
     if args.noise in ("none", *HUMAN):
         refuse(args, ("rate",), f"--noise {args.noise} has no rate")
-    if not of_photographs(args.dataset):
+    if not is_photographs(args.dataset):
         refuse(args, ("resize", "image_size"), f"--dataset {args.dataset} keeps its size")
     told = {flag: value for flag, value in args.given.items() if flag not in ("dataset", "noise", "rate")}
     args.name = folder_name(args.script, args.dataset, args.noise, args.rate, told)
@@ -174,11 +176,23 @@ def refuse(args, flags, why):
             raise UsageError(f"--{flag.replace('_', '-')}: {why}; leave it out")
 
 
+def find_device(name):
+    """The torch.device of --device. Raises UsageError for anything but the CPU and the CUDA devices that are there."""
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
+        raise UsageError(f"--device {name}: unknown; cpu, cuda and cuda:N work")
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: no CUDA device is visible; --device cpu works")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UsageError(f"--device {name}: the last visible CUDA device is cuda:{count - 1}")
+    return device
+
+
 def multiplies_bfloat16(device):
     """Whether the hardware of `device`, a text, multiplies bfloat16 itself, without emulation."""
-    if device.startswith("cuda"):
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu.get_capabilities()
+    if find_device(device).type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
@@ -231,9 +245,7 @@ def run(parse_args, main):
 
 def setup(args):
     """Seed the generators, choose the fast paths, join torchrun's processes: the torch.device to run on."""
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {args.device}: no CUDA device is visible; --device cpu works")
-    device = torch.device(args.device)
+    device = find_device(args.device)
     if dist.is_torchelastic_launched():
         if not dist.is_initialized():
             dist.init_process_group(timeout=datetime.timedelta(days=1))  # while one downloads, the others wait
@@ -243,6 +255,8 @@ def setup(args):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
+        if not vars(args).get("amp", True) and not multiplies_bfloat16(args.device):
+            print("this GPU has no bfloat16; float32", flush=True)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     return device
@@ -327,10 +341,10 @@ class Dataset(NamedTuple):
 
 ARRAYS = Dataset._fields[:5]
 DATASETS = "shapes, cifar10, cifar100, svhn, food101, webvision, FILE.npz, imagefolder:DIR"
-BENCHMARKS = ("shapes", "cifar10", "cifar100", "svhn")  # clean labels: nrd, cmd and messy_collaboration corrupt them
+CLEANLY_LABELLED = ("shapes", "cifar10", "cifar100", "svhn")  # nrd, cmd and messy_collaboration add noise to these
 
 
-def of_photographs(name):
+def is_photographs(name):
     return name in ("food101", "webvision") or name.startswith("imagefolder:")
 
 
@@ -363,12 +377,12 @@ def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, devic
         data = Dataset(*draw_shapes(2000, seed=0), *draw_shapes(1000, seed=1), SHAPES_CLASSES)
     elif name.endswith(".npz"):
         data = read_npz(Path(name))
-    elif name in BENCHMARKS:
+    elif name in CLEANLY_LABELLED:
         path = data_dir / f"{name}.npz"
         if not path.exists():
             download(name, path)
         data = read_npz(path)
-    elif of_photographs(name):
+    elif is_photographs(name):
         data = photographs(name, data_dir, resize, image_size)
     else:
         raise UsageError(f"--dataset: unknown {name!r}; known are {DATASETS}")
@@ -399,7 +413,7 @@ def read_npz(path):
         with np.lib.npyio.NpzFile(path) as file:  # np.load would take a web page for a pickle
             arrays = {name: np.ascontiguousarray(file[name]) for name in ARRAYS}
     except Exception as error:  # no such file, or whatever a damaged or foreign one makes numpy raise
-        advice = "remove it to download it again" if path.stem in BENCHMARKS else "README says how to write one"
+        advice = "remove it to download it again" if path.stem in CLEANLY_LABELLED else "README says how to write one"
         raise UsageError(f"--dataset: {path} is no .npz file with {', '.join(ARRAYS)} ({error}); {advice}") from None
     classes = [str(name) for name in arrays["classes"].ravel()]
     for part in ("train", "test"):
@@ -661,7 +675,13 @@ maple_tree oak_tree palm_tree pine_tree willow_tree / bicycle bus motorcycle pic
 lawn_mower rocket streetcar tank tractor"""
 
 
-def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="data", per_sample=False):
+def noisy_labels(args, data, per_sample=False):
+    """The training labels of a Dataset, int64 [N], corrupted as --noise, --rate and --noise-seed say."""
+    noise = args.noise, args.rate, data.classes, args.noise_seed
+    return corrupt_labels(data.train_labels, *noise, args.data_dir, per_sample)
+
+
+def corrupt_labels(labels, kind, rate, classes, seed, data_dir="data", per_sample=False):
     """A noisy copy of int64 labels [N], on the same device; the same for the same seed on every device.
 
     kind: none
@@ -672,7 +692,7 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
         asym       CIFAR-10: exactly round(rate·n) of each confusable class go to their look-alike (Patrini et al.);
                    CIFAR-100: round(rate·N) samples go to the next class of their superclass
         human-*    annotators' labels of CIFAR-10N (aggre, random1-3, worse) and CIFAR-100N (noisy); rate is ignored
-    rate: in [0, 1]. classes: names, which asym goes by. data_dir: where CIFAR-10N's own files lie.
+    rate: in [0, 1]. classes: their names, which asym goes by. data_dir: where CIFAR-10N's own files lie.
     Raises UsageError for an unknown kind, a rate outside [0, 1], asym without a map, human labels of another data set.
     """
     if labels.dtype != torch.int64:
@@ -687,6 +707,7 @@ def corrupt_labels(labels, kind, rate, num_classes, seed, classes=(), data_dir="
     clean = labels.cpu()
     count = len(labels)
     noisy = clean.clone()
+    num_classes = len(classes)
     if kind == "sym":
         if per_sample:
             chosen = (torch.rand(count, generator=generator) < rate).nonzero().squeeze(1)
@@ -1380,7 +1401,7 @@ def accuracy(scores, labels, k=1):
     return 100 * (scores.topk(k).indices == labels.unsqueeze(1)).any(1).double().mean().item()
 
 
-def test_metrics(model, data):
+def test_accuracies(model, data):
     """{"test_acc": …}; with more than ten classes "test_top5" too; for webvision both on ILSVRC12, "imagenet_…"."""
     metrics, tests = {}, {"test": (data.test_images, data.test_labels), "imagenet": data.imagenet}
     for name, test in tests.items():
@@ -1465,7 +1486,8 @@ def read_weights_only(path, flag):
 def load_checkpoint(path, flag="checkpoint"):
     """The dict that `Run` saved at `path`, tensors on the CPU, read without executing pickled code.
 
-    Keys: model and the other parts of the training state, each with its entry in built_as; script, dataset, classes,
+    Keys: model and the other parts of the training state, each with its entry in built_as; best, the name of the part
+    to take for the model where several networks were trained; script, dataset, classes,
     noise (kind, rate, seed), imbalance, config, source (the script's text), metrics (a dict an epoch), epoch, epochs,
     rng. Says how far unfinished training is. Raises UsageError where there is no such file, where it is none of ours,
     where no epoch is finished.
@@ -1482,7 +1504,12 @@ def load_checkpoint(path, flag="checkpoint"):
 
 
 def load_model(checkpoint, part="model", device="cpu", amp=False):
-    """Rebuild the model whose weights are checkpoint[part] ("model", "ema", …), in evaluation mode on `device`."""
+    """Rebuild the model whose weights are checkpoint[part] ("model", "ema", …), in evaluation mode on `device`.
+
+    Of a run that trains several networks, "model" is the one that checkpoint["best"] names.
+    """
+    if part == "model":
+        part = checkpoint.get("best", part)
     model = build_model(**checkpoint["built_as"][part], amp=amp)
     model.load_state_dict(checkpoint[part])
     return model.to(device).eval()
@@ -1608,7 +1635,7 @@ class Run:
     """A run folder: config.json, metrics.jsonl, checkpoint.pt and curves.png, and what is printed on the way.
 
         run = Run(args, device, data)                                      # claims the folder
-        run.checkpoint(model=model, optimizer=optimizer, …)                # saved every epoch, read back by --resume
+        run.track(model=model, optimizer=optimizer, …)                # saved every epoch, read back by --resume
         for epoch in range(run.epoch, run.epochs):
             for index in run.batches(len(labels), args.batch_size):        # int64 [batch_size]
                 …
@@ -1661,7 +1688,7 @@ class Run:
         seconds = (time.perf_counter() - self.began) * (self.epochs - done) / (done - self.done_before)
         return f"{datetime.timedelta(seconds=round(seconds))} left"
 
-    def checkpoint(self, **parts):
+    def track(self, **parts):
         """The parts of the training state, whose state_dict() is saved. With --resume they are read back here."""
         self.parts, saved, self.saved = parts, self.saved, None
         if self.metrics:
@@ -1782,7 +1809,7 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     """
     shared = ["dataset", "data_dir", "noise", "rate", "noise_seed", "limit_train", "limit_test"]
     shared += ["epochs", "batch_size", "lr", "weight_decay", "device", "amp", "compile"]
-    if of_photographs(args.dataset):
+    if is_photographs(args.dataset):
         shared += ["resize", "image_size"]
     standard = {"arch": args.teacher_arch, "dropout": dropout, "imbalance": vars(args).get("imbalance")}
     standard |= {"optimizer": "sgd"} | {flag: getattr(args, flag) for flag in shared}
@@ -1799,7 +1826,7 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
             path, teacher = args.teacher_model, load_module(args.teacher_model, "--teacher-model", args.teacher)
         elif is_ours:
             path, checkpoint = args.teacher, load_checkpoint(args.teacher, "--teacher")
-            theirs = checkpoint | checkpoint["built_as"]["model"]
+            theirs = checkpoint | checkpoint["built_as"][checkpoint.get("best", "model")]
             for key, value in {"classes": list(data.classes), "image_size": data.image_size}.items():
                 if theirs[key] != value:
                     differs = f"{key} {theirs[key]}, not {value}"
@@ -1850,7 +1877,7 @@ def train_teacher(standard, seed, device, data, labels):
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.milestones, gamma=0.2)
     else:
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=10)
-    run.checkpoint(model=model, optimizer=optimizer, scheduler=scheduler)
+    run.track(model=model, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         model.compile()
     for _ in range(run.epoch, args.epochs):

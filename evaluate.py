@@ -72,10 +72,10 @@ def parse_args():
 
     add = parser.add_argument_group("what to run (none of these: accuracy, ECE, NLL, Brier score)").add_argument
     add("--ece", action="store_true", help="ECE (15 equal-width bins), NLL, Brier score, reliability diagram")
-    add("--pgd", nargs="+", type=int, default=[], metavar="N", help="l∞ PGD of N steps; several: a sweep")
+    add("--pgd", nargs="+", type=common.count, default=[], metavar="N", help="l∞ PGD of N steps; several: a sweep")
     add("--eps", nargs="+", type=fraction, default=[0.031], help="radius in [0, 1], 0.031 or 8/255; several: a sweep")
     add("--step-size", type=fraction, default=0.003, help="in [0, 1]")
-    add("--restarts", type=int, default=5, help="runs of PGD from random starts; the worst run counts")
+    add("--restarts", type=common.count, default=5, help="runs of PGD from random starts; the worst run counts")
     add("--worst-start", action="store_true", help="instead of the worst run, the worst start of each sample counts")
     add("--attack", nargs="+", default=[], metavar="NAME", help="l∞ attacks of torchattacks, as AutoAttack, at --eps")
     add("--cifar-c", nargs="?", const="", metavar="DIR", help="19 corruptions: the official .npy files, else generated")
@@ -83,17 +83,17 @@ def parse_args():
     add("--transfer", action="store_true", help="PGD-20 images of each checkpoint on each other, of the smallest --eps")
     add("--teacher", nargs="?", const="", metavar="CKPT", help="--transfer from it too; no CKPT: whom students name")
     add("--plot-by", nargs="+", default=[], metavar="FLAG", help="curves over a flag of training, as sigma; two: maps")
-    add("--curves", action="store_true", help="write training.png: the metrics by epoch, a line a row, seeds a band")
+    add("--curves", nargs="*", metavar="METRIC", help="write training.png: these metrics by epoch, or all")
     add("--show-corruptions", action="store_true", help="write corruptions.png, a contact sheet")
 
     add = parser.add_argument_group("data, machine and output").add_argument
     add("--dataset", metavar="NAME", help="as in the training scripts; None: what CKPT was trained on")
     add("--data-dir", type=Path, metavar="DIR", help="where data sets are kept; None: as in training")
-    add("--resize", type=int, metavar="PIXELS", help="photographs: side of the square that is kept")
-    add("--image-size", type=int, metavar="PIXELS", help="photographs: side of the crop; None: both as in training")
-    add("--limit-test", type=int, metavar="N", help="use N evenly spaced test samples")
+    add("--resize", type=common.count, metavar="PIXELS", help="photographs: side of the square that is kept")
+    add("--image-size", type=common.count, metavar="PIXELS", help="photographs: side of the crop; None: as in training")
+    add("--limit-test", type=common.count, metavar="N", help="use N evenly spaced test samples")
     add("--seed", type=int, default=0, help="of random starts, corruptions, CINIC's choice")
-    add("--batch-size", type=int, help="images a forward pass; None: 125 on a CPU, else 500")
+    add("--batch-size", type=common.count, help="images a forward pass; None: 125 on a CPU, else 500")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--out", type=Path, metavar="DIR", help="of pictures and summary.json; None: the folder of the first CKPT")
     add("--table", type=Path, metavar="FILE", help="the table as .csv, .md or .tex: mean, standard deviation, n")
@@ -104,7 +104,7 @@ def parse_args():
         raise UsageError("CKPT: name the checkpoint.pt of a run folder, before the other flags")
     if (args.arch or args.model) and not args.dataset:
         raise UsageError("--dataset: weights do not tell what to evaluate on; add --dataset NAME")
-    if args.curves and (args.arch or args.model):
+    if args.curves is not None and (args.arch or args.model):
         raise UsageError("--curves: weights do not hold the metrics of their training; name checkpoints of runs")
     args.checkpoints = [path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints]
     args.plot_by = [flag.replace("-", "_") for flag in args.plot_by]
@@ -614,7 +614,7 @@ def load_data(args, dataset, config, device, load_dataset, limit_train=None):
     sizes = {}
     for flag in ("resize", "image_size"):
         asked = vars(args)[flag]
-        if asked and not common.of_photographs(dataset):
+        if asked and not common.is_photographs(dataset):
             raise UsageError(f"--{flag.replace('_', '-')}: the images of {dataset} keep their size; leave the flag out")
         if asked or config.get(flag):
             sizes[flag] = asked or config[flag]
@@ -629,6 +629,8 @@ def load_run(path, part, args, device, load_dataset, flag="CKPT"):
     Raises UsageError where it is no checkpoint, has not this part, or has other classes than the data set.
     """
     checkpoint = common.load_checkpoint(path, flag)
+    if part == "model":
+        part = checkpoint.get("best", "model")
     if part not in checkpoint["built_as"]:
         raise UsageError(f"--part: {path} has no {part!r}; it has {', '.join(checkpoint['built_as'])}")
     config = checkpoint["config"]
@@ -935,7 +937,7 @@ def report(args, subjects, teacher):
         draw_reliability(args, groups)
     if len(args.pgd) > 1 or args.pgd and len(args.eps) > 1:
         draw_pgd(args, groups, heading)
-    if args.curves:
+    if args.curves is not None:
         draw_curves(args, groups)
     if args.plot_by:
         draw_by(args, subjects, heading)
@@ -1123,6 +1125,10 @@ def draw_curves(args, groups):
     last = groups[0][1][0].metrics[-1]
     unseen = ("lr", "seconds", "images_per_second")
     names = [key for key, value in last.items() if isinstance(value, float) and key not in unseen]
+    if args.curves:
+        names = [key for key in names if key in args.curves]
+    if not names:
+        raise UsageError(f"--curves: none of {', '.join(args.curves)} was recorded; known are {', '.join(last)}")
     rows = math.ceil(len(names) / 3)
     columns = min(3, len(names))
     with picture(args, "training.png", 5.5 * columns, 3.6 * rows + 0.3 * len(groups)) as figure:

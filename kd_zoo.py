@@ -324,15 +324,14 @@ def main(args):
         kept = imbalance(data.train_labels, args.imbalance, num_classes)
         images = data.train_images[kept.to(data.train_images.device)]
         data = data._replace(train_images=images, train_labels=data.train_labels[kept])
-    labels = common.corrupt_labels(
-        data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir,
-        per_sample=True,
-    )  # fmt: skip
+    labels = common.noisy_labels(args, data, per_sample=True)
     count = {"one": 3, "dml": 2}.get(method, 1)  # of networks that learn
     nets = []
     for _ in range(count):
         nets.append(common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device))
     student, parts = nets[0], {"model": nets[0]}
+    if count > 1:
+        parts = {f"net{i + 1}": net for i, net in enumerate(nets)}
     by_features = any((args.init_epochs, args.beta, args.gamma, args.lambda_d, args.lambda_a))
     images = common.to_float(data.test_images[:2]).to(device)
     student_shapes = feature_shapes(student.eval(), images)
@@ -361,11 +360,9 @@ def main(args):
         parts["regressor"] = nn.Conv2d(student_shapes[2][0], teacher_shapes[2][0], 1, bias=False).to(device)
     if method == "one":
         parts["one"] = ONE(nets, width=student_shapes[-2][0]).to(device)
-    if method in ("one", "dml"):
-        parts |= {f"net{i + 1}": net for i, net in enumerate(nets)}
     parameters = dict.fromkeys(p for part in parts.values() for p in part.parameters())  # each once
     optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    run.checkpoint(**parts, optimizer=optimizer)
+    run.track(**parts, optimizer=optimizer)
     if args.compile:
         for net in nets:
             net.compile()
@@ -419,9 +416,9 @@ def main(args):
         logits = [predict(net, data.test_images) for net in nets]
         each = [accuracy(S, data.test_labels) for S in logits]
         best = each.index(max(each))
-        run.parts["model"] = nets[best]
         metrics = {"lr": lr, "test_acc": each[best], "class_acc": class_accuracies(logits[best], data.test_labels)}
         if count > 1:
+            run.header["best"] = f"net{best + 1}"
             metrics["each_test_acc"] = each
         if method == "one":
             ensemble = predict(parts["one"], data.test_images)

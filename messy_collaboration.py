@@ -34,7 +34,7 @@ from common import positive, share
 
 def preset(args):
     """The flags that are left out, from section 3 of the paper; on shapes, small nets for a CPU."""
-    noise = args.noise or ("sym" if args.dataset in common.BENCHMARKS else "none")
+    noise = args.noise or ("sym" if args.dataset in common.CLEANLY_LABELLED else "none")
     usual = 0.4 if args.dataset == "shapes" else 0.25
     rate = None if noise in ("none", *common.HUMAN) else usual
     values = {"noise": noise, "rate": rate, "weight_decay": 5e-4}
@@ -64,12 +64,13 @@ def messy(y, r, num_classes):
     return torch.where(torch.rand(len(y), device=y.device) < r, torch.randint_like(y, num_classes), y)
 
 
-def kl_divergence(S, T):
-    """Hinton's loss on logits [B, C]: KL(softmax T || softmax S) in nats, mean over the batch.
+def hinton_loss(S, T, tau):
+    """tau² KL(softmax(T / tau) || softmax(S / tau)) of logits [B, C] in nats, mean over the batch (Hinton et al. 2015).
 
     The paper's D_KL(S || T) has the arguments in the order of the usual call, kl_div(student, teacher), which is this.
     """
-    return F.kl_div(S.log_softmax(1), T.log_softmax(1), log_target=True, reduction="batchmean")
+    log_S, log_T = (S / tau).log_softmax(1), (T / tau).log_softmax(1)
+    return tau**2 * F.kl_div(log_S, log_T, log_target=True, reduction="batchmean")
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -79,10 +80,7 @@ def main(args):
     device = common.setup(args)
     data = common.load_data(args, device)
     num_classes, size = len(data.classes), data.image_size
-    labels = common.corrupt_labels(
-        data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir,
-        per_sample=True,
-    )  # fmt: skip
+    labels = common.noisy_labels(args, data, per_sample=True)
     wrong = (labels != data.train_labels).float().mean().item()
     print(f"{len(labels):,} training images, {100 * wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
     student = common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device)
@@ -93,7 +91,7 @@ def main(args):
     if args.method == "mc":
         teacher, about = common.load_teacher(args, device, data, labels, milestones)
         run.header |= about
-    run.checkpoint(model=student, optimizer=optimizer, scheduler=scheduler)
+    run.track(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         student.compile()
     alpha, tau = args.alpha, args.tau
@@ -108,7 +106,7 @@ def main(args):
                 with torch.no_grad():
                     T = teacher(x)
                 y = messy(y, args.target_noise, num_classes)
-                loss = (1 - alpha) * F.cross_entropy(S, y) + alpha * tau**2 * kl_divergence(S / tau, T / tau)
+                loss = (1 - alpha) * F.cross_entropy(S, y) + alpha * hinton_loss(S, T, tau)
             else:
                 loss = F.cross_entropy(S, y)
             optimizer.zero_grad(set_to_none=True)
@@ -120,7 +118,7 @@ def main(args):
         run.end_epoch(
             losses,
             lr=lr,
-            **common.test_metrics(student, data),
+            **common.test_accuracies(student, data),
             **common.label_accuracies(predicted, labels, data.train_labels),
         )
     return run.finish()

@@ -262,10 +262,7 @@ def main(args):
     if args.show_source:
         return show_source(args, data)
     num_classes = len(data.classes)
-    labels = common.corrupt_labels(
-        data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir,
-        per_sample=True,
-    )  # fmt: skip
+    labels = common.noisy_labels(args, data, per_sample=True)
     stats = common.channel_stats(data.train_images)
     student = common.build_model(args.student_arch, num_classes, 0.0, *stats, data.image_size, amp=args.amp).to(device)
     optimizer = torch.optim.Adam(student.parameters(), args.lr, weight_decay=args.weight_decay)
@@ -286,7 +283,7 @@ def main(args):
     print(f"of the teacher's {len(layers)} BatchNorm layers {running} use running statistics")
     mode = "running" if args.source == "data" else "current"  # in which the student is tested
     run.header["batch_norm"] = mode
-    run.checkpoint(model=student, optimizer=optimizer, scheduler=scheduler)
+    run.track(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         student.compile()
 

@@ -10,10 +10,13 @@ prediction y_t of its moving average (EMA) on another augmentation, through whic
 Shon, Koh, Jeon, Kim: Neural Vicinal Risk Minimization: Noise-robust Distillation for Noisy Labels, IJCAI-2024 AISafety
 Workshop. Equations 19 and 24-27, Algorithm 1.
 
-    python nrd.py                                             # built-in data, half of its labels wrong: NRD_HERE
-    python nrd.py --loss ce                                   # the same with cross-entropy: CE_HERE
+    python nrd.py                                             # built-in data, half its labels random: 89.4 ± 5.1 %
+    python nrd.py --loss ce                                   # the same with cross-entropy: 74.1 ± 1.2 %
     python nrd.py --dataset cifar10 --noise sym --rate 0.8    # a cell of Table 2; the paper has 85.32
     python nrd.py --dataset cifar10 --noise human-worse       # the annotators of CIFAR-10N
+
+Test accuracy of the last epoch, n = 5, on a CPU; GCE and GJS have 95.0 ± 1.6 and 98.2 ± 1.1. Not yet run at the paper's
+size.
 
 To change: the loss -> robust_loss; a view -> student_view, teacher_view; a setting -> preset; a step -> main.
 The commands of every table, and what we chose where the paper is silent, stand at the end (NOTES).
@@ -92,7 +95,7 @@ def table_5(dataset, loss, noise, rate):
 
 def preset(args):
     """The flags that are left out: Table 5 for the loss, data set and noise, appendix A for the rest."""
-    noise = args.noise or ("sym" if args.dataset in common.BENCHMARKS else "none")
+    noise = args.noise or ("sym" if args.dataset in common.CLEANLY_LABELLED else "none")
     rate = {"sym": 0.5, "sym-other": 0.5, "asym": 0.4, "pair": 0.4}.get(noise)
     column = rate if args.rate is None else args.rate
     if column is None:
@@ -100,7 +103,7 @@ def preset(args):
     rows = "cifar100" if Path(args.dataset).stem == "cifar100" else "cifar10"
     lr, weight_decay, params = table_5(rows, args.loss, noise, column)
     values = {"noise": noise, "rate": rate, "views": 10 if args.analyze else 1}
-    if common.of_photographs(args.dataset):  # appendix A.2, and the text's weight decay
+    if common.is_photographs(args.dataset):  # appendix A.2, and the text's weight decay
         lr, batch_size, params = PHOTOGRAPHS.get(args.loss, (0.1, 64, params))
         values |= {"arch": "resnet50", "epochs": 300, "batch_size": batch_size, "lr": lr, "weight_decay": 1e-4}
         values |= {"beta": 0.99, "student_augment": "paper", "drops": [1 / 3, 2 / 3], "jsd_scale": False}
@@ -116,7 +119,7 @@ def preset(args):
 
 def follows_gjs(args):
     """Whether the run has the schedule of GJS's scripts for WebVision: lr × 0.97 an epoch."""
-    return common.of_photographs(args.dataset) and args.loss in ("js", "gjs")
+    return common.is_photographs(args.dataset) and args.loss in ("js", "gjs")
 
 
 def parse_args():
@@ -236,7 +239,7 @@ def robust_loss(name, logits, y, params, jsd_scale=True):
     return loss.mean()
 
 
-def float_state(model):
+def averaged_tensors(model):
     """Weights and BatchNorm's running statistics: what the EMA averages, tensors that share the model's memory."""
     return [value for value in model.state_dict().values() if value.is_floating_point()]
 
@@ -251,9 +254,7 @@ def main(args):
 
     data = common.load_data(args, device)
     num_classes, size = len(data.classes), data.image_size
-    labels = common.corrupt_labels(
-        data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir
-    )
+    labels = common.noisy_labels(args, data)
     wrong = (labels != data.train_labels).float().mean().item()
     print(f"{len(labels):,} training images, {100 * wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
     stats = common.channel_stats(data.train_images)
@@ -267,7 +268,7 @@ def main(args):
         milestones = [math.ceil(drop * args.epochs) for drop in args.drops]
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
     run = common.Run(args, device, data)
-    run.checkpoint(model=model, ema=ema, optimizer=optimizer, scheduler=scheduler)
+    run.track(model=model, ema=ema, optimizer=optimizer, scheduler=scheduler)
     see_as_student, see_as_teacher = student_view, teacher_view
     if args.compile:
         model.compile()
@@ -276,12 +277,12 @@ def main(args):
             see_as_student, see_as_teacher = torch.compile(student_view), torch.compile(teacher_view)
     scale = js_scale(args.loss_params[0]) if args.jsd_scale else 1
     student_views = 1
-    if args.loss == "gjs" or (args.loss == "nrd" and common.of_photographs(args.dataset)):
+    if args.loss == "gjs" or (args.loss == "nrd" and common.is_photographs(args.dataset)):
         student_views = 2
     if args.loss == "nrd":
         pi1, pi2, pi3 = args.loss_params
         weights = (pi1, *[pi2 / student_views] * student_views, pi3)
-    theta_bar, theta = float_state(ema), float_state(model)
+    theta_bar, theta = averaged_tensors(ema), averaged_tensors(model)
 
     for _ in range(run.epoch, run.epochs):
         model.train()
@@ -310,7 +311,7 @@ def main(args):
         run.end_epoch(
             losses,
             lr=lr,
-            **common.test_metrics(model, data),
+            **common.test_accuracies(model, data),
             ema_test_acc=accuracy(predict(ema, data.test_images), data.test_labels),
             **common.label_accuracies(predicted, labels, data.train_labels),
         )
@@ -338,7 +339,7 @@ def analyze(args, device):
         data = common.load_dataset(config["dataset"], args.data_dir, config["limit_train"], 1, device)
         kind, rate, seed = noise["kind"], noise["rate"], noise["seed"]
         true, classes = data.train_labels, data.classes
-        given = common.corrupt_labels(true, kind, rate, len(classes), seed, classes, args.data_dir)
+        given = common.corrupt_labels(true, kind, rate, classes, seed, args.data_dir)
         wrong = given != true
         if min(wrong.sum(), (~wrong).sum()) < 4:
             raise UsageError(f"--analyze: {path}: {wrong.sum()} of its labels are wrong; train it with --noise")

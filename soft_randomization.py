@@ -57,12 +57,13 @@ def parse_args():
     return args
 
 
-def kl_divergence(S, T):
-    """Hinton's loss on logits [B, C]: KL(softmax T || softmax S) in nats, mean over the batch.
+def hinton_loss(S, T, tau):
+    """tau² KL(softmax(T / tau) || softmax(S / tau)) of logits [B, C] in nats, mean over the batch (Hinton et al. 2015).
 
     The paper's D_KL(S || T) has the arguments in the order of the usual call, kl_div(student, teacher), which is this.
     """
-    return F.kl_div(S.log_softmax(1), T.log_softmax(1), log_target=True, reduction="batchmean")
+    log_S, log_T = (S / tau).log_softmax(1), (T / tau).log_softmax(1)
+    return tau**2 * F.kl_div(log_S, log_T, log_target=True, reduction="batchmean")
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -72,10 +73,7 @@ def main(args):
     device = common.setup(args)
     data = common.load_data(args, device)
     num_classes, size = len(data.classes), data.image_size
-    labels = common.corrupt_labels(
-        data.train_labels, args.noise, args.rate, num_classes, args.noise_seed, data.classes, args.data_dir,
-        per_sample=True,
-    )  # fmt: skip
+    labels = common.noisy_labels(args, data, per_sample=True)
     student = common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]  # 60, 120, 150 of 200
@@ -84,7 +82,7 @@ def main(args):
     if args.method == "sr":
         teacher, about = common.load_teacher(args, device, data, labels, milestones)
         run.header |= about
-    run.checkpoint(model=student, optimizer=optimizer, scheduler=scheduler)
+    run.track(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         student.compile()
     alpha, tau = args.alpha, args.tau
@@ -101,7 +99,7 @@ def main(args):
             if args.method == "sr":  # equation 2
                 with torch.no_grad():
                     T = teacher(x)
-                loss = (1 - alpha) * F.cross_entropy(S, y) + alpha * tau**2 * kl_divergence(S / tau, T / tau)
+                loss = (1 - alpha) * F.cross_entropy(S, y) + alpha * hinton_loss(S, T, tau)
             else:
                 loss = F.cross_entropy(S, y)
             optimizer.zero_grad(set_to_none=True)
@@ -109,7 +107,7 @@ def main(args):
             optimizer.step()
             losses.append(loss.detach())
         scheduler.step()
-        run.end_epoch(losses, lr=lr, **common.test_metrics(student, data))
+        run.end_epoch(losses, lr=lr, **common.test_accuracies(student, data))
     return run.finish()
 
 

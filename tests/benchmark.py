@@ -2,6 +2,7 @@
 
     python tests/benchmark.py [augment|corrupt|attack|leaves|train|photographs|all] [--device …] [--repeats 5]
     python tests/benchmark.py compiled       # training steps with torch.compile, against those without; minutes
+    python tests/benchmark.py kernels        # operations that a step starts on a GPU, counted without one
     python tests/benchmark.py scaling        # seconds an epoch by images, batch size and threads: .github/scaling.png
 
 Peers: torchvision is there; `pip install -r tests/benchmark-requirements.txt` for kornia, imagecorruptions and
@@ -27,6 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import load_script
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
@@ -429,8 +431,32 @@ def scaling(args):
     figure.savefig(Path(__file__).resolve().parent.parent / ".github/scaling.png", dpi=90)
 
 
-WORKS = {work.__name__: work for work in (augment, corrupt, attack, leaves, train, photographs, compiled, scaling)}
-ALL = [name for name in WORKS if name not in ("compiled", "scaling")]
+def kernels(args):
+    """Operations of a step at the paper's size, views left out: what a GPU's host has to start, 5 to 10 µs each.
+
+    backward: nodes of autograd's graph. optimiser: that, EMA and what is kept of a step. bfloat16: all of it with
+    --amp, which casts weights and images. BSS has no row: it waits.
+    """
+    from fake_cuda import epoch, fake_cuda  # seconds to import
+
+    lines = [f"kd_zoo --method {method}" for method in kd_zoo.TABLE_I if method != "bss"]
+    lines += ["nrd", "nrd --loss gjs", "cmd", "fickle_teacher", "soft_randomization", "messy_collaboration"]
+    parts = "forward", "augmentation", "backward", "optimiser"
+    print("| step | forward | of it augmentation | backward | optimiser | all | bfloat16 |\n" + "|---" * 7 + "|")
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), fake_cuda() as watch:
+        for line in [*lines, "noise_data_free_kd --source gaussian"]:
+            (name, *flags), counts = line.split(), []
+            for amp in ("--amp", "--no-amp"):
+                with contextlib.redirect_stdout(sys.stderr):
+                    epoch(load_script(name), "--dataset", "cifar10", amp, *flags)
+                counts.append(watch.counts.copy())
+            forward, augmentation, *after = (counts[1][part] for part in parts)
+            row = forward + augmentation, augmentation, *after, counts[1].total(), counts[0].total()
+            print(f"| `{line}` | {' | '.join(f'{count:,}' for count in row)} |", flush=True)
+
+
+ALL = (augment, corrupt, attack, leaves, train, photographs)
+WORKS = {work.__name__: work for work in (*ALL, compiled, kernels, scaling)}
 
 
 def main():
@@ -443,10 +469,11 @@ def main():
     torch.backends.cudnn.benchmark = True
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor() or "CPU"
     print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
-    print("| work | ours | peer | its speed | ratio |\n|---|---|---|---|---|")
-    for work in ALL if args.work == "all" else [args.work]:
+    if args.work != "kernels":
+        print("| work | ours | peer | its speed | ratio |\n|---|---|---|---|---|")
+    for work in ALL if args.work == "all" else [WORKS[args.work]]:
         torch.manual_seed(0)
-        WORKS[work](args)
+        work(args)
 
 
 if __name__ == "__main__":

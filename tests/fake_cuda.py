@@ -13,6 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import common
 
 FAKE = FakeTensorMode()  # one for all: tables that a function keeps are of this mode
+AUGMENTATIONS = ("aug_mix", "auto_augment", "color_jitter", "crop_flip", "cutout", "rand_augment", "random_erasing",
+                 "random_resized_crop")  # fmt: skip
 aten = torch.ops.aten
 
 
@@ -85,7 +87,7 @@ def assign(module, function):
 
 def load_data(args, device):
     """Images of 32 pixels; photographs have 64."""
-    count, side = 1024, 64 if common.of_photographs(args.dataset) else 32
+    count, side = 1024, 64 if common.is_photographs(args.dataset) else 32
     images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
     labels = torch.zeros(count, dtype=torch.int64, device=device)
     return common.Dataset(images, labels, images[:, :, :32, :32], labels, common.SHAPES_CLASSES)
@@ -111,15 +113,29 @@ def fake_cuda():
                 yield index
 
         def backward(loss):  # autograd's engine wants a real device
-            nodes, watch.part = graph(loss), "gradients"
+            nodes, watch.part = graph(loss), None
             for node in nodes:
                 if hasattr(node, "variable"):
                     node.variable.grad = torch.empty_like(node.variable)
             watch.counts["backward"], watch.part = len(nodes), "optimiser"
+            del watch.counts[None]
 
+        def augmentation(function):
+            def counted(*args, **options):
+                watch.part, before = "augmentation", watch.part
+                result = function(*args, **options)
+                watch.part = before
+                return result
+
+            return counted
+
+        for name in AUGMENTATIONS:
+            patch.setattr(common, name, augmentation(getattr(common, name)))
         patch.setattr(common.Run, "batches", three_batches)
         patch.setattr(common, "setup", lambda args: torch.device("cuda"))
+        patch.setattr(common, "multiplies_bfloat16", lambda device: False)
         patch.setattr(common, "load_data", load_data)
+        patch.setattr(common.Dataset, "digest", "of nothing")
         patch.setattr(common, "load_teacher", load_teacher)
         patch.setattr(common, "corrupt_labels", lambda labels, *args, **kwargs: labels)
         patch.setattr(common, "channel_stats", lambda images: ((0, 0, 0), (1, 1, 1)))

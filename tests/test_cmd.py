@@ -140,7 +140,7 @@ def test_kdcl_by_hand_and_in_numpy(draw):
     assert np.allclose(T, np.minimum(*less), atol=1e-5) and not T.requires_grad
     assert cmd.kdcl_teacher(torch.tensor([[3.0, 1]]), torch.tensor([[1.0, 2]]), torch.tensor([0])).tolist() == [[0, -2]]
     p, q = softmax(S_A.detach()), softmax(S_B)
-    assert cmd.kl_divergence(S_A, S_B).item() == pytest.approx((q * np.log(q / p)).sum() / B, abs=1e-5)
+    assert cmd.hinton_loss(S_A, S_B, 1).item() == pytest.approx((q * np.log(q / p)).sum() / B, abs=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------------- configuration
@@ -259,7 +259,7 @@ def test_the_loop_follows_the_equations(cli, spy, self_kd):
     """One step an epoch: trust in a network by its last epoch's certainty or by time, the falling threshold."""
     flags = ["--self-kd", self_kd, "--eta", 1.5, "--b1", 6, "--b2", -2, "--lr", 0.01, "--epochs", 3, "--batch-size", 40]
     assert cli(cmd, *TINY, *NOISE, *flags, "--out", "run")[0] == 0
-    labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, 3, 0)
+    labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, "abc", 0)
     certainty, metrics = [0, 0], saved("run")["metrics"]
     for epoch, record in enumerate(metrics):
         t, q = (epoch + 1) / 3, np.eye(3)[labels[spy["index"][epoch]]]
@@ -279,7 +279,7 @@ def test_the_loop_follows_the_equations(cli, spy, self_kd):
 @pytest.mark.parametrize("mutual", ["sync", "kdcl"])
 def test_the_loop_of_the_methods_compared(cli, spy, mutual):
     assert cli(cmd, *TINY, *NOISE, "--mutual", mutual, "--batch-size", 40, "--out", "run")[0] == 0
-    labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, 3, 0)[spy["index"][0]]
+    labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, "abc", 0)[spy["index"][0]]
     S, q = spy["S"], np.eye(3)[labels]
     p = [softmax(logits) for logits in S]
     if mutual == "sync":

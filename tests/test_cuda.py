@@ -131,7 +131,7 @@ def mutual(self_kd):
 LOSSES = {  # of logits S, T [B, 10] and one-hot labels q
     **{name: robust(name) for name in nrd.HYPERPARAMETERS},
     **{f"cmd {name}": mutual(name) for name in CMD.EPSILON},
-    "kdcl": lambda S, T, q: CMD.kl_divergence(S / 2, CMD.kdcl_teacher(S, T, q.argmax(1)) / 2),
+    "kdcl": lambda S, T, q: CMD.hinton_loss(S, CMD.kdcl_teacher(S, T, q.argmax(1)), 2),
     "hinton": lambda S, T, q: kd_zoo.hinton_loss(S, T, 4.0),
     "one": lambda S, T, q: kd_zoo.one_loss([S, T], (S + T) / 2, q.argmax(1), 3.0, 0.5),
     "dml": lambda S, T, q: kd_zoo.dml_loss(S, T, q.argmax(1), 4.0),

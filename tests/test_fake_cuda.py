@@ -37,10 +37,10 @@ def watch(tmp_path, monkeypatch):
 def small(monkeypatch):
     """Networks of ten operations, so that the loops are soon gone through."""
 
-    def build_model(arch, classes, dropout=0.0, mean=(0, 0, 0), std=(1, 1, 1), image_size=32, pretrained=False, amp=False):
+    def build_model(arch, classes, dropout=0.0, mean=0, std=1, image_size=32, pretrained=False, amp=False):
         blocks = [nn.Conv2d(4, 4, 3, 2, 1) for _ in range(3)]
         head = common.pooled(nn.BatchNorm2d(4), nn.Dropout(dropout), classifier=nn.Linear(4, classes))
-        model = common.Classifier(nn.Conv2d(3, 4, 1), blocks, head, mean, std, amp)
+        model = common.Classifier(nn.Conv2d(3, 4, 1), blocks, head, amp=amp)
         model.built_as = {"arch": arch}
         return model
 

@@ -15,7 +15,7 @@ LABELS = torch.arange(20000) % 10
 
 
 def corrupt(kind, rate, labels=LABELS, classes=CIFAR10, seed=0, **options):
-    return corrupt_labels(labels, kind, rate, len(classes), seed, classes, **options)
+    return corrupt_labels(labels, kind, rate, classes, seed, **options)
 
 
 @pytest.mark.parametrize("kind", ["sym", "sym-other", "pair", "asym"])

@@ -37,14 +37,15 @@ def distillation_loss(S, T, y, alpha, tau):
 
 
 @pytest.mark.parametrize("script", [ft, sr, mc])
-def test_kl_divergence_by_hand(script):
-    """Student (1/2, 1/2), teacher (3/4, 1/4): 3/4 log 3/2 + 1/4 log 1/2; one more that agrees halves the mean."""
-    S, T = torch.zeros(1, 2), torch.tensor([[3.0, 1.0]]).log()
-    by_hand = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
-    assert script.kl_divergence(S, T).item() == pytest.approx(by_hand, rel=1e-6)
-    assert script.kl_divergence(torch.cat([S, T]), torch.cat([T + 5, T])).item() == pytest.approx(by_hand / 2, rel=1e-6)
+def test_hinton_loss_by_hand(script):
+    """Student (1/2, 1/2), teacher (3/4, 1/4), tau 2: 4 (3/4 log 3/2 + 1/4 log 1/2); one that agrees halves the mean."""
+    S, T = torch.zeros(1, 2), 2 * torch.tensor([[3.0, 1.0]]).log()
+    by_hand = 4 * (0.75 * np.log(1.5) + 0.25 * np.log(0.5))
+    assert script.hinton_loss(S, T, 2).item() == pytest.approx(by_hand, rel=1e-6)
+    twice = script.hinton_loss(torch.cat([S, T]), torch.cat([T + 5, T]), 2)
+    assert twice.item() == pytest.approx(by_hand / 2, rel=1e-6)
     S, T = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
-    script.kl_divergence(S, T).backward()
+    script.hinton_loss(S, T, 1).backward()
     assert torch.allclose(S.grad, (S.softmax(1) - T.softmax(1)).detach() / 6, atol=1e-6)
 
 
@@ -163,7 +164,7 @@ def test_labels_are_corrupted_once_and_targets_in_every_batch(cli, seen, monkeyp
     flags = [*TINY, "--noise", "sym", "--rate", 0.5, "--target-noise", 0.3, "--epochs", 10]
     status, out, err = cli(mc, *flags, "--noise-seed", 3)
     data = common.load_dataset("tiny.npz")
-    labels = common.corrupt_labels(data.train_labels, "sym", 0.5, 3, 3, per_sample=True)
+    labels = common.corrupt_labels(data.train_labels, "sym", 0.5, "abc", 3, per_sample=True)
     wrong = 100 * (labels != data.train_labels).float().mean().item()
     assert (status, err) == (0, "") and f"40 training images, {wrong:.2f} % relabelled" in out and wrong > 0
     place = {image.numpy().tobytes(): i for i, image in enumerate(data.train_images)}

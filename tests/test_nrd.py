@@ -223,7 +223,7 @@ def test_two_student_views_share_pi2_on_photographs(train, monkeypatch):
         return js_divergence(distributions, weights)
 
     monkeypatch.setattr(nrd, "js_divergence", spy)
-    monkeypatch.setattr(common, "of_photographs", lambda name: True)
+    monkeypatch.setattr(common, "is_photographs", lambda name: True)
     train("--arch", "wrn-10-1")
     assert seen == [(4, pytest.approx([0.1, 0.4, 0.4, 0.1]))] * 2
 
@@ -239,7 +239,7 @@ def test_optimiser_and_schedule(train, monkeypatch, flags, photographs, schedule
     """SGD with Nesterov momentum 0.9; lr falls to a tenth after the drops, of JS and GJS on photographs by 3 %."""
     groups, step = [], torch.optim.SGD.step
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: groups.append(self.param_groups[0]["lr"]) or step(self))
-    monkeypatch.setattr(common, "of_photographs", lambda name: photographs)
+    monkeypatch.setattr(common, "is_photographs", lambda name: photographs)
     made, init = [], torch.optim.SGD.__init__
     monkeypatch.setattr(torch.optim.SGD, "__init__", lambda self, *a, **k: made.append(self) or init(self, *a, **k))
     train("--lr", "0.01", "--weight-decay", "0.003", "--arch", "wrn-10-1", *flags, epochs=4)
@@ -251,7 +251,7 @@ def test_optimiser_and_schedule(train, monkeypatch, flags, photographs, schedule
 def test_ema_by_hand_over_two_steps(train, monkeypatch):
     """Equation 24 in the loop: beta² θ0 + beta (1 - beta) θ1 + (1 - beta) θ2, for weights and running statistics."""
     states, history = [], []
-    original, step = nrd.float_state, torch.optim.SGD.step
+    original, step = nrd.averaged_tensors, torch.optim.SGD.step
 
     def remember(model):
         states.append(original(model))
@@ -262,7 +262,7 @@ def test_ema_by_hand_over_two_steps(train, monkeypatch):
         step(self, *args, **kwargs)
         history.append([value.clone() for value in states[1]])
 
-    monkeypatch.setattr(nrd, "float_state", remember)
+    monkeypatch.setattr(nrd, "averaged_tensors", remember)
     monkeypatch.setattr(torch.optim.SGD, "step", spy)
     train("--beta", "0.7")
     (ema, model), (start, same, first, second) = states, history

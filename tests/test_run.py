@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from conftest import ROOT, TINY, assert_same, saved
 import common
 import nrd
 
+MULTIPLIES_BFLOAT16 = common.multiplies_bfloat16  # conftest.py replaces it
 FILES = ["checkpoint.pt", "config.json", "curves.png", "metrics.jsonl"]
 
 
@@ -157,11 +159,31 @@ def test_checkpoints_are_data_not_code_and_whole(nrd_cli, tmp_path):
     ("--noise human-worse", "CIFAR-10_human.pt"),
     ("--loss-params 0.2 0.6 0.3", "--loss-params: pi1 pi2 pi3 sum to 1.1"),
     ("--device cuda", "--device cuda: no CUDA device is visible"),
+    ("--device 0", "--device 0: unknown; cpu, cuda and cuda:N work"),
+    ("--device mps", "--device mps: unknown"),
+    ("--device cuda:9", "--device cuda:9: no CUDA device is visible"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(nrd_cli, monkeypatch, flags, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, _, err = nrd_cli(*TINY, *flags.split())
     assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and says in err, err
+
+
+def test_bfloat16_is_asked_of_the_device_that_is_named(monkeypatch, capsys):
+    """An A100 beside a T4, which multiplies none."""
+    gpus = {"cuda:0": (8, 0), "cuda:1": (7, 5), "cuda": (8, 0)}
+    for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", gpus.get)
+    monkeypatch.setattr(common, "multiplies_bfloat16", MULTIPLIES_BFLOAT16)
+    assert [MULTIPLIES_BFLOAT16(gpu) for gpu in gpus] == [True, False, True]
+    for gpu in gpus:
+        assert common.setup(Namespace(device=gpu, seed=0, amp=False)) == torch.device(gpu)
+    assert capsys.readouterr().out == "this GPU has no bfloat16; float32\n"
+    with pytest.raises(common.UsageError, match="--device cuda:2: the last visible CUDA device is cuda:1"):
+        MULTIPLIES_BFLOAT16("cuda:2")
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # as in an older torch
+    assert not MULTIPLIES_BFLOAT16("cpu")
 
 
 def test_analysis_of_a_memorised_model(nrd_cli, tmp_path):
@@ -174,7 +196,7 @@ def test_analysis_of_a_memorised_model(nrd_cli, tmp_path):
     assert common.load_checkpoint(checkpoints[0])["epoch"] == 20
     result = json.loads((tmp_path / "run/analysis.json").read_text())
     data = common.load_dataset("shapes", limit_train=64)
-    given = common.corrupt_labels(data.train_labels, "sym", 0.5, 10, 0)
+    given = common.corrupt_labels(data.train_labels, "sym", 0.5, data.classes, 0)
     wrong = given != data.train_labels
     model = common.load_model(common.load_checkpoint("run/checkpoint.pt"))
     p = common.predict(model, data.train_images).softmax(1)
