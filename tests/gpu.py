@@ -5,7 +5,8 @@
 
 --out, runs/gpu, gets gpu.json and gpu.md, the results beside the papers' figures, and a log of each job. Runs and
 teachers lie there too. A job that is done is not started again. A training that was cut off goes on, anything else
-starts anew. Where the tests fail nothing else starts, unless --only leaves them out. Four jobs at once:
+starts anew. Where the tests fail nothing else starts, unless --only leaves them out. Four jobs at once, each slower
+than alone, once the first three are done:
 
     python tests/gpu.py --list | cut -d" " -f1 | xargs -P 4 -I NAME python tests/gpu.py --only NAME
 """
@@ -103,7 +104,7 @@ def keep(job, result, args):
         results = read(args) | {job: result}
         with atomic_write(args.out / "gpu.json") as partial:
             partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        rows, others = ["| command | paper | test_acc | epoch | images/s | | measured |", "|---" * 7 + "|"], []
+        rows, others = ["| command | paper | test_acc | epoch | images/s in it | | measured |", "|---" * 7 + "|"], []
         for name in [name for name in JOBS if name in results]:
             (command, paper), result = JOBS[name], results[name]
             if "last" in result:
@@ -132,7 +133,9 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     end = time.monotonic() + 60 * args.minutes
-    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") and not args.list else args.device
+    if not (args.list or args.device == "cpu" or torch.cuda.is_available()):
+        parser.error(f"--device {args.device}: no CUDA device is visible")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     for job in args.only:
         (command, paper), done = JOBS[job], {name for name, result in read(args).items() if result["done"]}
         if args.list:
@@ -143,13 +146,13 @@ def main():
             continue
         print(f"{datetime.datetime.now():%H:%M:%S}  {job}", flush=True)
         status = run(job, args, end - time.monotonic())
-        about = {"done": status == 0, "measured": f"{datetime.date.today()}, {gpu}, torch {torch.__version__}"}
-        result = about | measured(job, args)
+        where = f"{datetime.date.today()}, {gpu}, torch {torch.__version__}"
+        result = {"done": status == 0, "measured": where, **measured(job, args)}
         if status == 0 or "last" in result:
             keep(job, result, args)
         if status != 0:
-            end_of_it = "is cut off" if status is None else f"ends with status {status}"
-            print(f"          {end_of_it}: {args.out / job}.txt", flush=True)
+            how = "cut off" if status is None else f"ends with status {status}"
+            print(f"          {how}: {args.out / job}.txt", flush=True)
             if job == "tests":
                 break
     if not args.list:

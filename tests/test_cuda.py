@@ -37,8 +37,8 @@ def exact():
 class SameDraws(TorchFunctionMode):
     """Random draws are made on the CPU and moved; the global generator stands in for a generator of another device."""
 
-    draws = (torch.rand, torch.randn, torch.randint, torch.rand_like, torch.poisson, torch._sample_dirichlet,
-             torch.Tensor.uniform_)  # fmt: skip
+    in_place = (torch.Tensor.uniform_, torch.Tensor.exponential_)
+    draws = (torch.rand, torch.randn, torch.randint, torch.rand_like, torch.poisson, *in_place)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         def on_cpu(value):
@@ -51,7 +51,7 @@ class SameDraws(TorchFunctionMode):
             return function(*args, **kwargs)
         device = kwargs.pop("device", None) or next((arg.device for arg in args if torch.is_tensor(arg)), "cpu")
         drawn = function(*map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()}).to(device)
-        return args[0].copy_(drawn) if function is torch.Tensor.uniform_ else drawn
+        return args[0].copy_(drawn) if function in self.in_place else drawn
 
 
 def assert_pixels_agree(function, images, tolerance, share):

@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import load_script
-from fake_cuda import epoch, fake_cuda
-from test_cuda import AUGMENTATIONS
+from fake_cuda import AUGMENTATIONS, epoch, fake_cuda
 
 import common
 import evaluate
@@ -110,7 +109,7 @@ def test_what_waits_makes_every_tensor_on_the_device_of_its_arguments():
 
 @pytest.mark.parametrize("fault, says", [
     (lambda x: x[torch.arange(4)], "aten.index.Tensor is given"),
-    (lambda x: x * torch.rand(8, 1, 1, 1), "same device"),
+    (lambda x: x * torch.rand(8, 1, 1, 1), "two .*devices"),
     (lambda x: torch.tensor([0.5], device=x.device), "aten._to_copy.default is given"),
     (lambda x: x.to("cpu"), "aten._to_copy.default is given"),
     (lambda x: x.mean().item(), "_local_scalar_dense"), (lambda x: bool(x.any()), "_local_scalar_dense"),
