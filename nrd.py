@@ -75,7 +75,7 @@ PHOTOGRAPHS = {  # lr, batch size, own hyperparameters; appendix A.2, and of JS 
     "gjs": (0.1, 32, [0.1]),
 }
 SHAPES_LR = {  # each loss's best of one grid on other images (tests/RESULTS.md)
-    "nrd": 0.5, "ce": 0.2, "bs": 0.2, "ls": 0.2, "sce": 0.2, "gce": 0.5, "nce+rce": 0.2, "js": 0.2, "gjs": 0.2,
+    "nrd": 0.5, "ce": 0.2, "bs": 0.5, "ls": 0.5, "sce": 0.5, "gce": 0.5, "nce+rce": 0.2, "js": 0.2, "gjs": 0.2,
 }  # fmt: skip
 
 
