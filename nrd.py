@@ -111,7 +111,7 @@ def preset(args):
     values |= {"loss_params": params, "weight_decay": weight_decay, "drops": [0.5, 0.75]}
     values["jsd_scale"] = args.loss in ("nrd", "js", "gjs")
     if args.dataset == "shapes":
-        values |= {"arch": "wrn-10-1", "epochs": 20, "batch_size": 32, "lr": SHAPES_LR[args.loss]}
+        values |= {"arch": "wrn-10-1", "epochs": 20, "batch_size": 32, "lr": SHAPES_LR.get(args.loss, lr)}
         return values | {"beta": 0.95, "student_augment": "crop"}
     values |= {"arch": "preact_resnet34", "epochs": 400, "batch_size": 128, "lr": lr}
     return values | {"beta": 0.99, "student_augment": "paper"}
