@@ -166,14 +166,14 @@ def test_the_schedules_of_the_supplement(cli, monkeypatch, flags, arch, numbers,
         built.append((arch, dropout, mean, std, pretrained))
         return build("wrn-10-1", classes)
 
-    def checkpoint(run, model, peer, optimizer, scheduler):
+    def track(run, model, peer, optimizer, scheduler):
         told.update(args=run.args, optimizer=optimizer, scheduler=scheduler)
         assert optimizer.param_groups[0]["params"] == [*model.parameters(), *peer.parameters()]
         raise common.UsageError("far enough")
 
     monkeypatch.setattr(common, "load_data", lambda *_: data)
     monkeypatch.setattr(common, "build_model", small)
-    monkeypatch.setattr(common.Run, "checkpoint", checkpoint)
+    monkeypatch.setattr(common.Run, "track", track)
     cli(cmd, *flags.split())
     args, (group,) = told["args"], told["optimizer"].param_groups
     assert type(told["optimizer"]) is torch.optim.SGD

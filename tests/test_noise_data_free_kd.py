@@ -54,7 +54,7 @@ def test_the_fraction_of_layers_on_running_statistics(cli, monkeypatch, fraction
     teachers = []
     load = lambda *_, **__: (teachers.append(common.build_model("resnet8", 3)) or teachers[-1], "")  # noqa: E731
     monkeypatch.setattr(common, "load_teacher", load)
-    monkeypatch.setattr(common.Run, "checkpoint", stop)
+    monkeypatch.setattr(common.Run, "track", stop)
     for seed in (0, 0, 1, 2, 3):
         _, out, _ = cli(dfkd, *SMALL, "--running-fraction", fraction, "--seed", seed)
         assert f"of the teacher's 9 BatchNorm layers {count} use running statistics" in out
@@ -263,7 +263,7 @@ def test_the_paper_is_the_preset(cli, monkeypatch, flags, teacher, student, numb
         built.append((arch, dropout, mean, std))
         return build("wrn-10-1", classes)
 
-    def checkpoint(run, model, optimizer, scheduler):
+    def track(run, model, optimizer, scheduler):
         runs.append((run.args, optimizer, scheduler))
         raise common.UsageError("far enough")
 
@@ -274,7 +274,7 @@ def test_the_paper_is_the_preset(cli, monkeypatch, flags, teacher, student, numb
 
     monkeypatch.setattr(common, "load_data", lambda *_: data)
     monkeypatch.setattr(common, "build_model", small)
-    monkeypatch.setattr(common.Run, "checkpoint", checkpoint)
+    monkeypatch.setattr(common.Run, "track", track)
     monkeypatch.setattr(common, "load_teacher", begin_teacher)
     cli(dfkd, *flags.split())
     stats = common.channel_stats(data.train_images)
