@@ -70,10 +70,11 @@ def test_second_stage(method, watch, small, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["soft_randomization", "noise_data_free_kd"])  # by SGD and by Adam
-def test_loop_of_the_teacher(name, watch, small, monkeypatch):
-    monkeypatch.setattr(common, "load_teacher", LOAD_TEACHER)
-    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
-    epoch(SCRIPTS[name], "--batch-size", 8)
+def test_loop_of_the_teacher(name, watch, small):
+    with pytest.MonkeyPatch.context() as patch:  # undone before fake_cuda's own
+        patch.setattr(common, "load_teacher", LOAD_TEACHER)
+        patch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+        epoch(SCRIPTS[name], "--batch-size", 8)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -117,7 +118,7 @@ def test_what_waits_makes_every_tensor_on_the_device_of_its_arguments():
     (lambda x: x[:, 0, 0, 0].tolist(), "_local_scalar_dense"), (lambda x: x[x > 0], "aten.nonzero"),
     (lambda x: x.nonzero(), "aten.nonzero"), (lambda x: x.numpy(), "numpy"),
 ])  # fmt: skip
-def test_these_tests_can_fail(fault, says, watch, small, monkeypatch):
-    monkeypatch.setattr(common, "crop_flip", lambda x, **options: (x, fault(x))[0])
-    with pytest.raises((AssertionError, RuntimeError), match=says):
+def test_these_tests_can_fail(fault, says, watch, small):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((AssertionError, RuntimeError), match=says):
+        patch.setattr(common, "crop_flip", lambda x, **options: (x, fault(x))[0])
         epoch(SCRIPTS["messy_collaboration"], "--batch-size", 8)
