@@ -124,7 +124,7 @@ def test_the_schedules_of_the_paper(cli, monkeypatch, script, flags, epochs, dro
         told.update(run=run, drops=tuple(scheduler.milestones.elements()), gamma=scheduler.gamma, lr=group["lr"])
         raise common.UsageError("far enough")
 
-    monkeypatch.setattr(common.Run, "checkpoint", checkpoint)
+    monkeypatch.setattr(common.Run, "track", checkpoint)
     monkeypatch.setattr(common, "load_teacher", load_teacher)
     cli(script, "--dataset", "tiny.npz", *flags)
     args = told["run"].args

@@ -44,7 +44,7 @@ def test_a_run_from_the_command_line(nrd_cli, tmp_path):
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == lines[-1] and metrics_of(folder) == metrics
     config = json.loads((folder / "config.json").read_text())
-    assert (config["lr"], config["noise"], config["rate"], config["arch"]) == (1.5, "sym", 0.5, "wrn-10-1")
+    assert (config["lr"], config["noise"], config["rate"], config["arch"]) == (0.5, "sym", 0.5, "wrn-10-1")
 
     # the checkpoint alone rebuilds the models
     checkpoint = common.load_checkpoint(folder / "checkpoint.pt")
@@ -73,7 +73,7 @@ def test_a_killed_run_continues_to_the_same_bit(nrd_cli, tmp_path):
     flags = [*TINY, "--limit-train", "320", "--epochs", "4", "--amp"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert nrd_cli(*flags, "--out", whole)[0] == 0
-    assert [record["lr"] for record in metrics_of(whole)] == pytest.approx([1.5, 1.5, 0.15, 0.015])  # appendix A.1
+    assert [record["lr"] for record in metrics_of(whole)] == pytest.approx([0.5, 0.5, 0.05, 0.005])  # appendix A.1
     command = [sys.executable, ROOT / "nrd.py", *flags, "--out", broken]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -141,7 +141,7 @@ def test_checkpoints_are_data_not_code_and_whole(nrd_cli, tmp_path):
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "foreign.pt").read_bytes()[:200])
-    expected = {"evil.pt": "evil.pt is damaged or no", "cut.pt": "cut.pt is damaged or no",
+    expected = {"evil.pt": "evil.pt holds io.open beside tensors", "cut.pt": "cut.pt is damaged or no",
                 "foreign.pt": "foreign.pt is no checkpoint", "missing.pt": "no file missing.pt"}  # fmt: skip
     for name, says in expected.items():
         status, _, err = nrd_cli("--analyze", name)
