@@ -1493,7 +1493,7 @@ def load_checkpoint(path, flag="checkpoint"):
     where no epoch is finished.
     """
     checkpoint = read_weights_only(path, flag)
-    if not isinstance(checkpoint, dict) or not {"built_as", "epoch", "epochs"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"built_as", "epoch", "epochs", "source"} <= checkpoint.keys():
         raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name the checkpoint.pt of a run folder")
     epoch, epochs = checkpoint["epoch"], checkpoint["epochs"]
     if epoch == 0:
