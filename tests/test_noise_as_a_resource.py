@@ -12,6 +12,7 @@ from conftest import assert_resumes_to_the_same_bit, assert_same, saved, within,
 
 import common
 import fickle_teacher as ft
+import kd_zoo
 import messy_collaboration as mc
 import soft_randomization as sr
 
@@ -175,6 +176,32 @@ def test_labels_are_corrupted_once_and_targets_in_every_batch(cli, seen, monkeyp
     for seeds in ("--noise-seed 3 --seed 1", "--noise-seed 4"):
         cli(mc, *flags, "--epochs", 1, *seeds.split())
     assert torch.equal(given[0], labels) and torch.equal(given[1], labels) and not torch.equal(given[2], labels)
+
+
+@pytest.mark.parametrize("script", [ft, sr, mc, kd_zoo])
+def test_student_and_teacher_learn_as_the_papers_say(cli, monkeypatch, script):
+    """SGD with momentum 0.9 and crops from reflections; lr falls to a fifth, the teacher's too."""
+    made, gammas, crops = [], [], []
+    sgd, schedule, crop = torch.optim.SGD.__init__, torch.optim.lr_scheduler.MultiStepLR.__init__, common.crop_flip
+
+    def make_sgd(self, *args, **options):
+        sgd(self, *args, **options)
+        made.append(self.param_groups[0])
+
+    def make_schedule(self, *args, **options):
+        schedule(self, *args, **options)
+        gammas.append(self.gamma)
+
+    def crop_flip(x, padding=4, mode="zero", size=None):
+        crops.append((padding, mode))
+        return crop(x, padding, mode, size)
+
+    monkeypatch.setattr(torch.optim.SGD, "__init__", make_sgd)
+    monkeypatch.setattr(torch.optim.lr_scheduler.MultiStepLR, "__init__", make_schedule)
+    monkeypatch.setattr(common, "crop_flip", crop_flip)
+    assert cli(script, *TINY)[0] == 0
+    assert [(g["momentum"], g["nesterov"], g["weight_decay"]) for g in made] == [(0.9, False, 5e-4)] * 2
+    assert set(gammas) == {0.2} and set(crops) == {(4, "reflect")}
 
 
 def test_a_teacher_is_trained_once_and_found_again(cli):
