@@ -74,7 +74,7 @@ PHOTOGRAPHS = {  # lr, batch size, own hyperparameters; appendix A.2, and of JS 
     "js": (0.2, 64, [0.1]),
     "gjs": (0.1, 32, [0.1]),
 }
-SHAPES_LR = {  # each loss's best of one grid on other images (tests/RESULTS.md)
+SHAPES_LR = {  # each loss's best of those tried on other images (tests/RESULTS.md)
     "nrd": 0.5, "ce": 0.2, "bs": 0.5, "ls": 0.5, "sce": 0.5, "gce": 0.5, "nce+rce": 0.2, "js": 0.2, "gjs": 0.2,
 }  # fmt: skip
 
@@ -492,7 +492,7 @@ Our choices. A rate between two columns of Table 5 takes the nearer one (50 % th
 weight decay of symmetric noise. sym-other counts as symmetric; pair and human-* count as asymmetric, of 40 % for
 human-worse and human-noisy, else of 20 %. Other data sets than CIFAR-100 take CIFAR-10's rows. Any photographs are
 treated as WebVision. On shapes a run has 1,240 steps, the paper's has 156,000: hence a small net, a faster EMA, crops
-alone for the student, and for each loss its best lr of a grid on other images (tests/RESULTS.md). The EMA averages
+alone for the student, and for each loss the best lr that was tried on other images (tests/RESULTS.md). The EMA averages
 BatchNorm's running statistics as it averages the weights.
 """
 
