@@ -20,7 +20,8 @@ def apply(text, diff):
 def test_the_fork_section_is_a_project(tmp_path):
     readme = (ROOT / "README.md").read_text()
     section = readme[readme.index("## Fork") : readme.index("## Results")]
-    diffs = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
+    blocks = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
+    diffs = [diff for block in blocks for diff in block.split("@@\n")]
     command = re.search(r"`(python nrd.py --dataset tinted[^`]*)`", section)[1].split()[1:]
     assert len(diffs) == 6 and sum(line.startswith("+") for diff in diffs for line in diff.splitlines()) < 20
     for name in ("nrd.py", "common.py", "evaluate.py"):
