@@ -193,6 +193,8 @@ def main(args):
     draw = torch.Generator().manual_seed(2**63 - 1 - args.noise_seed)  # another one than that of the label noise
     order = torch.randperm(len(labels), generator=draw).to(device)
     held_out = round(args.validation * len(labels))
+    if held_out == len(labels):
+        raise UsageError("--validation: holds out every image; below 1 some are left to train on")
     held = order[:held_out].sort().values
     kept = order[held_out:].sort().values
     wrong = (labels != data.train_labels)[kept].float().mean().item()
@@ -213,7 +215,8 @@ def main(args):
     for epoch in range(run.epoch, run.epochs):
         A.train()
         B.train()
-        t, lr, losses = (epoch + 1) / args.epochs, scheduler.get_last_lr()[0], []
+        t = (epoch + 1) / args.epochs
+        lr, losses = scheduler.get_last_lr()[0], []
         predicted = torch.full((2, len(labels)), -1, device=device)  # by A and B
         sent, uncertainty, seen = torch.zeros(3, 2, device=device)
         if args.mutual == "cmd":

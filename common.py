@@ -104,8 +104,8 @@ def argument_parser(file, doc, notes=None):
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, help="passes over the training set; the schedule scales along")
     add("--batch-size", type=count, help="images a step; the incomplete last batch is left out")
-    add("--lr", type=float, help="initial learning rate")
-    add("--weight-decay", type=float, help="L2 penalty of the optimiser")
+    add("--lr", type=positive, help="initial learning rate")
+    add("--weight-decay", type=share, help="L2 penalty of the optimiser")
     add("--seed", type=int, nargs="+", default=[0], help="of weights, batches, augmentation; several: a run each")
 
     add = parser.add_argument_group("machine and output").add_argument
@@ -164,8 +164,8 @@ def parse(parser, preset):
         refuse(args, ("rate",), f"--noise {args.noise} has no rate")
     if not is_photographs(args.dataset):
         refuse(args, ("resize", "image_size"), f"--dataset {args.dataset} keeps its size")
-    told = {flag: value for flag, value in args.given.items() if flag not in ("dataset", "noise", "rate")}
-    args.name = folder_name(args.script, args.dataset, args.noise, args.rate, told)
+    others = {flag: value for flag, value in args.given.items() if flag not in ("dataset", "noise", "rate")}
+    args.name = folder_name(args.script, args.dataset, args.noise, args.rate, others)
     return args
 
 
@@ -554,6 +554,9 @@ def decode(samples, resize, side, path):
         read = functools.partial(read_square, resize=resize, side=side)  # what the workers make of each file
         own = torch.Generator()  # the global generator is for the draws of the method
         loader = torch.utils.data.DataLoader(files, None, num_workers=min(cores, 16), collate_fn=read, generator=own)
+        for left in path.parent.glob(f"{path.stem}.*.partial{path.suffix}"):
+            if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed while it decoded
+                left.unlink()
         rows = []
         # written, not mapped: on a full disk, writing into a map kills the process
         with atomic_write(path) as partial, open(partial, "wb") as pixels:
@@ -1276,8 +1279,9 @@ def library_model(arch, num_classes, pretrained, **options):
     if pretrained:
         with torch.random.fork_rng(devices=[]):  # the initial weights that it draws are replaced at once
             source = torchvision.models.get_model(arch, weights="IMAGENET1K_V1").state_dict()
-        own = net.state_dict()
-        net.load_state_dict({key: source[key] if source[key].shape == own[key].shape else own[key] for key in own})
+        state = net.state_dict()
+        state |= {key: tensor for key, tensor in source.items() if tensor.shape == state[key].shape}
+        net.load_state_dict(state)
     return net
 
 
@@ -1487,10 +1491,10 @@ def load_checkpoint(path, flag="checkpoint"):
     """The dict that `Run` saved at `path`, tensors on the CPU, read without executing pickled code.
 
     Keys: model and the other parts of the training state, each with its entry in built_as; best, the name of the part
-    to take for the model where several networks were trained; script, dataset, classes,
-    noise (kind, rate, seed), imbalance, config, source (the script's text), metrics (a dict an epoch), epoch, epochs,
-    rng. Says how far unfinished training is. Raises UsageError where there is no such file, where it is none of ours,
-    where no epoch is finished.
+    to take for the model where several networks were trained; script, dataset, classes, noise (kind, rate, seed),
+    imbalance, config, source (the script's text), metrics (a dict an epoch), epoch, epochs, rng. Says how far
+    unfinished training is. Raises UsageError where there is no such file, where it is none of ours, where no epoch is
+    finished.
     """
     checkpoint = read_weights_only(path, flag)
     if not isinstance(checkpoint, dict) or not {"built_as", "epoch", "epochs", "source"} <= checkpoint.keys():
@@ -1635,7 +1639,7 @@ class Run:
     """A run folder: config.json, metrics.jsonl, checkpoint.pt and curves.png, and what is printed on the way.
 
         run = Run(args, device, data)                                      # claims the folder
-        run.track(model=model, optimizer=optimizer, …)                # saved every epoch, read back by --resume
+        run.track(model=model, optimizer=optimizer, …)                     # saved every epoch, read back by --resume
         for epoch in range(run.epoch, run.epochs):
             for index in run.batches(len(labels), args.batch_size):        # int64 [batch_size]
                 …
@@ -1821,6 +1825,10 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     is_ours = isinstance(saved, dict) and "built_as" in saved
     if (args.mean or args.std) and (saved is None or is_ours):
         raise UsageError("--mean, --std: are of public weights in --teacher; every other teacher has its own")
+    if args.teacher_model or is_ours:
+        refuse(args, ("teacher_arch",), "this teacher has its own")
+    if args.teacher_model or args.teacher:
+        refuse(args, ("teacher_seeds", "teacher_epochs"), "this teacher is trained")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if args.teacher_model:
             path, teacher = args.teacher_model, load_module(args.teacher_model, "--teacher-model", args.teacher)
@@ -1832,6 +1840,8 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
                     differs = f"{key} {theirs[key]}, not {value}"
                     raise UsageError(f"--teacher: {path} has {differs}; leave it out to train one")
             noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
+            if args.noise == theirs["noise"]["kind"] == "none":  # the seed of no noise decides nothing
+                noise = theirs["noise"]
             for key, value in {"noise": noise, "imbalance": standard["imbalance"], "dropout": dropout}.items():
                 if theirs[key] != value:
                     print(f"the teacher has {key} {theirs[key]}; a standard teacher would have {value}", flush=True)

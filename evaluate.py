@@ -104,6 +104,10 @@ def parse_args():
         raise UsageError("CKPT: name the checkpoint.pt of a run folder, before the other flags")
     if (args.arch or args.model) and not args.dataset:
         raise UsageError("--dataset: weights do not tell what to evaluate on; add --dataset NAME")
+    if args.arch and args.model:
+        raise UsageError("--arch: a module has its own; leave it out beside --model")
+    if (args.mean or args.std) and not args.arch:
+        raise UsageError("--mean, --std: are of public weights, of --arch; a run and a module have their own")
     if args.curves is not None and (args.arch or args.model):
         raise UsageError("--curves: weights do not hold the metrics of their training; name checkpoints of runs")
     args.checkpoints = [path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints]
@@ -544,8 +548,8 @@ def read_cifar_c(folder, subjects):
     images = {name: read(name, 32, 32, 3) for name in CORRUPTIONS}
     labels = read("labels")
     for subject in subjects:
-        own = subject.data.test_labels.cpu().numpy()
-        if not (labels[:, evenly_spaced(10000, len(own)).numpy()] == own).all():
+        expected = subject.data.test_labels.cpu().numpy()
+        if not (labels[:, evenly_spaced(10000, len(expected)).numpy()] == expected).all():
             raise UsageError(f"--cifar-c: {folder}/labels.npy are not the labels of {subject.test_set}")
     return images
 
@@ -679,10 +683,10 @@ def grouped(subjects, leave_out=()):
     Flags of training in `leave_out` may differ too. A name is the script and the flags given to it, without those that
     all rows have: "nrd loss=ce". Where two rows have one name, the path of the first checkpoint follows.
     """
-    apart = ("seed", "name", "given", *common.MACHINE, *leave_out)
+    ignored = ("seed", "name", "given", *common.MACHINE, *leave_out)
     alike = {}
     for subject in subjects:
-        settings = {flag: value for flag, value in subject.config.items() if flag not in apart}
+        settings = {flag: value for flag, value in subject.config.items() if flag not in ignored}
         key = json.dumps([settings, subject.source, len(subject.metrics)], sort_keys=True)
         alike.setdefault(key, []).append(subject)
     rows = []
@@ -694,9 +698,9 @@ def grouped(subjects, leave_out=()):
         given = members[0].config["given"].items()
         texts.append([f"{flag}={value}" for flag, value in given if flag not in leave_out])
     names = []
-    for members, own in zip(rows, texts):
-        told = [text for text in own if not all(text in others for others in texts)]
-        names.append(" ".join([members[0].config["script"], *told]))
+    for members, flags in zip(rows, texts):
+        differing = [flag for flag in flags if not all(flag in others for others in texts)]
+        names.append(" ".join([members[0].config["script"], *differing]))
     unique = [f"{name}, {row[0].path}" if names.count(name) > 1 else name for name, row in zip(names, rows)]
     return list(zip(unique, rows))
 

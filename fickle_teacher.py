@@ -113,10 +113,9 @@ def main(args):
     run = common.Run(args, device, data)
     if args.method == "ft":
         standard = [round(part * args.teacher_epochs) for part in (0.3, 0.6, 0.75)]
-        teacher, about = common.load_teacher(
-            args, device, data, labels, standard, args.dropout, epochs=args.teacher_epochs
-        )
-        run.header |= about
+        recipe = {"dropout": args.dropout, "epochs": args.teacher_epochs}
+        teacher, origin = common.load_teacher(args, device, data, labels, standard, **recipe)
+        run.header |= origin
         if args.dropout > 0:
             teacher = fickle(teacher)
     run.track(model=student, optimizer=optimizer, scheduler=scheduler)

@@ -85,7 +85,7 @@ def parse_args():
     add("--gamma", type=float, help="weight of similarity preservation")
     add("--lambda-d", type=float, help="weight of RKD's distances")
     add("--lambda-a", type=float, help="weight of RKD's angles")
-    add("--init-epochs", type=int, help="epochs of stage 1 of fitnet and fsp")
+    add("--init-epochs", type=common.count, help="epochs of stage 1 of fitnet and fsp")
     args = common.parse(parser, preset)
     if args.method in ALONE:
         terms = ("add", "ce", "alpha", "beta", "gamma", "lambda_d", "lambda_a")
@@ -346,8 +346,8 @@ def main(args):
     if method not in ALONE:
         milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]
         dropout = 0.4 if args.add == "ft" else 0.0
-        teacher, about = common.load_teacher(args, device, data, labels, milestones, dropout)
-        run.header |= about
+        teacher, origin = common.load_teacher(args, device, data, labels, milestones, dropout)
+        run.header |= origin
         if by_features:
             teacher_shapes = feature_shapes(teacher, images)
             check_features(args, student_shapes, teacher_shapes)

@@ -89,8 +89,8 @@ def main(args):
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
     run = common.Run(args, device, data)
     if args.method == "mc":
-        teacher, about = common.load_teacher(args, device, data, labels, milestones)
-        run.header |= about
+        teacher, origin = common.load_teacher(args, device, data, labels, milestones)
+        run.header |= origin
     run.track(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         student.compile()
@@ -98,7 +98,8 @@ def main(args):
 
     for _ in range(run.epoch, run.epochs):
         student.train()
-        lr, losses, predicted = scheduler.get_last_lr()[0], [], torch.full_like(labels, -1)
+        lr, losses = scheduler.get_last_lr()[0], []
+        predicted = torch.full_like(labels, -1)
         for index in run.batches(len(labels), args.batch_size):
             x, y = common.crop_flip(data.batch(index), mode="reflect", size=size), labels[index]
             S = student(x)

@@ -273,8 +273,8 @@ def main(args):
     else:
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
     run = common.Run(args, device, data)
-    teacher, about = common.load_teacher(args, device, data, labels, **teacher_recipe(args))
-    run.header |= about
+    teacher, origin = common.load_teacher(args, device, data, labels, **teacher_recipe(args))
+    run.header |= origin
     layers = batch_norms(teacher)
     draw = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(layers), generator=draw).tolist()

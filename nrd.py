@@ -163,17 +163,23 @@ def student_view(x, augment, size):
         return x
     if augment == "crop":
         return common.crop_flip(x, size=size)
-    if max(x.shape[2:]) > size:  # appendix A.2: random resized crop, flip, colour jitter
-        return common.color_jitter(common.crop_flip(common.random_resized_crop(x, size), padding=0))
-    # appendix A.1: RandAugment(1, 3), crop, flip, Cutout(5)
-    return common.cutout(common.crop_flip(common.rand_augment(x, num_ops=1, magnitude=3)), size=5)
+    if max(x.shape[2:]) > size:  # appendix A.2
+        x = common.random_resized_crop(x, size)
+        x = common.crop_flip(x, padding=0)
+        return common.color_jitter(x)
+    x = common.rand_augment(x, num_ops=1, magnitude=3)  # appendix A.1
+    x = common.crop_flip(x)
+    return common.cutout(x, size=5)
 
 
 def teacher_view(x, size):
     """Another augmentation: AugMix, crop and flip; on photographs (appendix A.2) the crop is a random resized one."""
     photographs = max(x.shape[2:]) > size
     x = common.aug_mix(x)
-    return common.crop_flip(common.random_resized_crop(x, size), padding=0) if photographs else common.crop_flip(x)
+    if photographs:
+        x = common.random_resized_crop(x, size)
+        return common.crop_flip(x, padding=0)
+    return common.crop_flip(x)
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -209,10 +215,12 @@ def robust_loss(name, logits, y, params, jsd_scale=True):
         raise ValueError(f"y is {y.dtype} {list(y.shape)}, not one-hot float [B, C]")
     log_p = logits.log_softmax(1)
     p = log_p.exp()
-    if name == "gjs":
+    if name in ("js", "gjs"):
         (pi1,) = params
+        Z = js_scale(pi1) if jsd_scale else 1
+    if name == "gjs":
         half = (1 - pi1) / 2
-        return js_divergence((y, *p.chunk(2)), (pi1, half, half)).mean() / (js_scale(pi1) if jsd_scale else 1)
+        return js_divergence((y, *p.chunk(2)), (pi1, half, half)).mean() / Z
     log_p_y = (y * log_p).sum(1)
     p_y = (y * p).sum(1)
     rce = -math.log(1e-4) * (1 - p_y)  # reverse cross-entropy, log 0 taken as log 1e-4
@@ -234,8 +242,7 @@ def robust_loss(name, logits, y, params, jsd_scale=True):
         alpha, beta = params
         loss = alpha * log_p_y / log_p.sum(1) + beta * rce
     elif name == "js":
-        (pi1,) = params
-        loss = js_divergence((y, p), (pi1, 1 - pi1)) / (js_scale(pi1) if jsd_scale else 1)
+        loss = js_divergence((y, p), (pi1, 1 - pi1)) / Z
     return loss.mean()
 
 

@@ -47,7 +47,7 @@ def parse_args():
     common.add_teacher_arguments(parser)
     add = parser.add_argument_group("method (equation 2)").add_argument
     add("--method", default="sr", choices=("sr", "ga"), help="ga: cross-entropy, no teacher")
-    add("--sigma", type=float, help="standard deviation of the noise on images in [0, 1]")
+    add("--sigma", type=share, help="standard deviation of the noise on images in [0, 1]")
     add("--clip", action="store_true", help="clip x + delta to [0, 1]; equation 2 does not")
     add("--alpha", default=0.9, type=share, help="weight of the teacher")
     add("--tau", default=4.0, type=positive, help="temperature")
@@ -80,8 +80,8 @@ def main(args):
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
     run = common.Run(args, device, data)
     if args.method == "sr":
-        teacher, about = common.load_teacher(args, device, data, labels, milestones)
-        run.header |= about
+        teacher, origin = common.load_teacher(args, device, data, labels, milestones)
+        run.header |= origin
     run.track(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         student.compile()

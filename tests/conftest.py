@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import matplotlib  # noqa: F401 - where its folder cannot be written, it says so now, and not in the middle of a test
 import numpy as np
 import pytest
 import torch

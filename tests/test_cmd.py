@@ -349,7 +349,7 @@ def test_an_interrupted_run_continues_to_the_same_bit(cli, flags, epochs):
 
 
 @pytest.mark.parametrize("flags, refused", [
-    ("--eta 0", "--eta"),
+    ("--eta 0", "--eta"), ("--validation 1", "--validation"),
     ("--mutual sync --self-kd ls", "--self-kd"), ("--mutual async --b1 3", "--b1"), ("--mutual kdcl --eta 3", "--eta"),
     ("--mutual kdcl --epsilon 0.1", "--epsilon"), ("--epsilon 0.1", "--epsilon"), ("--self-kd ls --b1 3", "--b1"),
 ])  # fmt: skip

@@ -190,6 +190,20 @@ def test_mean_and_std_are_of_public_weights_in_0_1(cli):
         assert status == 2 and err.count("\n") == 1 and err.startswith("error: --mean, --std: ") and says in err
 
 
+@pytest.mark.parametrize("script, flags, refused", [
+    (kd_zoo, "--teacher run/checkpoint.pt --teacher-arch wrn-10-2", "--teacher-arch: this teacher has its own"),
+    (kd_zoo, "--teacher-model mine.py:net --teacher-arch wrn-10-2", "--teacher-arch: this teacher has its own"),
+    (kd_zoo, "--teacher run/checkpoint.pt --teacher-seeds 2", "--teacher-seeds: this teacher is trained"),
+    (kd_zoo, "--teacher-model mine.py:net --teacher-seeds 2", "--teacher-seeds: this teacher is trained"),
+    (fickle_teacher, "--teacher run/checkpoint.pt --teacher-epochs 2", "--teacher-epochs: this teacher is trained"),
+])  # fmt: skip
+def test_a_given_teacher_is_not_built_or_trained(cli, script, flags, refused):
+    Path("mine.py").write_text(MODULE)
+    assert cli(kd_zoo, *TINY, "--method", "baseline", "--student-arch", "wrn-10-1")[0] == 0
+    status, _, err = cli(script, *TINY[:-1], "other", "--student-arch", "wrn-10-1", *flags.split())
+    assert status == 2 and err == f"error: {refused}; leave it out\n"
+
+
 def test_public_weights_teach(cli):
     net = public_net()
     torch.save({"state_dict": net.state_dict()}, "wrn.pth")
@@ -287,14 +301,14 @@ def wide():
 
 @pytest.mark.parametrize("method, flags", [("fitnet", ["--init-epochs", 1]), ("fsp", ["--init-epochs", 1]), ("at", [])])
 def test_a_module_with_features_teaches_as_the_same_network_of_ours(cli, method, flags):
-    """Whatever --teacher-arch: what is compared are the teacher's own features."""
+    """What is compared are the teacher's own features, whatever a standard teacher would be."""
     Path("mine.py").write_text(FEATURES)
     state = common.build_model("wrn-16-1", 3).state_dict()
     torch.save(state, "ours.pth")
     torch.save(prefixed("inner.", state), "theirs.pth")
     flags = ["--method", method, "--student-arch", "wrn-10-1", *flags]
     teachers = {"one": ["--teacher", "ours.pth", "--teacher-arch", "wrn-16-1"],
-                "two": ["--teacher", "theirs.pth", "--teacher-model", "mine.py:Net", "--teacher-arch", "shufflenet_v2"]}
+                "two": ["--teacher", "theirs.pth", "--teacher-model", "mine.py:Net"]}
     for out, teacher in teachers.items():
         assert cli(kd_zoo, *TINY[:-1], out, *flags, *teacher)[::2] == (0, "")
     ours, theirs = saved("one"), saved("two")
@@ -304,7 +318,7 @@ def test_a_module_with_features_teaches_as_the_same_network_of_ours(cli, method,
 
 def test_features_that_cannot_be_compared_are_refused(cli):
     Path("mine.py").write_text(MODULE + FEATURES)
-    flags = [*TINY, "--student-arch", "wrn-16-1", "--teacher-arch", "shufflenet_v2", "--teacher-model"]
+    flags = [*TINY, "--student-arch", "wrn-16-1", "--teacher-model"]
     for method in ("fitnet", "at", "rkd-a"):
         status, _, err = cli(kd_zoo, *flags, "mine.py:net", "--method", method)
         assert status == 2 and err.count("\n") == 1 and "for fitnet, fsp, at, sp and rkd module(x, features" in err
@@ -351,6 +365,8 @@ def test_a_teacher_of_other_labels_is_the_user_s_decision(cli):
     assert "the teacher has noise {'kind': 'none', 'rate': None, 'seed': 0}; a standard teacher would have {" in out
     assert "the teacher has imbalance None; a standard teacher would have 2.0" in out
     assert saved("other")["teacher_acc"] == saved("run")["metrics"][0]["test_acc"]
+    status, out, _ = cli(kd_zoo, *TINY[:-1], "clean", "--student-arch", "wrn-10-1", *flags[-2:], "--noise-seed", 1)
+    assert status == 0 and "a standard teacher would have" not in out  # no labels are wrong, by whatever seed
 
 
 def test_public_weights_are_evaluated(monkeypatch):
@@ -362,6 +378,10 @@ def test_public_weights_are_evaluated(monkeypatch):
     data = common.load_dataset("tiny.npz")
     logits = load_public(Path("wrn.pth"), "", "wrn-16-1", MEAN, STD)(data.test_images / 255)
     assert summary["models"]["wrn"]["accuracy (%)"]["mean"] == common.accuracy(logits, data.test_labels)
+    for refused, wrong in (("--mean, --std", flags[2:]), ("--arch", [*flags[:4], "--model", "mine.py:net"])):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "wrn.pth", *wrong])
+        with pytest.raises(UsageError, match=f"^{refused}: "):
+            evaluate.parse_args()
 
 
 def test_accuracies_go_to_tensorboard(cli, monkeypatch):

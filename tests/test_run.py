@@ -1,6 +1,7 @@
 """nrd.py as a user runs it: a run and its folder, resuming, stopping, several seeds, bad input, analysis."""
 
 import fcntl
+import importlib
 import json
 import re
 import signal
@@ -83,6 +84,7 @@ def test_a_killed_run_continues_to_the_same_bit(nrd_cli, tmp_path):
     time.sleep(0.15)
     process.kill()
     process.communicate(timeout=60)
+    (broken / "checkpoint.1.partial.pt").touch()  # as of a process that was killed while it wrote
     rest = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=180)
     assert process.returncode == -signal.SIGKILL and (rest.returncode, rest.stderr) == (0, "")
     assert re.search(r"epoch [123] of 4", rest.stdout)
@@ -167,6 +169,18 @@ def test_bad_input_is_one_line_and_status_2(nrd_cli, monkeypatch, flags, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     status, _, err = nrd_cli(*TINY, *flags.split())
     assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and says in err, err
+
+
+@pytest.mark.parametrize("script, flag, value", [
+    ("nrd", "--lr", "-1"), ("nrd", "--lr", "nan"), ("nrd", "--weight-decay", "-1"), ("nrd", "--epochs", "0"),
+    ("nrd", "--batch-size", "0"), ("nrd", "--limit-train", "-1"), ("nrd", "--limit-test", "0"), ("nrd", "--rate", "2"),
+    ("nrd", "--beta", "1.1"), ("nrd", "--views", "0"), ("nrd", "--drops", "-0.1"), ("fickle_teacher", "--dropout", "2"),
+    ("fickle_teacher", "--tau", "0"), ("kd_zoo", "--teacher-seeds", "0"), ("kd_zoo", "--init-epochs", "-5"),
+    ("soft_randomization", "--sigma", "-1"), ("noise_data_free_kd", "--adjust-batches", "0"),
+])  # fmt: skip
+def test_numbers_that_cannot_be_are_refused_by_the_flag_s_name(cli, script, flag, value):
+    status, _, err = cli(importlib.import_module(script), flag, value)
+    assert status == 2 and re.search(f"error: argument {flag}: {value} is ", err) and not Path("runs").exists()
 
 
 def test_bfloat16_is_asked_of_the_device_that_is_named(monkeypatch, capsys):
