@@ -1460,12 +1460,17 @@ def calibration(probabilities, labels, bins=15):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary path beside `path`; it is renamed to `path` once the block has ended without an error."""
+    """Yield a temporary path beside `path`; it is renamed to `path` once the block has ended without an error.
+
+    Raises OSError, whose message has `path`, where it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -1721,7 +1726,7 @@ class Run:
                 try:
                     torch.save(checkpoint, partial)
                 except RuntimeError as error:  # so PyTorch's writer calls a full disk
-                    raise OSError(f"{path or self.path} cannot be written; is the disk full? ({error})") from None
+                    raise OSError(f"is the disk full? ({error})") from None
             with atomic_write(self.folder / "metrics.jsonl") as partial:
                 partial.write_text("".join(json.dumps(record) + "\n" for record in self.metrics), encoding="utf-8")
 

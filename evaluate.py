@@ -891,7 +891,7 @@ def write(path, save):
         with common.atomic_write(path) as partial:
             save(partial)
     except OSError as error:
-        print(f"not written: {path} ({error.strerror or error})", file=sys.stderr)
+        print(error, file=sys.stderr)
     else:
         print(f"wrote {path}")
 

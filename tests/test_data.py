@@ -307,8 +307,9 @@ def test_a_stopped_decode_leaves_nothing_that_looks_finished(folder, monkeypatch
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    for name, value, error in (("progress", stop, KeyboardInterrupt), ("open", FullDisk, OSError)):
-        with monkeypatch.context() as patch, pytest.raises(error):
+    full = "pictures-train-36-36.raw cannot be written: No space left"
+    for name, value, error, says in (("progress", stop, KeyboardInterrupt, None), ("open", FullDisk, OSError, full)):
+        with monkeypatch.context() as patch, pytest.raises(error, match=says):
             patch.setattr(common, name, value, raising=False)
             load(folder)
         assert [path for path in (folder.parent / "data").rglob("*") if path.is_file()] == []
