@@ -143,7 +143,7 @@ def test_checkpoints_are_data_not_code_and_whole(nrd_cli, tmp_path):
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "foreign.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "foreign.pt").read_bytes()[:200])
-    expected = {"evil.pt": "evil.pt holds io.open beside tensors", "cut.pt": "cut.pt is damaged or no",
+    expected = {"evil.pt": f"evil.pt holds {open.__module__}.open beside tensors", "cut.pt": "cut.pt is damaged or no",
                 "foreign.pt": "foreign.pt is no checkpoint", "missing.pt": "no file missing.pt"}  # fmt: skip
     for name, says in expected.items():
         status, _, err = nrd_cli("--analyze", name)
