@@ -19,6 +19,7 @@ import contextlib
 import datetime
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -1589,6 +1590,10 @@ def load_module(text, flag, path=None):
     make = runpy.run_path(file).get(name)
     if not callable(make) or isinstance(make, nn.Module):
         raise UsageError(f"{flag}: {file} has no function or class {name}")
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:  # missing a required argument: 'num_classes'
+        raise UsageError(f"{flag}: {text} is {error}; name a function that needs none and gives the module") from None
     model = make()
     if not isinstance(model, nn.Module):
         raise UsageError(f"{flag}: {text} gives {type(model).__name__}, not an nn.Module")

@@ -253,7 +253,7 @@ class Broken(nn.Module):
 class Colours(nn.Module):
     def forward(self, x):
         return beside.sharpen(x.mean((2, 3)))
-pair, text, number = Pair(), "net", lambda: 5
+pair, text, number, wide = Pair(), "net", lambda: 5, lambda width: 5
 """
 
 
@@ -277,6 +277,7 @@ def test_strange_modules(cli):
                        ("theirs/mine.py:pair", "mine.py has no function or class pair"),
                        ("theirs/mine.py:text", "mine.py has no function or class text"),
                        ("theirs/mine.py:number", "mine.py:number gives int, not an nn.Module"),
+                       ("theirs/mine.py:wide", "mine.py:wide is missing a required argument: 'width'; name a function"),
                        ("theirs/mine.py:Pair", "Pair gives a tuple; it must give logits [B, C] alone"),
                        ("mine.py:net --teacher five.pt", "five.pt does not fit mine.py:net: ")):  # fmt: skip
         status, _, err = cli(kd_zoo, *flags, *text.split())
