@@ -699,8 +699,7 @@ def corrupt_labels(labels, kind, rate, classes, seed, data_dir="data", per_sampl
     rate: in [0, 1]. classes: their names, which asym goes by. data_dir: where CIFAR-10N's own files lie.
     Raises UsageError for an unknown kind, a rate outside [0, 1], asym without a map, human labels of another data set.
     """
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels are {labels.dtype}, not int64")
+    assert labels.dtype == torch.int64, f"labels are {labels.dtype}, not int64"
     if kind in HUMAN:
         return human_labels(labels.cpu(), kind, data_dir).to(labels.device)
     if kind not in NOISE_KINDS:
@@ -850,8 +849,8 @@ def apply_ops(images, table, op, strength, negative, mode="nearest"):
 
 
 def check_images(images):
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype} {list(images.shape)}, not float [B, 3, H, W] in [0, 1]")
+    fits = images.ndim == 4 and images.shape[1] == 3 and images.is_floating_point()
+    assert fits, f"images are {images.dtype} {list(images.shape)}, not float [B, 3, H, W] in [0, 1]"
 
 
 def _column(rows, name):
@@ -1382,8 +1381,7 @@ def predict(model, images, batch_size=None):
     batch_size: None takes that of EVAL_BATCH. Under torchrun every process has the logits of the first.
     Raises UsageError where the model gives something else than logits.
     """
-    if images.dtype != torch.uint8:
-        raise ValueError(f"images are {images.dtype}, not uint8")
+    assert images.dtype == torch.uint8, f"images are {images.dtype}, not uint8"
     device = next(model.parameters(), images).device  # a module of other people may have no parameters
     training, logits = model.training, None
     model.eval()
@@ -1444,8 +1442,8 @@ def calibration(probabilities, labels, bins=15):
 
     probabilities: [N, C]; labels: int64 [N]. Equal-width bins; the three lists are of length `bins`, empty bins 0.
     """
-    if not torch.allclose(probabilities.sum(1), torch.ones_like(probabilities[:, 0]), atol=1e-3):
-        raise ValueError("rows of probabilities must sum to 1; are these logits?")
+    sums = probabilities.sum(1)
+    assert torch.allclose(sums, torch.ones_like(sums), atol=1e-3), "rows must sum to 1; are these logits?"
     confidence, predicted = probabilities.double().max(1)
     which = (confidence * bins).ceil().long().clamp(1, bins) - 1  # bin i is (i / bins, (i + 1) / bins]
     hit = (predicted == labels).double()
@@ -1819,7 +1817,8 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     Returns the model in evaluation mode without gradients, and what the checkpoint keeps of it: {"teacher": its path,
     "teacher_acc": its test accuracy in percent}. The global random states stay as they are.
     Prints where a --teacher had other label noise, imbalance or dropout than a standard one would have. Raises
-    UsageError for a --teacher of other classes or image size, and for --mean or --std without public weights.
+    UsageError for a --teacher of other classes or image size, for --mean or --std without public weights, and for flags
+    that tell how to build or train a teacher where one is given.
     """
     shared = ["dataset", "data_dir", "noise", "rate", "noise_seed", "limit_train", "limit_test"]
     shared += ["epochs", "batch_size", "lr", "weight_decay", "device", "amp", "compile"]

@@ -192,10 +192,9 @@ def log(p):
 def js_divergence(distributions, weights):
     """Jensen-Shannon divergence sum_i pi_i KL(p_i || m) with m = sum_i pi_i p_i (equation 19): float [B], in nats.
 
-    distributions: n tensors [B, C] of probabilities; weights: n floats pi_i that sum to 1, else ValueError.
+    distributions: n tensors [B, C] of probabilities; weights: n floats pi_i that sum to 1.
     """
-    if not math.isclose(sum(weights), 1, abs_tol=1e-6):
-        raise ValueError(f"weights {weights} sum to {sum(weights)}, not to 1")
+    assert math.isclose(sum(weights), 1, abs_tol=1e-6), f"weights {weights} sum to {sum(weights)}, not to 1"
     m = sum(pi * p for pi, p in zip(weights, distributions, strict=True))
     return sum(pi * (p * (log(p) - log(m))).sum(1) for pi, p in zip(weights, distributions))
 
@@ -211,8 +210,7 @@ def robust_loss(name, logits, y, params, jsd_scale=True):
     In gjs the logits are [2B, C]: of one augmented view of the batch, then of another. jsd_scale: js and gjs are
     divided by js_scale.
     """
-    if not y.is_floating_point() or y.ndim != 2:
-        raise ValueError(f"y is {y.dtype} {list(y.shape)}, not one-hot float [B, C]")
+    assert y.is_floating_point() and y.ndim == 2, f"y is {y.dtype} {list(y.shape)}, not one-hot float [B, C]"
     log_p = logits.log_softmax(1)
     p = log_p.exp()
     if name in ("js", "gjs"):

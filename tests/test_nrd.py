@@ -104,7 +104,7 @@ def test_js_divergence():
     assert js_divergence(list(corners), weights).item() == pytest.approx(
         -sum(w * math.log(w) for w in weights), rel=1e-6
     )
-    with pytest.raises(ValueError, match="not to 1"):
+    with pytest.raises(AssertionError, match="not to 1"):
         js_divergence([same, same], (0.5, 0.6))
     with pytest.raises(ValueError):
         js_divergence([same, same], weights)
