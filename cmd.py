@@ -36,88 +36,6 @@ else:  # nothing outside functions may need these
     import common
     from common import UsageError, accuracy, predict, refuse, share
 
-# -------------------------------------------------------------------------------------------------------- configuration
-
-ARCHITECTURES = {"shapes": "wrn-10-1", "webvision": "inception_resnet_v2"}  # else resnet34, of photographs resnet50
-SCHEDULES = {  # A.2, by architecture, of photographs by data set; the last one is ours, for shapes
-    # epochs, batch size, lr, weight decay, epochs after which lr falls, factor by which it falls
-    "resnet34": (100, 128, 0.1, 5e-4, (50, 80), 0.1),
-    "resnet50": (200, 64, 0.01, 1e-3, (40, 80), 0.1),
-    "resnet18": (200, 128, 0.1, 5e-4, (60, 120, 160), 0.2),
-    "shufflenet_v2": (200, 128, 0.1, 5e-4, (60, 120, 160), 0.2),
-    "food101": (100, 32, 0.01, 5e-4, (50, 80), 0.1),
-    "webvision": (80, 32, 0.01, 5e-4, range(40, 80), 0.1),
-    "wrn-10-1": (20, 32, 0.05, 5e-4, (10, 16), 0.1),
-}
-SELECT = {  # eta, eta on shapes, b2
-    "zero": (-1.0, -1.0, 0.0),
-    "all": (1.0, 1.0, 0.0),
-    "static": (4.0, 2.0, 0.0),
-    "progressive": (4.0, 1.0, -8.0),
-}
-EPSILON = {  # Table 2 and Tf-KD_reg: how far a network trusts itself, where that is fixed
-    "ce": 0.0, "ls": 0.1, "cp": 0.1, "boot-soft": 0.05, "proselflc": None, "mconf": None, "tf-kd-reg": 0.1,
-}  # fmt: skip
-
-
-def preset(args):
-    """The flags that are left out, from A.2; `milestones` and `gamma` of lr, which have no flag."""
-    photographs = common.is_photographs(args.dataset)
-    arch = args.arch or ARCHITECTURES.get(args.dataset, "resnet50" if photographs else "resnet34")
-    values = {"arch": arch, "arch_b": arch, "pretrained": args.dataset == "food101"}
-    values |= {"augment": "none" if args.dataset == "shapes" else "crop"}
-    if args.dataset == "webvision":
-        values |= {"resize": 320, "image_size": 299}
-
-    if photographs:
-        row = SCHEDULES.get(args.dataset, SCHEDULES["food101"])
-    else:
-        row = SCHEDULES.get(arch, SCHEDULES["resnet18"])
-    epochs, batch_size, lr, weight_decay, drops, gamma = row
-    milestones = [math.ceil(drop * (args.epochs or epochs) / epochs) for drop in drops]
-    values |= {"epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
-    values |= {"milestones": milestones, "gamma": gamma}
-
-    noise = args.noise or ("sym-other" if args.dataset in common.CLEANLY_LABELLED else "none")
-    values |= {"noise": noise, "rate": None if noise in ("none", *common.HUMAN) else 0.4}
-    if args.mutual != "cmd":
-        return values | {"epsilon": 0.5}
-    self_kd, select = args.self_kd or "proselflc", args.select or "progressive"
-    eta, eta_on_shapes, b2 = SELECT[select]
-    values |= {"self_kd": self_kd, "select": select, "epsilon": EPSILON[self_kd], "b1": 16.0}
-    return values | {"eta": eta_on_shapes if args.dataset == "shapes" else eta, "b2": b2}
-
-
-def parse_args():
-    parser = common.argument_parser(__file__, __doc__, NOTES)
-    add = parser.add_argument_group("two networks").add_argument
-    add("--arch", help="of A, and of B too")
-    add("--arch-b", metavar="ARCH", help="of B, where it is another")
-    add("--augment", choices=("crop", "none"), help="crop: padded by 4, and flips")
-    add("--pretrained", action=argparse.BooleanOptionalAction, help="torchvision's ImageNet weights")
-    add("--validation", type=share, default=0.0, metavar="SHARE", help="of training, clean, held out")
-    add = parser.add_argument_group("method (equations 2-12)").add_argument
-    add("--self-kd", choices=EPSILON, help="the own label, Table 2")
-    add("--epsilon", type=share, help="self trust of ls, cp, boot-soft, tf-kd-reg; the peer's, of (a)sync")
-    add("--b1", type=float, help="steepness of the trust of proselflc and mconf")
-    add("--select", choices=SELECT, help="which samples to teach the peer")
-    add("--eta", type=float, help="divides the threshold")
-    add("--b2", type=float, help="below 0 the threshold falls, above it rises")
-    add("--mutual", default="cmd", choices=("cmd", "sync", "async", "kdcl"), help="cmd, or a method of Table 5")
-    args = common.parse(parser, preset)
-    if args.mutual != "cmd":
-        refuse(args, ("self_kd", "select", "b1", "eta", "b2"), f"--mutual {args.mutual} has none")
-    elif args.self_kd not in ("proselflc", "mconf"):
-        refuse(args, ("b1",), f"--self-kd {args.self_kd} has none")
-    if args.mutual == "kdcl":
-        refuse(args, ("epsilon",), "--mutual kdcl has none")
-    if args.self_kd in ("ce", "proselflc", "mconf"):
-        refuse(args, ("epsilon",), f"--self-kd {args.self_kd} decides it")
-    if args.eta == 0:
-        raise UsageError("--eta: 0 cannot divide the threshold; below 0 no sample is sent")
-    return args
-
-
 # ----------------------------------------------------------------------------------------------------------- the method
 # p: predictions, softmax of logits S; q: given labels, one-hot, and q~ refined ones; all [B, C]. Entropies in nats.
 
@@ -278,6 +196,90 @@ def main(args):
     return run.finish()
 
 
+# -------------------------------------------------------------------------------------------------------- configuration
+
+ARCHITECTURES = {"shapes": "wrn-10-1", "webvision": "inception_resnet_v2"}  # else resnet34, of photographs resnet50
+SCHEDULES = {  # A.2, by architecture, of photographs by data set; the last one is ours, for shapes
+    # epochs, batch size, lr, weight decay, epochs after which lr falls, factor by which it falls
+    "resnet34": (100, 128, 0.1, 5e-4, (50, 80), 0.1),
+    "resnet50": (200, 64, 0.01, 1e-3, (40, 80), 0.1),
+    "resnet18": (200, 128, 0.1, 5e-4, (60, 120, 160), 0.2),
+    "shufflenet_v2": (200, 128, 0.1, 5e-4, (60, 120, 160), 0.2),
+    "food101": (100, 32, 0.01, 5e-4, (50, 80), 0.1),
+    "webvision": (80, 32, 0.01, 5e-4, range(40, 80), 0.1),
+    "wrn-10-1": (20, 32, 0.05, 5e-4, (10, 16), 0.1),
+}
+SELECT = {  # eta, eta on shapes, b2
+    "zero": (-1.0, -1.0, 0.0),
+    "all": (1.0, 1.0, 0.0),
+    "static": (4.0, 2.0, 0.0),
+    "progressive": (4.0, 1.0, -8.0),
+}
+EPSILON = {  # Table 2 and Tf-KD_reg: how far a network trusts itself, where that is fixed
+    "ce": 0.0, "ls": 0.1, "cp": 0.1, "boot-soft": 0.05, "proselflc": None, "mconf": None, "tf-kd-reg": 0.1,
+}  # fmt: skip
+
+
+def preset(args):
+    """The flags that are left out, from A.2; `milestones` and `gamma` of lr, which have no flag."""
+    photographs = common.is_photographs(args.dataset)
+    arch = args.arch or ARCHITECTURES.get(args.dataset, "resnet50" if photographs else "resnet34")
+    values = {"arch": arch, "arch_b": arch, "pretrained": args.dataset == "food101"}
+    values |= {"augment": "none" if args.dataset == "shapes" else "crop"}
+    if args.dataset == "webvision":
+        values |= {"resize": 320, "image_size": 299}
+
+    if photographs:
+        row = SCHEDULES.get(args.dataset, SCHEDULES["food101"])
+    else:
+        row = SCHEDULES.get(arch, SCHEDULES["resnet18"])
+    epochs, batch_size, lr, weight_decay, drops, gamma = row
+    milestones = [math.ceil(drop * (args.epochs or epochs) / epochs) for drop in drops]
+    values |= {"epochs": epochs, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay}
+    values |= {"milestones": milestones, "gamma": gamma}
+
+    noise = args.noise or ("sym-other" if args.dataset in common.CLEANLY_LABELLED else "none")
+    values |= {"noise": noise, "rate": None if noise in ("none", *common.HUMAN) else 0.4}
+    if args.mutual != "cmd":
+        return values | {"epsilon": 0.5}
+    self_kd, select = args.self_kd or "proselflc", args.select or "progressive"
+    eta, eta_on_shapes, b2 = SELECT[select]
+    values |= {"self_kd": self_kd, "select": select, "epsilon": EPSILON[self_kd], "b1": 16.0}
+    return values | {"eta": eta_on_shapes if args.dataset == "shapes" else eta, "b2": b2}
+
+
+def parse_args():
+    parser = common.argument_parser(__file__, __doc__, NOTES)
+    add = parser.add_argument_group("two networks").add_argument
+    add("--arch", help="of A, and of B too")
+    add("--arch-b", metavar="ARCH", help="of B, where it is another")
+    add("--augment", choices=("crop", "none"), help="crop: padded by 4, and flips")
+    add("--pretrained", action=argparse.BooleanOptionalAction, help="torchvision's ImageNet weights")
+    add("--validation", type=share, default=0.0, metavar="SHARE", help="of training, clean, held out")
+    add = parser.add_argument_group("method (equations 2-12)").add_argument
+    add("--self-kd", choices=EPSILON, help="the own label, Table 2")
+    add("--epsilon", type=share, help="self trust of ls, cp, boot-soft, tf-kd-reg; the peer's, of (a)sync")
+    add("--b1", type=float, help="steepness of the trust of proselflc and mconf")
+    add("--select", choices=SELECT, help="which samples to teach the peer")
+    add("--eta", type=float, help="divides the threshold")
+    add("--b2", type=float, help="below 0 the threshold falls, above it rises")
+    add("--mutual", default="cmd", choices=("cmd", "sync", "async", "kdcl"), help="cmd, or a method of Table 5")
+    args = common.parse(parser, preset)
+    if args.mutual != "cmd":
+        refuse(args, ("self_kd", "select", "b1", "eta", "b2"), f"--mutual {args.mutual} has none")
+    elif args.self_kd not in ("proselflc", "mconf"):
+        refuse(args, ("b1",), f"--self-kd {args.self_kd} has none")
+    if args.mutual == "kdcl":
+        refuse(args, ("epsilon",), "--mutual kdcl has none")
+    if args.self_kd in ("ce", "proselflc", "mconf"):
+        refuse(args, ("epsilon",), f"--self-kd {args.self_kd} decides it")
+    if args.eta == 0:
+        raise UsageError("--eta: 0 cannot divide the threshold; below 0 no sample is sent")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------------- notes
+
 NOTES = """
 Table 1     --dataset cifar100 --self-kd {ce,ls,cp,proselflc,mconf} --select {zero,all,static,progressive}; but the
             cell CE, all is SyncMKD of Table 5: --dataset cifar100 --mutual sync
@@ -302,9 +304,9 @@ has for eta = 2 (eta = 4: 73.25), while at 40 % both have eta = 4's 67.26. Witho
 From code. H(q, p) takes log(p + 1e-6), in a network's own term too, as supplement C and the code of ProSelfLC, by the
 same group, do: a label that the network holds for next to impossible costs 13.8 and has no gradient. The gradient of a
 network's own term flows through its prediction in q~ too, as in that code, but not through eps. To the peer, q~ is a
-constant. CE, LS and Tf-KD_reg have no prediction in their label, so that the peer hands over the given one: a sample of
-which it is sure counts twice. CP's label goes to the peer as equation 10 has it, with its negative part, which drives
-the two predictions apart.
+constant; it is that of the peer's own step, in training mode. CE, LS and Tf-KD_reg have no prediction in their label,
+so that the peer hands over the given one: a sample of which it is sure counts twice. CP's label goes to the peer as
+equation 10 has it, with its negative part, which drives the two predictions apart.
 
 Our choices where the paper is silent: eps is 0.1 for LS and CP and 0.05 for Boot-soft, as in their own papers; b1 = 16.
 CMD-S has eta = 4, the one of Table 7 that agrees with Table 1; CMD-P eta = 4, the best of Figure 4b, and b2 = -8; on

@@ -28,55 +28,16 @@ import torch.nn.functional as F
 import common
 from common import UsageError, positive, share
 
-# -------------------------------------------------------------------------------------------------------- configuration
-
-
-def preset(args):
-    """The flags that are left out, from sections 3 and 4.1 of the paper; on shapes, small nets for a CPU.
-
-    The more fickle the teacher, the longer the student listens: 200 epochs without dropout, 250 up to a rate of 0.2,
-    300 up to 0.3, 350 above. The teacher always has 200, or that share of other --epochs; on shapes 100.
-    """
-    usual = 0.2 if args.dataset == "shapes" else 0.4
-    rate = usual if args.dropout is None else args.dropout
-    if args.method == "baseline":
-        rate = 0
-    epochs = 350
-    for highest, fewer in ((0.3, 300), (0.2, 250), (0, 200)):
-        if rate <= highest:
-            epochs = fewer
-    values = {"noise": "none", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "epochs": epochs}
-    values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2", "dropout": usual}
-    values["teacher_epochs"] = round((args.epochs or epochs) * 200 / epochs)
-    if args.dataset == "shapes":
-        values |= {"teacher_arch": "wrn-10-2", "student_arch": "wrn-10-1"}
-        values |= {"limit_train": 300, "batch_size": 32, "lr": 0.05}
-        values |= {"epochs": epochs // 5, "teacher_epochs": 100}  # with dropout, a small teacher wants longer
-    return values
-
-
-def parse_args():
-    parser = common.argument_parser(__file__, __doc__)
-    common.add_teacher_arguments(parser)
-    add = parser.add_argument_group("method (equation 1, section 4.1)").add_argument
-    add("--method", default="ft", choices=("ft", "baseline"), help="baseline: cross-entropy, no teacher")
-    add("--dropout", type=share, help="of the teacher, in training and teaching")
-    add("--teacher-epochs", type=common.count, help="of the teacher that is trained")
-    add("--alpha", default=0.9, type=share, help="weight of the teacher")
-    add("--tau", default=4.0, type=positive, help="temperature")
-    args = common.parse(parser, preset)
-    if args.method == "baseline":
-        unused = (*common.TEACHER, "dropout", "teacher_epochs", "alpha", "tau")
-        common.refuse(args, unused, "baseline has no teacher")
-    return args
+# ----------------------------------------------------------------------------------------------------------- the method
 
 
 def fickle(teacher):
     """Switch dropout on in a network that is otherwise in evaluation mode; returns the network.
 
     BatchNorm stays in evaluation mode. On batch statistics the answer to an image would depend on the other images of
-    the batch too, which is another noise than dropout's. Raises UsageError for a network that has no dropout
-    modules (it may call F.dropout) or only such with p = 0: it would be Hinton's teacher.
+    the batch too, which is another noise than dropout's; it was tried and did not help (tests/RESULTS.md).
+    Raises UsageError for a network that has no dropout modules (it may call F.dropout) or only such with p = 0: it
+    would be Hinton's teacher.
     """
     dropout = nn.modules.dropout._DropoutNd  # of nn.Dropout, nn.Dropout2d, nn.AlphaDropout, …
     layers = [layer for layer in teacher.eval().modules() if isinstance(layer, dropout) and layer.p > 0]
@@ -142,6 +103,49 @@ def main(args):
         scheduler.step()
         run.end_epoch(losses, lr=lr, **common.test_accuracies(student, data))
     return run.finish()
+
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+
+def preset(args):
+    """The flags that are left out, from sections 3 and 4.1 of the paper; on shapes, small nets for a CPU.
+
+    The more fickle the teacher, the longer the student listens: 200 epochs without dropout, 250 up to a rate of 0.2,
+    300 up to 0.3, 350 above. The teacher always has 200, or that share of other --epochs; on shapes 100.
+    """
+    usual = 0.2 if args.dataset == "shapes" else 0.4
+    rate = usual if args.dropout is None else args.dropout
+    if args.method == "baseline":
+        rate = 0
+    epochs = 350
+    for highest, fewer in ((0.3, 300), (0.2, 250), (0, 200)):
+        if rate <= highest:
+            epochs = fewer
+    values = {"noise": "none", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "epochs": epochs}
+    values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2", "dropout": usual}
+    values["teacher_epochs"] = round((args.epochs or epochs) * 200 / epochs)
+    if args.dataset == "shapes":
+        values |= {"teacher_arch": "wrn-10-2", "student_arch": "wrn-10-1"}
+        values |= {"limit_train": 300, "batch_size": 32, "lr": 0.05}
+        values |= {"epochs": epochs // 5, "teacher_epochs": 100}  # with dropout, a small teacher wants longer
+    return values
+
+
+def parse_args():
+    parser = common.argument_parser(__file__, __doc__)
+    common.add_teacher_arguments(parser)
+    add = parser.add_argument_group("method (equation 1, section 4.1)").add_argument
+    add("--method", default="ft", choices=("ft", "baseline"), help="baseline: cross-entropy, no teacher")
+    add("--dropout", type=share, help="of the teacher, in training and teaching")
+    add("--teacher-epochs", type=common.count, help="of the teacher that is trained")
+    add("--alpha", default=0.9, type=share, help="weight of the teacher")
+    add("--tau", default=4.0, type=positive, help="temperature")
+    args = common.parse(parser, preset)
+    if args.method == "baseline":
+        unused = (*common.TEACHER, "dropout", "teacher_epochs", "alpha", "tau")
+        common.refuse(args, unused, "baseline has no teacher")
+    return args
 
 
 if __name__ == "__main__":

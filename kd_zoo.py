@@ -28,107 +28,6 @@ import torch.nn.functional as F
 import common
 from common import UsageError, accuracy, positive, predict, refuse, share
 
-# -------------------------------------------------------------------------------------------------------- configuration
-
-STANDARD = {"epochs": 200, "lr": 0.1, "batch_size": 128, "weight_decay": 5e-4}  # lr ×0.2 after epochs 60, 120, 150
-TABLE_I = {
-    "baseline": {},
-    "hinton": {"alpha": 0.9, "tau": 4.0},
-    "bss": {"tau": 4.0},  # its attack: boundary_samples
-    "fitnet": {"alpha": 0.9, "tau": 4.0, "init_epochs": 100},  # stage 1: block 2, lr 0.001, ×0.1 after epochs 60, 80
-    "fsp": {"alpha": 0.9, "tau": 4.0, "init_epochs": 100},  # stage 1: weights 1, 3, 1 of blocks 1, 2, 3; lr as above
-    "at": {"beta": 1000.0},  # blocks 1, 2, 3
-    "sp": {"gamma": 3000.0},  # block 3
-    "rkd-d": {"lambda_d": 25.0},  # block 3
-    "rkd-a": {"lambda_a": 50.0},
-    "rkd-da": {"lambda_d": 25.0, "lambda_a": 50.0},
-    "one": {"tau": 3.0, "epochs": 300},  # three branches; lr ×0.1 after epochs 150, 225
-    "dml": {"tau": 4.0},  # two students
-}
-ALONE = ("baseline", "one", "dml")  # no teacher
-
-
-def preset(args):
-    """The flags that are left out: Table I and section III of the paper; on shapes, small nets for a CPU."""
-    values = STANDARD | {"noise": "none", "student_arch": "wrn-16-2", "init_epochs": 0} | TABLE_I[args.method]
-    if args.add or args.alpha is not None:
-        values |= {"alpha": 0.9, "tau": 4.0}
-    alpha = values.get("alpha", 0.0) if args.alpha is None else args.alpha
-    values["ce"] = 1 - alpha
-    student = args.student_arch or "wrn-16-2"
-    values["teacher_arch"] = "wrn-40-2"
-    if student.startswith("resnet"):
-        values["teacher_arch"] = "resnet26x4" if student.endswith("x4") else "resnet26"
-    if args.dataset == "shapes":
-        values |= {"student_arch": "wrn-10-1", "teacher_arch": "wrn-16-1", "batch_size": 32, "lr": 0.05}
-        values |= {"limit_train": 300, "epochs": 40}
-        if args.noise not in (None, "none"):
-            values |= {"limit_train": 500, "epochs": 60}
-        if args.method in ("fitnet", "fsp"):
-            values["init_epochs"] = 20
-        if args.method == "sp":
-            values["gamma"] = 100.0  # in so few steps 3000 lets the student learn nothing else
-    return values
-
-
-def parse_args():
-    parser = common.argument_parser(__file__, __doc__, NOTES)
-    common.add_teacher_arguments(parser)
-    add = parser.add_argument_group("method (Table I)").add_argument
-    add("--method", default="hinton", choices=TABLE_I, help="a row of Table I")
-    add("--add", choices=("hinton", "ft"), help="Hinton's loss, or the Fickle Teacher's, in place of cross-entropy")
-    add("--imbalance", type=float, metavar="GAMMA", help="class sizes by the power law of section IV-C")
-    add("--ce", type=float, help="weight of cross-entropy; left out: 1 - alpha")
-    add("--alpha", type=share, help="weight of Hinton's term")
-    add("--tau", type=positive, help="temperature")
-    add("--beta", type=float, help="weight of attention transfer")
-    add("--gamma", type=float, help="weight of similarity preservation")
-    add("--lambda-d", type=float, help="weight of RKD's distances")
-    add("--lambda-a", type=float, help="weight of RKD's angles")
-    add("--init-epochs", type=common.count, help="epochs of stage 1 of fitnet and fsp")
-    args = common.parse(parser, preset)
-    if args.method in ALONE:
-        terms = ("add", "ce", "alpha", "beta", "gamma", "lambda_d", "lambda_a")
-        refuse(args, (*common.TEACHER, *terms), f"{args.method} has no teacher")
-    if args.method == "bss":
-        refuse(args, ("add", "ce", "alpha"), "bss has weights of its own")
-    if args.alpha is None and args.method not in ("bss", "one", "dml"):
-        refuse(args, ("tau",), f"{args.method} has no temperature; --alpha adds Hinton's term")
-    if args.method not in ("fitnet", "fsp"):
-        refuse(args, ("init_epochs",), f"{args.method} has no stage 1")
-    if args.method == "one" and args.batch_size < 2:
-        raise UsageError("--batch-size: the gate of one has a BatchNorm layer, which needs 2 images or more")
-    return args
-
-
-def learning_rate(args, epoch):
-    """Of epoch 0, 1, …: stage 1, if there is one, then the standard scheme, or that of ONE."""
-    if epoch < args.init_epochs:
-        return 0.001 * 0.1 ** sum(epoch >= round(part * args.init_epochs) for part in (0.6, 0.8))
-    factor, parts = (0.1, (0.5, 0.75)) if args.method == "one" else (0.2, (0.3, 0.6, 0.75))
-    return args.lr * factor ** sum(epoch - args.init_epochs >= round(part * args.epochs) for part in parts)
-
-
-def imbalance(labels, gamma, num_classes):
-    """Indices of a class-imbalanced subset of int64 labels [N] (section IV-C), ascending.
-
-    Class c = 1 … C keeps its first n_c = a / (b + c^gamma) samples, rounded, with a and b such that the first class
-    keeps as many as a balanced class has and the last a twentieth (5000 and 250 on CIFAR-10). So the group's own code
-    has it; the formula as printed is infinite at c = 1. gamma: above 0, else UsageError.
-    """
-    if gamma <= 0:
-        raise UsageError(f"--imbalance: {gamma} is not above 0; the paper has 0.2, 0.6, 1 and 2")
-    first = len(labels) // num_classes
-    last = first / 20
-    b = (last * num_classes**gamma - first) / (first - last)
-    a = first * (b + 1)
-    kept = []
-    for c in range(num_classes):
-        size = round(a / (b + (c + 1) ** gamma))
-        kept.append((labels == c).nonzero().squeeze(1)[:size])
-    return torch.cat(kept).sort().values
-
-
 # ---------------------------------------------------------------------------------------------------------- the methods
 # S, T: logits [B, C] of student and teacher; s, t: their features, [B, K, H, W] each, s[0] the stem's, s[n] block n's.
 
@@ -286,38 +185,6 @@ def dml_loss(first, second, y, tau):
 # ------------------------------------------------------------------------------------------------------------- training
 
 
-def feature_shapes(model, images):
-    """Shapes (K, H, W) of the features that a model in evaluation mode has of images [B, 3, H, W], stem first.
-
-    Raises UsageError where it has none, as most modules of --teacher-model.
-    """
-    if "features" not in inspect.signature(model.forward).parameters:
-        gives = "module(x, features=True) must give (logits, [output of the stem, of block 1, of block 2, …])"
-        raise UsageError(f"--teacher-model: for fitnet, fsp, at, sp and rkd {gives}; --method hinton needs logits only")
-    with torch.no_grad():
-        return [tuple(f.shape[1:]) for f in model(images, features=True)[1]]
-
-
-def check_features(args, s, t):
-    """Raise UsageError where FitNet, FSP or AT cannot compare features of shapes s (student) and t (teacher)."""
-    same = True
-    if args.method == "fitnet":
-        same = s[2][1:] == t[2][1:]
-    if args.method == "fsp":
-        same = s == t
-    if args.beta:
-        same = same and [shape[1:] for shape in s[1:]] == [shape[1:] for shape in t[1:]]
-    if not same:
-        raise UsageError(f"--student-arch: {args.method} cannot compare its features {s} with the teacher's {t}")
-
-
-def class_accuracies(logits, labels):
-    """Accuracy in percent of each class: a list."""
-    hit, classes = logits.argmax(1) == labels, logits.shape[1]
-    count = labels.bincount(minlength=classes).clamp(min=1)
-    return (100 * labels[hit].bincount(minlength=classes) / count).tolist()
-
-
 def main(args):
     device = common.setup(args)
     data = common.load_data(args, device)
@@ -429,6 +296,139 @@ def main(args):
     return run.finish()
 
 
+def feature_shapes(model, images):
+    """Shapes (K, H, W) of the features that a model in evaluation mode has of images [B, 3, H, W], stem first.
+
+    Raises UsageError where it has none, as most modules of --teacher-model.
+    """
+    if "features" not in inspect.signature(model.forward).parameters:
+        gives = "module(x, features=True) must give (logits, [output of the stem, of block 1, of block 2, …])"
+        raise UsageError(f"--teacher-model: for fitnet, fsp, at, sp and rkd {gives}; --method hinton needs logits only")
+    with torch.no_grad():
+        return [tuple(f.shape[1:]) for f in model(images, features=True)[1]]
+
+
+def check_features(args, s, t):
+    """Raise UsageError where FitNet, FSP or AT cannot compare features of shapes s (student) and t (teacher)."""
+    same = True
+    if args.method == "fitnet":
+        same = s[2][1:] == t[2][1:]
+    if args.method == "fsp":
+        same = s == t
+    if args.beta:
+        same = same and [shape[1:] for shape in s[1:]] == [shape[1:] for shape in t[1:]]
+    if not same:
+        raise UsageError(f"--student-arch: {args.method} cannot compare its features {s} with the teacher's {t}")
+
+
+def class_accuracies(logits, labels):
+    """Accuracy in percent of each class: a list."""
+    hit, classes = logits.argmax(1) == labels, logits.shape[1]
+    count = labels.bincount(minlength=classes).clamp(min=1)
+    return (100 * labels[hit].bincount(minlength=classes) / count).tolist()
+
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+STANDARD = {"epochs": 200, "lr": 0.1, "batch_size": 128, "weight_decay": 5e-4}  # lr ×0.2 after epochs 60, 120, 150
+TABLE_I = {
+    "baseline": {},
+    "hinton": {"alpha": 0.9, "tau": 4.0},
+    "bss": {"tau": 4.0},  # its attack: boundary_samples
+    "fitnet": {"alpha": 0.9, "tau": 4.0, "init_epochs": 100},  # stage 1: block 2, lr 0.001, ×0.1 after epochs 60, 80
+    "fsp": {"alpha": 0.9, "tau": 4.0, "init_epochs": 100},  # stage 1: weights 1, 3, 1 of blocks 1, 2, 3; lr as above
+    "at": {"beta": 1000.0},  # blocks 1, 2, 3
+    "sp": {"gamma": 3000.0},  # block 3
+    "rkd-d": {"lambda_d": 25.0},  # block 3
+    "rkd-a": {"lambda_a": 50.0},
+    "rkd-da": {"lambda_d": 25.0, "lambda_a": 50.0},
+    "one": {"tau": 3.0, "epochs": 300},  # three branches; lr ×0.1 after epochs 150, 225
+    "dml": {"tau": 4.0},  # two students
+}
+ALONE = ("baseline", "one", "dml")  # no teacher
+
+
+def preset(args):
+    """The flags that are left out: Table I and section III of the paper; on shapes, small nets for a CPU."""
+    values = STANDARD | {"noise": "none", "student_arch": "wrn-16-2", "init_epochs": 0} | TABLE_I[args.method]
+    if args.add or args.alpha is not None:
+        values |= {"alpha": 0.9, "tau": 4.0}
+    alpha = values.get("alpha", 0.0) if args.alpha is None else args.alpha
+    values["ce"] = 1 - alpha
+    student = args.student_arch or "wrn-16-2"
+    values["teacher_arch"] = "wrn-40-2"
+    if student.startswith("resnet"):
+        values["teacher_arch"] = "resnet26x4" if student.endswith("x4") else "resnet26"
+    if args.dataset == "shapes":
+        values |= {"student_arch": "wrn-10-1", "teacher_arch": "wrn-16-1", "batch_size": 32, "lr": 0.05}
+        values |= {"limit_train": 300, "epochs": 40}
+        if args.noise not in (None, "none"):
+            values |= {"limit_train": 500, "epochs": 60}
+        if args.method in ("fitnet", "fsp"):
+            values["init_epochs"] = 20
+        if args.method == "sp":
+            values["gamma"] = 100.0  # in so few steps 3000 lets the student learn nothing else
+    return values
+
+
+def parse_args():
+    parser = common.argument_parser(__file__, __doc__, NOTES)
+    common.add_teacher_arguments(parser)
+    add = parser.add_argument_group("method (Table I)").add_argument
+    add("--method", default="hinton", choices=TABLE_I, help="a row of Table I")
+    add("--add", choices=("hinton", "ft"), help="Hinton's loss, or the Fickle Teacher's, in place of cross-entropy")
+    add("--imbalance", type=float, metavar="GAMMA", help="class sizes by the power law of section IV-C")
+    add("--ce", type=float, help="weight of cross-entropy; left out: 1 - alpha")
+    add("--alpha", type=share, help="weight of Hinton's term")
+    add("--tau", type=positive, help="temperature")
+    add("--beta", type=float, help="weight of attention transfer")
+    add("--gamma", type=float, help="weight of similarity preservation")
+    add("--lambda-d", type=float, help="weight of RKD's distances")
+    add("--lambda-a", type=float, help="weight of RKD's angles")
+    add("--init-epochs", type=common.count, help="epochs of stage 1 of fitnet and fsp")
+    args = common.parse(parser, preset)
+    if args.method in ALONE:
+        terms = ("add", "ce", "alpha", "beta", "gamma", "lambda_d", "lambda_a")
+        refuse(args, (*common.TEACHER, *terms), f"{args.method} has no teacher")
+    if args.method == "bss":
+        refuse(args, ("add", "ce", "alpha"), "bss has weights of its own")
+    if args.alpha is None and args.method not in ("bss", "one", "dml"):
+        refuse(args, ("tau",), f"{args.method} has no temperature; --alpha adds Hinton's term")
+    if args.method not in ("fitnet", "fsp"):
+        refuse(args, ("init_epochs",), f"{args.method} has no stage 1")
+    if args.method == "one" and args.batch_size < 2:
+        raise UsageError("--batch-size: the gate of one has a BatchNorm layer, which needs 2 images or more")
+    return args
+
+
+def learning_rate(args, epoch):
+    """Of epoch 0, 1, …: stage 1, if there is one, then the standard scheme, or that of ONE."""
+    if epoch < args.init_epochs:
+        return 0.001 * 0.1 ** sum(epoch >= round(part * args.init_epochs) for part in (0.6, 0.8))
+    factor, parts = (0.1, (0.5, 0.75)) if args.method == "one" else (0.2, (0.3, 0.6, 0.75))
+    return args.lr * factor ** sum(epoch - args.init_epochs >= round(part * args.epochs) for part in parts)
+
+
+def imbalance(labels, gamma, num_classes):
+    """Indices of a class-imbalanced subset of int64 labels [N] (section IV-C), ascending.
+
+    Class c = 1 … C keeps its first n_c = a / (b + c^gamma) samples, rounded, with a and b such that the first class
+    keeps as many as a balanced class has and the last a twentieth (5000 and 250 on CIFAR-10). So the group's own code
+    has it; the formula as printed is infinite at c = 1. gamma: above 0, else UsageError.
+    """
+    if gamma <= 0:
+        raise UsageError(f"--imbalance: {gamma} is not above 0; the paper has 0.2, 0.6, 1 and 2")
+    first = len(labels) // num_classes
+    last = first / 20
+    b = (last * num_classes**gamma - first) / (first - last)
+    a = first * (b + 1)
+    kept = []
+    for c in range(num_classes):
+        size = round(a / (b + (c + 1) ** gamma))
+        kept.append((labels == c).nonzero().squeeze(1)[:size])
+    return torch.cat(kept).sort().values
+
+
 # --------------------------------------------------------------------------------------------------------------- notes
 
 NOTES = """
@@ -448,6 +448,9 @@ Table 2      --dataset cifar10 --method {at,sp,rkd-d,rkd-a,rkd-da}; --add hinton
 From the group's code, not from the papers: the class sizes of --imbalance; RKD compares block 3's output flattened and
 of unit length; BSS keeps its images in [0, 1] and no nearer to the original (the 16 of Table I is never used). BSS has
 200 epochs and the standard drops. Its distillation terms have no factor tau², as in the code of BSS.
+
+Every teacher is in evaluation mode, as in the public code of each method. The networks that teach each other, of ONE
+and DML, answer as they learn, in training mode.
 
 Our choices where both are silent: DML's distillation terms are Hinton's loss with its factor tau². FSP's matrices
 relate a group's input, max-pooled to the output's size, to its output, and their squared differences are averaged over

@@ -33,6 +33,129 @@ import torch.nn.functional as F
 import common
 from common import UsageError, accuracy, count, predict, share, to_float
 
+# ------------------------------------------------------------------------------------------------------------ BatchNorm
+
+
+def batch_norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def use_current_statistics(layers):
+    """Make these BatchNorm layers normalise by the batch at hand from now on, in evaluation mode too.
+
+    Their running statistics are taken from them, so that nothing can change those.
+    """
+    for layer in layers:
+        layer.track_running_stats = False
+        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+
+
+@torch.no_grad()
+def logits_by_statistics(student, images, batch_size, adjust_batches):
+    """Logits [M, C] of uint8 images, the student's BatchNorm on current, running and re-estimated statistics: a dict.
+
+    current: of batches of about batch_size of these images. running: those that training left. adjusted: the plain mean
+    over the first adjust_batches of these batches, which the first pass gathers on its way. The student stays as it is.
+    """
+    probe = copy.deepcopy(student).train()
+    for layer in batch_norms(probe):
+        layer.reset_running_stats()
+        layer.momentum = None  # a cumulative mean
+    device = next(student.parameters()).device
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
+    batches = max(1, round(len(images) / batch_size))
+    current = []
+    for i, rows in enumerate(order.tensor_split(batches)):
+        for layer in batch_norms(probe):
+            layer.track_running_stats = i < adjust_batches
+        x = to_float(images[rows].to(device))
+        current.append(probe(x))
+    return {
+        "current": torch.cat(current)[order.argsort().to(device)],
+        "running": predict(student, images),
+        "adjusted": predict(probe, images),
+    }
+
+
+def samples(source, index, data, mean, std):
+    """What the student sees for the training images `index` [B]: float32 [B, 3, H, W] of noise, or these images.
+
+    mean, std: of the training images, [3, 1, 1]. Gaussian noise is N(0, 1) once a network has normalised it by them;
+    here, as an image, it has their mean and deviation. Dead leaves and images are in [0, 1].
+    """
+    height, width = data.test_images.shape[2:]
+    if source == "data":
+        return common.crop_flip(data.batch(index), size=data.image_size)
+    if source == "gaussian":
+        return mean + std * torch.randn(len(index), 3, height, width, device=index.device)
+    return dead_leaves(len(index), max(height, width), None, index.device)[:, :, :height, :width]
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def main(args):
+    device = common.setup(args)
+    if args.toy:
+        return toy(args)
+    if args.plot_batch_size:
+        return plot_batch_size(args)
+    if args.plot_activations:
+        return plot_activations(args, device)
+    data = common.load_data(args, device)
+    if args.show_source:
+        return show_source(args, data)
+    num_classes = len(data.classes)
+    labels = common.noisy_labels(args, data, per_sample=True)
+    stats = common.channel_stats(data.train_images)
+    student = common.build_model(args.student_arch, num_classes, 0.0, *stats, data.image_size, amp=args.amp).to(device)
+    optimizer = torch.optim.Adam(student.parameters(), args.lr, weight_decay=args.weight_decay)
+    if args.schedule == "plateau":
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=10)
+    elif args.schedule == "cosine":
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    else:
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
+    run = common.Run(args, device, data)
+    teacher, origin = common.load_teacher(args, device, data, labels, **teacher_recipe(args))
+    run.header |= origin
+    layers = batch_norms(teacher)
+    draw = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(layers), generator=draw).tolist()
+    running = round(args.running_fraction * len(layers))
+    use_current_statistics([layers[i] for i in order[running:]])
+    print(f"of the teacher's {len(layers)} BatchNorm layers {running} use running statistics")
+    mode = "running" if args.source == "data" else "current"  # in which the student is tested
+    run.header["batch_norm"] = mode
+    run.track(model=student, optimizer=optimizer, scheduler=scheduler)
+    if args.compile:
+        student.compile()
+
+    for _ in range(run.epoch, run.epochs):
+        student.train()
+        lr, losses = optimizer.param_groups[0]["lr"], []
+        for index in run.batches(len(labels), args.batch_size):
+            x = samples(args.source, index, data, student.mean, student.std)
+            with torch.no_grad():
+                T = teacher(x)
+            S = student(x)
+            loss = F.cross_entropy(S, T.softmax(1))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        logits = logits_by_statistics(student, data.test_images, args.eval_batch_size, args.adjust_batches)
+        scores = {f"test_acc_{name}": accuracy(S, data.test_labels) for name, S in logits.items()}
+        test_loss = F.cross_entropy(logits[mode], data.test_labels)
+        common.average([test_loss])  # so that the schedule decides the same in every process
+        if args.schedule == "plateau":
+            scheduler.step(test_loss.item())
+        else:
+            scheduler.step()
+        run.end_epoch(losses, lr=lr, test_acc=scores[f"test_acc_{mode}"], **scores, test_loss=test_loss.item())
+    return run.finish()
+
+
 # -------------------------------------------------------------------------------------------------------- configuration
 
 TEACHERS = {"cifar100": "wrn-28-10", "svhn": "resnet18", "food101": "resnet101"}  # A.6; of others resnet34
@@ -187,129 +310,6 @@ def dead_leaves(n, size, generator, device):
         bare.view(-1).index_fill_(0, pixel, False)
         unfinished, leaves = unfinished[bare[unfinished].any(1)], more
     return image.view(n, size, size, 3).permute(0, 3, 1, 2).contiguous()
-
-
-def samples(source, index, data, mean, std):
-    """What the student sees for the training images `index` [B]: float32 [B, 3, H, W] of noise, or these images.
-
-    mean, std: of the training images, [3, 1, 1]. Gaussian noise is N(0, 1) once a network has normalised it by them;
-    here, as an image, it has their mean and deviation. Dead leaves and images are in [0, 1].
-    """
-    height, width = data.test_images.shape[2:]
-    if source == "data":
-        return common.crop_flip(data.batch(index), size=data.image_size)
-    if source == "gaussian":
-        return mean + std * torch.randn(len(index), 3, height, width, device=index.device)
-    return dead_leaves(len(index), max(height, width), None, index.device)[:, :, :height, :width]
-
-
-# ------------------------------------------------------------------------------------------------------------ BatchNorm
-
-
-def batch_norms(model):
-    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-
-def use_current_statistics(layers):
-    """Make these BatchNorm layers normalise by the batch at hand from now on, in evaluation mode too.
-
-    Their running statistics are taken from them, so that nothing can change those.
-    """
-    for layer in layers:
-        layer.track_running_stats = False
-        layer.running_mean = layer.running_var = layer.num_batches_tracked = None
-
-
-@torch.no_grad()
-def logits_by_statistics(student, images, batch_size, adjust_batches):
-    """Logits [M, C] of uint8 images, the student's BatchNorm on current, running and re-estimated statistics: a dict.
-
-    current: of batches of about batch_size of these images. running: those that training left. adjusted: the plain mean
-    over the first adjust_batches of these batches, which the first pass gathers on its way. The student stays as it is.
-    """
-    probe = copy.deepcopy(student).train()
-    for layer in batch_norms(probe):
-        layer.reset_running_stats()
-        layer.momentum = None  # a cumulative mean
-    device = next(student.parameters()).device
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).to(images.device)
-    batches = max(1, round(len(images) / batch_size))
-    current = []
-    for i, rows in enumerate(order.tensor_split(batches)):
-        for layer in batch_norms(probe):
-            layer.track_running_stats = i < adjust_batches
-        x = to_float(images[rows].to(device))
-        current.append(probe(x))
-    return {
-        "current": torch.cat(current)[order.argsort().to(device)],
-        "running": predict(student, images),
-        "adjusted": predict(probe, images),
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------- training
-
-
-def main(args):
-    device = common.setup(args)
-    if args.toy:
-        return toy(args)
-    if args.plot_batch_size:
-        return plot_batch_size(args)
-    if args.plot_activations:
-        return plot_activations(args, device)
-    data = common.load_data(args, device)
-    if args.show_source:
-        return show_source(args, data)
-    num_classes = len(data.classes)
-    labels = common.noisy_labels(args, data, per_sample=True)
-    stats = common.channel_stats(data.train_images)
-    student = common.build_model(args.student_arch, num_classes, 0.0, *stats, data.image_size, amp=args.amp).to(device)
-    optimizer = torch.optim.Adam(student.parameters(), args.lr, weight_decay=args.weight_decay)
-    if args.schedule == "plateau":
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=10)
-    elif args.schedule == "cosine":
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    else:
-        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    run = common.Run(args, device, data)
-    teacher, origin = common.load_teacher(args, device, data, labels, **teacher_recipe(args))
-    run.header |= origin
-    layers = batch_norms(teacher)
-    draw = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(layers), generator=draw).tolist()
-    running = round(args.running_fraction * len(layers))
-    use_current_statistics([layers[i] for i in order[running:]])
-    print(f"of the teacher's {len(layers)} BatchNorm layers {running} use running statistics")
-    mode = "running" if args.source == "data" else "current"  # in which the student is tested
-    run.header["batch_norm"] = mode
-    run.track(model=student, optimizer=optimizer, scheduler=scheduler)
-    if args.compile:
-        student.compile()
-
-    for _ in range(run.epoch, run.epochs):
-        student.train()
-        lr, losses = optimizer.param_groups[0]["lr"], []
-        for index in run.batches(len(labels), args.batch_size):
-            x = samples(args.source, index, data, student.mean, student.std)
-            with torch.no_grad():
-                T = teacher(x)
-            S = student(x)
-            loss = F.cross_entropy(S, T.softmax(1))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.detach())
-        logits = logits_by_statistics(student, data.test_images, args.eval_batch_size, args.adjust_batches)
-        scores = {f"test_acc_{name}": accuracy(S, data.test_labels) for name, S in logits.items()}
-        test_loss = F.cross_entropy(logits[mode], data.test_labels)
-        common.average([test_loss])  # so that the schedule decides the same in every process
-        if args.schedule == "plateau":
-            scheduler.step(test_loss.item())
-        else:
-            scheduler.step()
-        run.end_epoch(losses, lr=lr, test_acc=scores[f"test_acc_{mode}"], **scores, test_loss=test_loss.item())
-    return run.finish()
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -486,6 +486,8 @@ def toy(args):
     right.legend(fontsize="small")
     save(figure, (args.out or Path("runs")) / "toy.png")
 
+
+# ---------------------------------------------------------------------------------------------------------------- notes
 
 NOTES = """
 Table 1             --dataset cifar10 --source gaussian --running-fraction {0,0.25,0.5,0.75,0.9,1}

@@ -29,32 +29,7 @@ import torch.nn.functional as F
 import common
 from common import positive, share
 
-# -------------------------------------------------------------------------------------------------------- configuration
-
-
-def preset(args):
-    """The flags that are left out, from section 3 of the paper; on shapes, small nets for a CPU."""
-    values = {"noise": "none", "weight_decay": 5e-4}
-    if args.dataset == "shapes":
-        values |= {"teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1", "sigma": 0.1}
-        return values | {"limit_train": 300, "epochs": 40, "batch_size": 32, "lr": 0.05}
-    values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2", "sigma": 0.2}
-    return values | {"epochs": 200, "batch_size": 128, "lr": 0.1}
-
-
-def parse_args():
-    parser = common.argument_parser(__file__, __doc__)
-    common.add_teacher_arguments(parser)
-    add = parser.add_argument_group("method (equation 2)").add_argument
-    add("--method", default="sr", choices=("sr", "ga"), help="ga: cross-entropy, no teacher")
-    add("--sigma", type=share, help="standard deviation of the noise on images in [0, 1]")
-    add("--clip", action="store_true", help="clip x + delta to [0, 1]; equation 2 does not")
-    add("--alpha", default=0.9, type=share, help="weight of the teacher")
-    add("--tau", default=4.0, type=positive, help="temperature")
-    args = common.parse(parser, preset)
-    if args.method == "ga":
-        common.refuse(args, (*common.TEACHER, "alpha", "tau"), "ga has no teacher")
-    return args
+# ----------------------------------------------------------------------------------------------------------- the method
 
 
 def hinton_loss(S, T, tau):
@@ -109,6 +84,34 @@ def main(args):
         scheduler.step()
         run.end_epoch(losses, lr=lr, **common.test_accuracies(student, data))
     return run.finish()
+
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+
+def preset(args):
+    """The flags that are left out, from section 3 of the paper; on shapes, small nets for a CPU."""
+    values = {"noise": "none", "weight_decay": 5e-4}
+    if args.dataset == "shapes":
+        values |= {"teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1", "sigma": 0.1}
+        return values | {"limit_train": 300, "epochs": 40, "batch_size": 32, "lr": 0.05}
+    values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2", "sigma": 0.2}
+    return values | {"epochs": 200, "batch_size": 128, "lr": 0.1}
+
+
+def parse_args():
+    parser = common.argument_parser(__file__, __doc__)
+    common.add_teacher_arguments(parser)
+    add = parser.add_argument_group("method (equation 2)").add_argument
+    add("--method", default="sr", choices=("sr", "ga"), help="ga: cross-entropy, no teacher")
+    add("--sigma", type=share, help="standard deviation of the noise on images in [0, 1]")
+    add("--clip", action="store_true", help="clip x + delta to [0, 1]; equation 2 does not")
+    add("--alpha", default=0.9, type=share, help="weight of the teacher")
+    add("--tau", default=4.0, type=positive, help="temperature")
+    args = common.parse(parser, preset)
+    if args.method == "ga":
+        common.refuse(args, (*common.TEACHER, "alpha", "tau"), "ga has no teacher")
+    return args
 
 
 if __name__ == "__main__":

@@ -554,6 +554,14 @@ def test_rows_are_seeds_and_named_by_the_flags_given(run):
     assert models["nrd loss=ce"]["checkpoints"] == ["0.pt", "1.pt"]
 
 
+def test_runs_with_wrong_labels_of_their_own_are_seeds_too(run):
+    """As the five runs of a cell of Neural Vicinal Risk Minimization's tables."""
+    for i in range(2):
+        write_checkpoint(f"{i}.pt", seed=i, noise_seed=i, given={"noise_seed": i} if i else {})
+    models = run("0.pt", "1.pt", "--out", "ev")["models"]
+    assert list(models) == ["nrd"] and models["nrd"]["accuracy (%)"]["n"] == 2
+
+
 @pytest.mark.parametrize("other", [
     {"seed": 0}, {"changes": {"source": "another text"}}, {"commit": "decade"}, {"torch": "2.6"}, {"lr": 0.2},
     {"changes": {"metrics": [{"epoch": 1, "test_acc": 50.0}], "epoch": 1}},

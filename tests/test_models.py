@@ -44,6 +44,15 @@ def test_features_are_the_outputs_of_stem_and_blocks(arch, sizes):
         assert torch.allclose(model.head(features[-1]), logits, atol=1e-5)
 
 
+@pytest.mark.parametrize("arch, deviation", [  # of the second convolution of the first block
+    ("preact_resnet34", 1 / (3 * 32 * 9) ** 0.5), ("preact_resnet18", 1 / (3 * 64 * 9) ** 0.5),  # PyTorch's own
+    ("wrn-10-2", (2 / (32 * 9)) ** 0.5), ("resnet8", (2 / (16 * 9)) ** 0.5),  # Kaiming's, fan-out
+])  # fmt: skip
+def test_initial_weights_have_the_deviation_of_the_authors_code(arch, deviation):
+    weight = build_model(arch, 10).blocks[0][0].conv2.weight
+    assert weight.std().item() == pytest.approx(deviation, rel=0.05)
+
+
 def test_normalisation_is_part_of_the_model_and_of_its_checkpoint():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     plain, model = build_model("wrn-10-1", 3).eval(), build_model("wrn-10-1", 3, 0.1, mean, std, image_size=40)

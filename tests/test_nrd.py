@@ -147,7 +147,10 @@ def train(monkeypatch, tmp_path):
 
 
 def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(train, monkeypatch):
-    """In the loop: y_t carries no graph, y_s does, the weights are the preset's, y_t is the mean over K EMA views."""
+    """In the loop: y_t carries no graph, y_s does, the weights are the preset's, y_t is the mean over K EMA views.
+
+    The EMA is in training mode, in the second epoch too: BatchNorm normalises by the batch of the view.
+    """
     seen, views = [], []
 
     def spy(distributions, weights):
@@ -156,8 +159,18 @@ def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(train, monke
 
     monkeypatch.setattr(nrd, "js_divergence", spy)
     monkeypatch.setattr(nrd, "teacher_view", lambda x, size: views.append(x) or x.flip(len(views) % 2 + 2))
-    train("--views", "2")
-    assert len(seen) == 2 and len(views) == 4
+    modes, averaged_tensors = [], nrd.averaged_tensors
+
+    def watched(model):
+        if not next(model.parameters()).requires_grad:  # the EMA
+            model.register_forward_pre_hook(lambda module, _: modes.append((torch.is_grad_enabled(), module.training)))
+        return averaged_tensors(model)
+
+    monkeypatch.setattr(nrd, "averaged_tensors", watched)
+    train("--views", "2", epochs=2)
+    of_epoch = [(False, True)] * 4 + [(False, False)]  # two steps of two views; then the test images
+    assert modes == of_epoch * 2
+    seen, views = seen[:2], views[:4]
     for (y, y_s, y_t), weights in seen:
         assert y_s.requires_grad and not y_t.requires_grad and not y.requires_grad
         assert list(weights) == [0.2, 0.6, 0.2]
@@ -165,7 +178,7 @@ def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(train, monke
     # before the first step the EMA is the initial model, which the seed gives again
     torch.manual_seed(0)
     data = common.load_dataset("shapes", limit_train=40, limit_test=10)
-    model = common.build_model("wrn-10-1", 10, 0.0, *common.channel_stats(data.train_images)).eval()
+    model = common.build_model("wrn-10-1", 10, 0.0, *common.channel_stats(data.train_images))
     with torch.no_grad():
         expected = sum(model(views[k].flip((k + 1) % 2 + 2)).softmax(1) for k in (0, 1)) / 2
     assert torch.allclose(seen[0][0][2], expected, atol=1e-5)
@@ -249,7 +262,8 @@ def test_optimiser_and_schedule(train, monkeypatch, flags, photographs, schedule
 
 
 def test_ema_by_hand_over_two_steps(train, monkeypatch):
-    """Equation 24 in the loop: beta² θ0 + beta (1 - beta) θ1 + (1 - beta) θ2, for weights and running statistics."""
+    """Equation 24 in the loop: beta² θ0 + beta (1 - beta) θ1 + (1 - beta) θ2, for weights; for running statistics too,
+    on which the EMA's own forward pass leaves its mark besides."""
     states, history = [], []
     original, step = nrd.averaged_tensors, torch.optim.SGD.step
 
@@ -266,10 +280,11 @@ def test_ema_by_hand_over_two_steps(train, monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", spy)
     train("--beta", "0.7")
     (ema, model), (start, same, first, second) = states, history
-    for value, theta, t, t0, t1, t2 in zip(ema, model, same, start, first, second, strict=True):
-        assert torch.equal(t, t0) and torch.equal(theta, t2)
-        assert torch.allclose(value, 0.49 * t0 + 0.21 * t1 + 0.3 * t2, atol=1e-6)
     names = [k for k, value in common.build_model("wrn-10-1", 10).state_dict().items() if value.is_floating_point()]
+    for name, value, theta, t, t0, t1, t2 in zip(names, ema, model, same, start, first, second, strict=True):
+        assert torch.equal(t, t0) and torch.equal(theta, t2)
+        averaged = torch.allclose(value, 0.49 * t0 + 0.21 * t1 + 0.3 * t2, atol=1e-6)
+        assert averaged != ("running" in name), name
     moved = {name for name, t0, t2 in zip(names, start, second, strict=True) if not torch.equal(t0, t2)}
     assert moved >= {"stem.0.weight", "blocks.0.0.bn1.running_mean", "blocks.2.0.bn2.running_var", "head.4.bias"}
 
