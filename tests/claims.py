@@ -1,16 +1,18 @@
-"""Every paper's claim on the built-in data: which of them can be seen in runs of a minute, with error bars.
+"""Every paper's claim at the size of a CPU: which of them can be seen in runs of a minute, with error bars.
 
-    python tests/claims.py                    # all claims, five seeds; about two core-hours
-    python tests/claims.py sr mc --seeds 3    # those of two scripts
+    python tests/claims.py                     # all claims on the built-in data, five seeds; about two core-hours
+    python tests/claims.py sr mc --seeds 3     # those of two scripts
+    python tests/claims.py --dataset cifar10   # on CIFAR-10, with a few thousand training images
 
 Runs the methods of a claim and what they are compared with through the scripts, as a user calls them, and prints the
 table of claims. The last epoch counts. All seeds have one corruption of the labels and one teacher, as in the papers,
 so that the errors do not hold what another teacher would change. Run folders and logs stay in runs/claims. What is
 there is not run again; after a change of a script, remove its folders. The seeds are worked through one after another,
-and a table has those that are there. Of all claims, claims.json and the picture .github/claims.png are written too.
+and a table has those that are there. Of all claims, claims.json and .github/claims.png are written too, on CIFAR-10
+claims-cifar10.json and .github/claims-cifar10.png. .github/training.png is drawn where its runs are there.
 
-The settings are the presets: few images, so that there is room above. Both sides of a comparison have the same epochs,
-images and networks. RESULTS.md has what else was tried, and why a claim does not show.
+On the built-in data the settings are the presets: few images, so that there is room above. Both sides of a comparison
+have the same epochs, images and networks. RESULTS.md has what else was tried, and why a claim does not show.
 """
 
 import argparse
@@ -33,11 +35,16 @@ RUNS = Path("runs/claims")
 
 # --------------------------------------------------------------------------------------------------------------- claims
 
-COMMANDS = """
+COMMANDS = {}
+COMMANDS["shapes"] = """
 nrd        NRD                nrd.py
 nrd        CE                 nrd.py --loss ce
 nrd        GCE                nrd.py --loss gce
 nrd        GJS                nrd.py --loss gjs
+nrd        NRD, 80 %          nrd.py --rate 0.8
+nrd        CE, 80 %           nrd.py --rate 0.8 --loss ce
+nrd        GCE, 80 %          nrd.py --rate 0.8 --loss gce
+nrd        GJS, 80 %          nrd.py --rate 0.8 --loss gjs
 ft         FT                 fickle_teacher.py
 ft         Hinton             fickle_teacher.py --dropout 0 --epochs 50
 ft         baseline           fickle_teacher.py --method baseline --epochs 50
@@ -66,8 +73,9 @@ data-free  leaves, running    noise_data_free_kd.py --bn running
 data-free  Gaussian, current  noise_data_free_kd.py --source gaussian
 """
 CLAIMS = """
-nrd | NRD is above cross-entropy | test_acc | NRD 94.65 | CE 87.74 | sym 40 %, Table 2
-nrd | GCE and GJS are above NRD, in the paper below | test_acc | GCE 92.82; GJS 93.57 | NRD 94.65 | sym 40 %, Table 2
+nrd | NRD is above cross-entropy and GCE | test_acc | NRD 94.65 | CE 87.74; GCE 92.82 | sym 40 %, Table 2
+nrd | … and above GJS | test_acc | NRD 94.65 | GJS 93.57 | sym 40 %, Table 2
+nrd | … at 80 % noise too | test_acc | NRD, 80 % 85.32 | CE, 80 % 66.51; GCE, 80 % 79.19; GJS, 80 % 79.11 | Table 2
 nrd | NRD is better calibrated | ECE | NRD 0.13 | CE 0.31 | sym 50 %, Figure 5
 nrd | NRD memorises fewer wrong labels | train_acc_wrong | NRD - | CE - | section 5.2
 nrd | NRD ends near its best epoch | drop | NRD - | CE - | Figure 4
@@ -103,8 +111,52 @@ class Claim(NamedTuple):
     source: str
 
 
-rows = [re.split(" {2,}", line) for line in COMMANDS.strip().splitlines()]
-COMMANDS = {part: {arm: command for p, arm, command in rows if p == part} for part, _, _ in rows}
+# On CIFAR-10 one teacher, trained on all 50,000 images, teaches students that see a few thousand: TEACHER below.
+TEACHER = "kd_zoo.py --method baseline --dataset cifar10 --student-arch wrn-16-1 --epochs 12 --limit-test 2000 --batch-size 64 --lr 0.05"
+CIFAR10 = {  # part: the flags that all its arms have
+    "nrd": "--dataset cifar10 --limit-train 4000 --limit-test 2000 --epochs 30 --arch wrn-10-1 --batch-size 32",
+    "sr": "--dataset cifar10 --limit-train 3000 --limit-test 2000 --epochs 30 --student-arch wrn-10-1 --batch-size 32 --lr 0.05 --sigma 0.1",
+    "zoo": "--dataset cifar10 --limit-train 3000 --limit-test 2000 --epochs 30 --student-arch wrn-10-1 --batch-size 32 --lr 0.05",
+    "cmd": "--dataset cifar10 --limit-train 2000 --limit-test 2000 --epochs 40 --arch wrn-10-1 --batch-size 32 --lr 0.05 --augment none",
+    "data-free": "--dataset cifar10 --limit-train 5000 --limit-test 2000 --epochs 20 --student-arch wrn-10-1 --batch-size 64 --lr 2e-3 --teacher TEACHER",
+}
+COMMANDS["cifar10"] = """
+nrd        NRD                      nrd.py
+nrd        CE                       nrd.py --loss ce
+nrd        GCE                      nrd.py --loss gce
+nrd        GJS                      nrd.py --loss gjs
+nrd        NRD, no augmentation     nrd.py --student-augment none
+nrd        CE, no augmentation      nrd.py --student-augment none --loss ce
+nrd        GCE, no augmentation     nrd.py --student-augment none --loss gce
+sr         SR                       soft_randomization.py --teacher TEACHER
+sr         GA                       soft_randomization.py --method ga
+zoo        Hinton                   kd_zoo.py --teacher TEACHER
+zoo        AT                       kd_zoo.py --method at --teacher TEACHER
+zoo        SP                       kd_zoo.py --method sp --teacher TEACHER
+zoo        RKD-DA                   kd_zoo.py --method rkd-da --teacher TEACHER
+zoo        baseline                 kd_zoo.py --method baseline
+cmd        CMD-P                    cmd.py --eta 1
+cmd        CMD-S                    cmd.py --select static --eta 2
+cmd        all                      cmd.py --select all
+cmd        zero                     cmd.py --select zero
+cmd        CE                       cmd.py --self-kd ce --select zero
+data-free  leaves, current          noise_data_free_kd.py
+data-free  leaves, running          noise_data_free_kd.py --bn running
+data-free  Gaussian, current        noise_data_free_kd.py --source gaussian
+"""
+
+
+def commands(dataset):
+    """{part: {arm: command}} on "shapes" or "cifar10"."""
+    table = {}
+    for line in COMMANDS[dataset].strip().splitlines():
+        part, arm, command = re.split(" {2,}", line)
+        if dataset == "cifar10":
+            command = f"{command} {CIFAR10[part]}"
+        table.setdefault(part, {})[arm] = command
+    return table
+
+
 rows = [line.split(" | ") for line in CLAIMS.strip().splitlines()]
 CLAIMS = [Claim(part, text, measure, arms(a), arms(b), source) for part, text, measure, a, b, source in rows]
 
@@ -112,7 +164,7 @@ EVALUATIONS = {  # measure: flags of evaluate.py
     "ECE": "--ece",
     "mCA": "--cifar-c --limit-test 200",
     "PGD-20": "--pgd 20 --eps 0.031 --restarts 1",
-    "transfer": "--transfer --eps 0.031 --limit-test 300 --teacher TEACHER",  # the student's own
+    "transfer": "--transfer --eps 0.031 --limit-test 300 --teacher",  # that of the student
 }
 LESS = ("train_acc_wrong", "drop", "ECE")  # is better
 LABELS = {
@@ -140,7 +192,7 @@ def execute(command, log):
         return
     log.parent.mkdir(parents=True, exist_ok=True)
     partial = log.with_name(f"{log.name}.partial")
-    script, *flags = command.split()
+    script, *flags = command.replace("TEACHER", f"{folder(TEACHER, 100)}/checkpoint.pt").split()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(partial, "w", encoding="utf-8") as file:
         started = [sys.executable, str(ROOT / script), *flags]
@@ -153,11 +205,8 @@ def job(command, seed, measures):
     run = folder(command, seed)
     execute(f"{command} --seed {seed} --out {run} --resume", log_of(run))
     for measure in sorted(measures):
-        flags = EVALUATIONS[measure]
-        if measure == "transfer":
-            teacher = re.search(r"^teacher: (\S+),", log_of(run).read_text(encoding="utf-8"), re.MULTILINE)
-            flags = flags.replace("TEACHER", teacher[1])
-        execute(f"evaluate.py {run} {flags} --out {run / measure}", run / f"{measure}.log")
+        command = f"evaluate.py {run} {EVALUATIONS[measure]} --out {run / measure}"
+        execute(command, run / f"{measure}.log")
 
 
 def value(command, seed, measure):
@@ -180,13 +229,14 @@ def value(command, seed, measure):
 # --------------------------------------------------------------------------------------------------------------- report
 
 
-def compare(claim, seeds):
-    """The rows of a claim, a dict for each pair of arms, over the seeds that both have."""
-    rows, measures = [], (claim.measure,)
+def compare(claim, table, seeds):
+    """The rows of a claim, a dict for each pair of arms, over the seeds that both have. table: {arm: command}."""
+    rows = []
+    measures = (claim.measure,)
     if claim.measure == "statistics":  # the same run, tested with other statistics
         measures = "test_acc_adjusted", "test_acc_running"
     for arm, other in itertools.product(claim.better, claim.worse):
-        a, b = COMMANDS[claim.part][arm], COMMANDS[claim.part][other]
+        a, b = table[arm], table[other]
         pairs = [(value(a, s, measures[0]), value(b, s, measures[-1])) for s in range(seeds)]
         pairs = [pair for pair in pairs if None not in pair]
         if not pairs:
@@ -194,11 +244,14 @@ def compare(claim, seeds):
             continue
         x, y = (list(values) for values in zip(*pairs))
         difference = (statistics.fmean(x) - statistics.fmean(y)) * (-1 if claim.measure in LESS else 1)
-        error = math.sqrt((statistics.variance(x) + statistics.variance(y)) / len(x)) if len(x) > 1 else math.inf
+        error = (
+            math.sqrt((statistics.variance(x) + statistics.variance(y)) / len(x)) if len(x) > 1 else math.inf
+        )
         rows.append({
             "part": claim.part, "claim": claim.text, "measure": claim.measure, "better": arm, "worse": other,
             "commands": [a, b], "paper": [claim.better[arm], claim.worse[other]], "paper_from": claim.source,
-            "n": len(x), "values": [x, y], "difference": difference, "standard_error": error,
+            "n": len(x), "values": [[round(v, 4) for v in x], [round(v, 4) for v in y]],
+            "difference": round(difference, 4), "standard_error": round(error, 4),
             "shows": difference > 2 * error,
         })  # fmt: skip
     return rows
@@ -207,7 +260,10 @@ def compare(claim, seeds):
 def spread(values):
     """72.1 ± 3.4: mean and sample standard deviation; of values below 1 with two places."""
     digits = 2 if max(values) < 1 else 1
-    mean, deviation = f"{statistics.fmean(values):.{digits}f}", statistics.stdev(values) if len(values) > 1 else None
+    mean, deviation = (
+        f"{statistics.fmean(values):.{digits}f}",
+        statistics.stdev(values) if len(values) > 1 else None,
+    )
     return mean if deviation is None else f"{mean} ± {deviation:.{digits}f}"
 
 
@@ -220,7 +276,15 @@ def print_table(rows):
         ours = f"{row['better']} **{spread(row['values'][0])}**, {row['worse']} {spread(row['values'][1])}"
         digits = 2 if row["measure"] == "ECE" else 1
         difference = f"{row['difference']:.{digits}f} ± {row['standard_error']:.{digits}f}"
-        cells = [row["part"], row["claim"], paper, ours, str(row["n"]), difference, "yes" if row["shows"] else "no"]
+        cells = [
+            row["part"],
+            row["claim"],
+            paper,
+            ours,
+            str(row["n"]),
+            difference,
+            "yes" if row["shows"] else "no",
+        ]
         print("|", " | ".join(cells), "|")
 
 
@@ -240,7 +304,9 @@ def draw(path, rows):
             x = [place + 0.11 * (i - (len(values) - 1) / 2) for i in range(len(values))]
             axes.plot(x, values, "o", color=colour, ms=4, alpha=0.6)
             axes.hlines(statistics.fmean(values), place - 0.36, place + 0.36, color=colour, lw=2)
-        names = [textwrap.fill(name.removeprefix("noisy "), 10, break_on_hyphens=len(arms) < 4) for name in arms]
+        names = [
+            textwrap.fill(name.removeprefix("noisy "), 10, break_on_hyphens=len(arms) < 4) for name in arms
+        ]
         axes.set_xticks(range(len(arms)), names, rotation=0 if len(arms) < 4 else 25)
         axes.set_xlim(-0.6, len(arms) - 0.4)
         shown = sum(row["shows"] for row in compared)
@@ -257,22 +323,70 @@ def draw(path, rows):
     print(f"wrote {path}")
 
 
+def draw_training(path, seeds):
+    """README's first picture: test accuracy and memorised wrong labels over the epochs, mean ± standard deviation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set(title="built-in pictures, half of the labels random", ylabel="test accuracy (%)")
+    right.set(
+        title="CIFAR-10 without augmentation, half of the labels random", ylabel="wrong labels memorised (%)"
+    )
+    panels = [(left, "shapes", "", "test_acc"), (right, "cifar10", ", no augmentation", "train_acc_wrong")]
+    for axes, dataset, setting, metric in panels:
+        arms = {"NRD": "NRD", "GCE": "GCE (generalised cross-entropy)", "CE": "cross-entropy"}
+        for (arm, label), colour in zip(arms.items(), ("tab:red", "tab:blue", "dimgray")):
+            runs = [folder(commands(dataset)["nrd"][arm + setting], seed) for seed in range(seeds)]
+            lines = [(run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for run in runs]
+            epochs = list(zip(*([json.loads(line)[metric] for line in of] for of in lines)))
+            mean = [statistics.fmean(values) for values in epochs]
+            deviation = [statistics.stdev(values) for values in epochs]
+            low = [m - d for m, d in zip(mean, deviation)]
+            high = [m + d for m, d in zip(mean, deviation)]
+            axes.plot(range(1, len(mean) + 1), mean, color=colour, label=label)
+            axes.fill_between(range(1, len(mean) + 1), low, high, color=colour, alpha=0.2, lw=0)
+        axes.axhline(10, color="k", ls=":", lw=1, label="chance")
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.supxlabel(f"line: mean of {seeds} seeds; band: ± standard deviation", fontsize=9)
+    figure.savefig(path, dpi=110)
+    print(f"wrote {path}")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("parts", nargs="*", default="all", choices=[*COMMANDS, "all"], help="claims of these scripts")
+    add(
+        "parts",
+        nargs="*",
+        default="all",
+        choices=[*commands("shapes"), "all"],
+        help="scripts, all claims of each",
+    )
+    add("--dataset", default="shapes", choices=COMMANDS, help="what the scripts train on")
     add("--seeds", type=int, default=5, metavar="N", help="0 … N-1")
     add("--jobs", type=int, default=2, metavar="N", help="runs at a time, a thread each")
     add("--report", action="store_true", help="run nothing: the table of what is there")
     args = parser.parse_args()
-    parts = list(COMMANDS) if "all" in args.parts else args.parts
-    claims = [claim for claim in CLAIMS if claim.part in parts]
+    table = commands(args.dataset)
+    if args.dataset == "cifar10" and not args.report:
+        job(TEACHER, 100, [])
+    known = [
+        claim
+        for claim in CLAIMS
+        if table.get(claim.part, {}).keys() >= claim.better.keys() | claim.worse.keys()
+    ]
+    claims = [claim for claim in known if "all" in args.parts or claim.part in args.parts]
 
     todo = {}  # {(seed, command): measures of evaluate.py}, seed by seed
     for seed in range(0 if args.report else args.seeds):
         for claim in claims:
             for arm in claim.better | claim.worse:
-                measures = todo.setdefault((seed, COMMANDS[claim.part][arm]), set())
+                measures = todo.setdefault((seed, table[claim.part][arm]), set())
                 measures |= {claim.measure} & EVALUATIONS.keys()
     began = time.perf_counter()
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -281,17 +395,22 @@ def main():
             for done, future in enumerate(as_completed(jobs), 1):
                 (seed, command), error = jobs[future], future.exception()
                 minutes = (time.perf_counter() - began) / done * (len(jobs) - done) / 60
-                print(f"{done}/{len(jobs)}, {minutes:.0f} min left: {command}, seed {seed} {error or ''}", flush=True)
+                print(
+                    f"{done}/{len(jobs)}, {minutes:.0f} min left: {command}, seed {seed} {error or ''}",
+                    flush=True,
+                )
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
 
-    rows = [row for claim in claims for row in compare(claim, args.seeds)]
+    rows = [row for claim in claims for row in compare(claim, table[claim.part], args.seeds)]
     print_table(rows)
     rows = [row for row in rows if row["n"] > 1]
-    if claims == CLAIMS and rows:
-        draw(ROOT / ".github/claims.png", rows)
-        (ROOT / "tests/claims.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if claims == known and rows:
+        name = "claims" if args.dataset == "shapes" else f"claims-{args.dataset}"
+        draw(ROOT / f".github/{name}.png", rows)
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+        (ROOT / f"tests/{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
