@@ -1722,8 +1722,8 @@ class Run:
             if args.tensorboard:
                 self.board = SummaryWriter(self.folder)
         barrier()
-        hidden = (*args.given, *MACHINE, "given", "name")
-        preset = {key: value for key, value in vars(args).items() if key not in hidden and value is not None}
+        hidden = (*args.given, *MACHINE, "given", "name", "script")
+        preset = {key: value for key, value in vars(args).items() if key not in hidden and value not in (None, [])}
         print(f"{self.folder}, given:", *assignments(args.given))
         print("preset:", *assignments(preset), flush=True)
         self.metrics = []

@@ -405,3 +405,4 @@ def test_accuracies_go_to_tensorboard(cli, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     status, _, err = cli(nrd, *TINY[:-1], "other", "--arch", "wrn-10-1", "--tensorboard")
     assert status == 2 and err == "error: --tensorboard: needs the package; pip install tensorboard\n"
+    assert not Path("other").exists()
