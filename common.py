@@ -1,16 +1,17 @@
 """What the scripts share, in the order the data flows through it:
 
-    arguments -> processes -> data -> label noise -> augmentation -> models -> run folders -> teachers -> reporting
+    arguments -> processes -> data -> label noise -> augmentation -> models -> run folders -> teachers
+    -> reporting
 
-Functions take tensors and return tensors; copy one out if that is all you need. What a method is about (its loss, its
-loop, its hyperparameters) is never in this file: it stands in the method's own script.
-A fork may delete what it does not call: processes (torchrun), the data sets, kinds of noise, augmentations and
-architectures of others, teachers. Arguments, run folders and reporting belong to every script.
+Functions take tensors and return tensors; copy one out if that is all you need. What a method is about (its
+loss, its loop, its hyperparameters) is never in this file: it stands in the method's own script.
+A fork may delete what it does not call: processes (torchrun), the data sets, kinds of noise, augmentations
+and architectures of others, teachers. Arguments, run folders and reporting belong to every script.
 
-Conventions. Images at rest are uint8 [N, 3, H, W]. Images in flight are float32 [B, 3, H, W] in [0, 1]; normalisation
-is part of the model. Labels are int64. Accuracies are percentages. Random draws come from torch's global generator of
-the tensor's device, so that `torch.manual_seed` and the random states in a checkpoint determine them; label noise has
-a seed of its own.
+Conventions. Images at rest are uint8 [N, 3, H, W]. Images in flight are float32 [B, 3, H, W] in [0, 1];
+normalisation is part of the model. Labels are int64. Accuracies are percentages. Random draws come from
+torch's global generator of the tensor's device, so that `torch.manual_seed` and the random states in a
+checkpoint determine them; label noise has a seed of its own.
 """
 
 import argparse
@@ -45,7 +46,7 @@ try:
 except ImportError:  # Windows has none: run folders are not locked there
     fcntl = None
 
-# torchvision and matplotlib are imported where they are used: each takes a second, and --help should not wait for them.
+# torchvision and matplotlib are imported where they are used: each takes a second, and --help does not wait.
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
@@ -105,30 +106,30 @@ def argument_parser(file, doc, notes=None):
     parser.set_defaults(script=Path(file).stem)
     add = parser.add_argument_group("data and label noise").add_argument
     add("--dataset", type=dataset_name, default="shapes", metavar="NAME", help=DATASETS)
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder in which data sets are kept")
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets")
     add("--noise", choices=NOISE_KINDS, help="kind of label noise in the training set")
     add("--rate", type=share, help="share of the training labels to corrupt; human-* has its own")
     add("--noise-seed", type=int, default=0, help="random seed of the label noise, whatever --seed is")
     add("--limit-train", type=count, metavar="N", help="number of training images, evenly spaced; None: all")
     add("--limit-test", type=count, metavar="N", help="number of test images, evenly spaced; None: all")
-    add("--resize", type=count, default=256, metavar="PIXELS", help="photographs: side of the square that is kept")
-    add("--image-size", type=count, default=224, metavar="PIXELS", help="photographs: side of the crop a model sees")
+    add("--resize", type=count, default=256, metavar="PIXELS", help="side of the square of a photograph")
+    add("--image-size", type=count, default=224, metavar="PIXELS", help="side of a crop of a photograph")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, help="passes over the training set; the schedule scales along")
     add("--batch-size", type=count, help="images per step; the incomplete last batch is left out")
     add("--lr", type=positive, help="initial learning rate")
     add("--weight-decay", type=share, help="L2 penalty of the optimiser")
-    help = "random seed; several: one run per seed"
-    add("--seed", dest="seeds", type=int, nargs="+", default=[0], metavar="SEED", help=help)
+    add("--seed", dest="seeds", type=int, nargs="+", default=[0],
+        help="random seed; several: one run per seed")  # fmt: skip
 
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--amp", action=argparse.BooleanOptionalAction, help="models compute in bfloat16; on where the hardware has it")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 models; on where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the models")
-    add("--out", type=Path, metavar="DIR", help="run folder; None: in runs/, named by the flags that are typed")
+    add("--out", type=Path, metavar="DIR", help="run folder; None: in runs/, named by the flags you type")
     add("--resume", action="store_true", help="continue the run in the run folder, or start it")
-    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too, into the run folder")
+    add("--tensorboard", action="store_true", help="write metrics for TensorBoard too, into the run folder")
     return parser
 
 
@@ -138,14 +139,14 @@ TEACHER = ("teacher", "teacher_arch", "teacher_model", "mean", "std", "teacher_s
 def add_teacher_arguments(parser):
     """Add the flags of a script that distils from a teacher: TEACHER and --student-arch."""
     add = parser.add_argument_group("teacher and student").add_argument
-    help = "run folder or checkpoint, or public weights; None: train a teacher, once"
-    add("--teacher", type=checkpoint_file, metavar="PATH", help=help)
-    add("--teacher-arch", metavar="ARCH", help="architecture of the teacher that is trained, or of public weights")
-    add("--teacher-model", metavar="FILE.py:NAME", help="NAME() gives the teacher, from images in [0, 1] to logits")
-    help = "of images in [0, 1], which public weights expect; None: those of the training images"
-    add("--mean", nargs=3, type=float, help=f"mean {help}")
-    add("--std", nargs=3, type=float, help="standard deviation, likewise")
-    add("--teacher-seeds", type=count, default=1, metavar="K", help="number of teachers to train; the best one teaches")
+    add("--teacher", type=checkpoint_file, metavar="PATH",
+        help="run folder, checkpoint or public weights; None: train a teacher, once")  # fmt: skip
+    add("--teacher-arch", metavar="ARCH", help="architecture of the trained teacher, or of public weights")
+    add("--teacher-model", metavar="FILE.py:NAME",
+        help="NAME() gives the teacher, from images in [0, 1] to logits")  # fmt: skip
+    add("--mean", nargs=3, type=float, help="mean that public weights expect; None: the training images'")
+    add("--std", nargs=3, type=float, help="standard deviation, likewise; both of images in [0, 1]")
+    add("--teacher-seeds", type=count, default=1, metavar="K", help="teachers to train; the best one teaches")
     add("--student-arch", metavar="ARCH", help="wrn-D-K, resnetD, …")
 
 
@@ -154,9 +155,9 @@ MACHINE = ("out", "resume", "device", "data_dir", "tensorboard")
 
 
 def parse(parser, preset):
-    """The command line as a Namespace. Flags that are left out have the values of the dict preset(flags as typed).
+    """The command line as a Namespace. A flag that is left out has its value in preset(flags as typed).
 
-    given: {flag: value} of the flags that are typed, also with their default, but for --seed and MACHINE.
+    given: {flag: value} of the flags that are typed, with their defaults too, except --seed and MACHINE.
     name: the run folder's, from the script, the data set, the noise and `given`.
     """
     as_typed = parser.parse_known_args()[0]  # with the parser's own defaults, often None
@@ -177,7 +178,7 @@ def parse(parser, preset):
 
 
 def refuse(args, flags, why):
-    """Raise UsageError where one of these flags is typed: nothing reads it, but it would stand in the run's name."""
+    """Raise UsageError where one of these flags is typed: nothing reads it, and it would name the folder."""
     for flag in flags:
         if flag in args.given:
             raise UsageError(f"--{flag.replace('_', '-')}: {why}; leave it out")
@@ -192,7 +193,7 @@ def assignments(flags):
 
 
 def folder_name(first, args, flags):
-    """first-dataset-noise-flag=value-…, in characters that every file system takes; long names end in a digest."""
+    """first-dataset-noise-flag=value-…, in characters that file systems take; long names end in a digest."""
     noise = "clean" if args.noise == "none" else args.noise
     if args.rate is not None:
         noise += f"{args.rate:.12g}"
@@ -205,13 +206,13 @@ def folder_name(first, args, flags):
 
 
 def find_device(name):
-    """The torch.device of --device. Raises UsageError for anything but the CPU and the CUDA devices that are there."""
+    """The torch.device of --device. Raises UsageError for all but the CPU and CUDA devices that are there."""
     if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
         raise UsageError(f"--device {name}: unknown; cpu, cuda and cuda:N work")
     device = torch.device(name)
     visible = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= visible:
-        raise UsageError(f"--device {name}: {visible} CUDA devices are visible, the first is cuda:0; cpu always works")
+        raise UsageError(f"--device {name}: {visible} CUDA devices are visible, from cuda:0 on; cpu works")
     return device
 
 
@@ -224,7 +225,7 @@ def multiplies_bfloat16(device):
 
 
 def run(parse_args, main):
-    """Run a script: main(args) for each of --seed, as args.seed, an int; then the mean of the metrics it returns.
+    """Run a script: main(args) for each seed, the int args.seed; then print the mean of the metrics.
 
     UsageError and OSError become one line and exit status 2. Ctrl-C and SIGTERM end with status 130.
     """
@@ -252,7 +253,7 @@ def run(parse_args, main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on after the last finished epoch", file=sys.stderr)
+        print("\nstopped; the same command with --resume goes on after the last full epoch", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -263,7 +264,7 @@ def setup(args):
     device = find_device(args.device)
     if dist.is_torchelastic_launched():
         if not dist.is_initialized():
-            dist.init_process_group(timeout=datetime.timedelta(days=1))  # while one downloads, the others wait
+            dist.init_process_group(timeout=datetime.timedelta(days=1))  # while one downloads, others wait
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if rank() > 0:
@@ -276,9 +277,10 @@ def setup(args):
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
-# `torchrun --nproc_per_node=N script.py …` starts a script N times. Each process ("rank") has the whole model and takes
-# its part of every batch. Before a step, gradients and BatchNorm's running statistics are averaged over the processes.
-# All start from the same seed, so that weights stay the same everywhere. Rank 0 alone prints and writes.
+# `torchrun --nproc_per_node=N script.py …` starts a script N times. Each process ("rank") has the whole model
+# and takes its part of every batch. Before a step, gradients and BatchNorm's running statistics are averaged
+# over the processes. All start from the same seed, so that weights stay the same everywhere. Rank 0 alone
+# prints and writes.
 
 
 def rank():
@@ -311,10 +313,14 @@ def average(tensors):
 
 def act_as_one(optimizer, modules):
     """Make the optimiser of every process take the step of the whole batch."""
-    norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
 
     def before_step(*_):
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
         average(gradients + [value for norm in norms for value in (norm.running_mean, norm.running_var)])
 
     optimizer.register_step_pre_hook(before_step)
@@ -1483,7 +1489,7 @@ def calibration(probabilities, labels, bins=15):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary path beside `path`; it is renamed to `path` once the block has ended without an error.
+    """Yield a temporary path beside `path`. It is renamed to `path` once the block has ended without error.
 
     Raises OSError, whose message has `path`, where it cannot be written.
     """
@@ -1516,26 +1522,25 @@ def read_weights_only(path, flag):
 
 
 def load_checkpoint(path, flag="checkpoint"):
-    """The dict that `Run` saved at `path`, a file or a run folder; tensors on the CPU, no pickled code is executed.
+    """The dict that `Run` saved at `path`, a file or a run folder. Tensors are on the CPU; no code is run.
 
-    Keys: model and the other parts of the training state, each with its entry in built_as; best, the name of the part
-    to take for the model where several networks were trained; script, dataset, classes, noise (kind, rate, seed),
-    imbalance, config, source ({file: its text} of the script and common.py), metrics (a dict per epoch), epoch, epochs,
-    rng. Says how far unfinished training is. Raises UsageError where there is no such file, where it is none of ours.
+    Keys: model and the other parts of the training state, each with its entry in built_as; best, the name of
+    the part to take for the model where several networks were trained; script, dataset, classes, noise (kind,
+    rate, seed), imbalance, config, source ({file: its text} of the script and common.py; after an edit also
+    {"file until epoch N": its text before}), metrics (a dict per epoch), epoch, epochs, rng.
+    Prints how far unfinished training is. Raises UsageError for a missing file and for one of other programs.
     """
     path = checkpoint_file(path)
     checkpoint = read_weights_only(path, flag)
     if not isinstance(checkpoint, dict) or not {"built_as", "epoch", "epochs", "source"} <= checkpoint.keys():
-        raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name the checkpoint.pt of a run folder")
-    epoch = checkpoint["epoch"]
-    epochs = checkpoint["epochs"]
-    if epoch < epochs:
-        print(f"{path}: epoch {epoch} of {epochs}", flush=True)
+        raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name a run folder")
+    if checkpoint["epoch"] < checkpoint["epochs"]:
+        print(f"{path}: epoch {checkpoint['epoch']} of {checkpoint['epochs']}", flush=True)
     return checkpoint
 
 
 def load_model(checkpoint, part="model", device="cpu", amp=False):
-    """Rebuild the model whose weights are checkpoint[part] ("model", "ema", …), in evaluation mode on `device`.
+    """The model whose weights are checkpoint[part] ("model", "ema", …), in evaluation mode on `device`.
 
     Of a run that trains several networks, "model" is the one that checkpoint["best"] names.
     """
@@ -1630,8 +1635,9 @@ def load_module(text, flag, path=None):
 def claim(folder, config, resume, wait):
     """Hold `folder` for this process by an advisory lock on its config.json, the open file that is returned.
 
-    wait: until no other process holds it, for a folder whose name tells that it holds this run. Raises UsageError where
-    a process holds it, and where the folder has other files, another run, or, without resume, this one.
+    wait: until no other process holds it; for a folder whose name alone tells that it is of this run.
+    Raises UsageError where a process holds it, and where the folder has other files, another run, or, without
+    resume, this one.
     """
     path = folder / "config.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -1656,15 +1662,16 @@ def claim(folder, config, resume, wait):
     if not isinstance(old, dict) or old.get("script") != config["script"]:
         raise UsageError(f"--out: {path} is not of a run of {config['script']}; name a new folder")
     if (folder / "checkpoint.pt").exists():
-        keys = sorted(config.keys() - {*MACHINE, "given", "name", "torch", "commit"})
-        differs = [f"{key} ({old.get(key)} there, {config[key]} here)" for key in keys if old.get(key) != config[key]]
+        ignored = (*MACHINE, "given", "name", "torch", "commit")
+        differs = [key for key in sorted(config) if key not in ignored and old.get(key) != config[key]]
         if differs and not wait:
+            told = ", ".join(f"{key} ({old.get(key)} there, {config[key]} here)" for key in differs)
             advice = "name another folder"
-            if old["amp"] != config["amp"]:  # begun where the hardware has bfloat16, or has none
-                advice += f", or add {'--amp' if old['amp'] else '--no-amp'} to compute as there"
-            raise UsageError(f"--out: {folder} holds another run: {', '.join(differs)}; {advice}")
+            if "amp" in differs:  # begun where the hardware has bfloat16, or has none
+                advice += f", or add {'--amp' if old.get('amp') else '--no-amp'} to compute as there"
+            raise UsageError(f"--out: {folder} holds another run: {told}; {advice}")
         if not resume:
-            raise UsageError(f"--out: {folder} holds this run; --resume continues it, --out DIR starts one elsewhere")
+            raise UsageError(f"--out: {folder} holds this run; --resume continues it, --out starts another")
     else:
         file.truncate(0)
         file.write(json.dumps(config, indent=2) + "\n")
@@ -1673,24 +1680,27 @@ def claim(folder, config, resume, wait):
 
 
 def sources(script):
-    """The text of the script and of this file, {name: text}. They tell what a run computed: a fork has no commit."""
-    files = [Path(__file__).with_name(name) for name in (f"{script}.py", "common.py")]
-    return {file.name: file.read_text(encoding="utf-8") for file in files if file.exists()}
+    """{name: text} of the script and of this file. They tell what a run computed: a fork has no commit."""
+    return {
+        file.name: file.read_text(encoding="utf-8")
+        for file in Path(__file__).parent.glob("*.py")
+        if file.stem in (script, "common")
+    }
 
 
 class Run:
     """A run folder: config.json, metrics.jsonl, checkpoint.pt and curves.png, and what is printed on the way.
 
-        run = Run(args, device, data)                                      # claims the folder
-        run.track(model=model, optimizer=optimizer, …)                     # saved every epoch, read back by --resume
+        run = Run(args, device, data)                                # claims the folder
+        run.track(model=model, optimizer=optimizer, …)               # saved per epoch, read back by --resume
         for epoch in range(run.epoch, run.epochs):
-            for index in run.batches(len(labels), args.batch_size):        # int64 [batch_size]
+            for index in run.batches(len(labels), args.batch_size):  # int64 [batch_size]
                 …
-            run.end_epoch(losses, lr=…, test_acc=…)                        # printed, saved and drawn
+            run.end_epoch(losses, lr=…, test_acc=…)                  # printed, saved and drawn
         return run.finish()
 
-    origin: a dict that the checkpoint has besides, as that of load_teacher. epochs: None takes args.epochs. wait, and
-    what is raised: see `claim`.
+    origin: a dict that the checkpoint has besides, like that of load_teacher. epochs: None takes args.epochs.
+    wait, and what is raised: see `claim`.
     """
 
     def __init__(self, args, device, data, origin=None, epochs=None, wait=False):
@@ -1709,21 +1719,26 @@ class Run:
         config = json.loads(json.dumps(vars(args), default=str))  # paths as texts
         config |= {"train_digest": data.train_digest, "test_digest": data.test_digest}
         self.header = {
-            "script": args.script, "dataset": args.dataset, "classes": list(data.classes), "epochs": self.epochs,
+            "script": args.script, "dataset": args.dataset, "classes": list(data.classes),
             "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed},
-            "imbalance": vars(args).get("imbalance"), "config": config, "source": sources(args.script),
+            "imbalance": vars(args).get("imbalance"), "epochs": self.epochs,
+            "config": config, "source": sources(args.script),
         } | (origin or {})  # fmt: skip
         self.board = None
         if rank() == 0:
             options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
-            commit = subprocess.run("git rev-parse HEAD", **options).stdout.strip()  # "" where there is no git
+            commit = subprocess.run("git rev-parse HEAD", **options).stdout.strip()  # "" without git
             config |= {"torch": str(torch.__version__), "commit": commit}
             self.claimed = claim(self.folder, config, args.resume, wait)
             if args.tensorboard:
                 self.board = SummaryWriter(self.folder)
         barrier()
         hidden = (*args.given, *MACHINE, "given", "name", "script")
-        preset = {key: value for key, value in vars(args).items() if key not in hidden and value not in (None, [])}
+        preset = {
+            flag: value
+            for flag, value in vars(args).items()
+            if flag not in hidden and value not in (None, [])
+        }
         print(f"{self.folder}, given:", *assignments(args.given))
         print("preset:", *assignments(preset), flush=True)
         self.metrics = []
@@ -1733,7 +1748,7 @@ class Run:
             source = self.header["source"]
             for name, text in self.saved["source"].items():
                 if name in source and source[name] != text:
-                    print(f"{name} was edited after epoch {self.epoch}; this run goes on with the new text", flush=True)
+                    print(f"{name} was edited after epoch {self.epoch}; the run goes on with it as it is now")
                     name = f"{name} until epoch {self.epoch}"
                 source.setdefault(name, text)
         self.done_before = self.epoch
@@ -1749,7 +1764,7 @@ class Run:
         return f"{datetime.timedelta(seconds=round(seconds))} left"
 
     def track(self, **parts):
-        """The parts of the training state, whose state_dict() is saved. With --resume they are read back here."""
+        """The parts of the training state, whose state_dict() is saved. --resume reads them back here."""
         self.parts = parts
         if self.metrics:
             saved = self.saved
@@ -1767,12 +1782,14 @@ class Run:
         self.began = self.drawn = time.perf_counter()
 
     def save(self, path=None):
-        """Write checkpoint.pt, or `path`, then metrics.jsonl, which is always the checkpoint's list of metrics."""
+        """Write checkpoint.pt, or `path`, then metrics.jsonl, which has the metrics of the checkpoint."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         checkpoint = {**self.header, "metrics": self.metrics, "epoch": self.epoch, "rng": rng}
-        checkpoint["built_as"] = {name: part.built_as for name, part in self.parts.items() if hasattr(part, "built_as")}
+        checkpoint["built_as"] = {
+            name: part.built_as for name, part in self.parts.items() if hasattr(part, "built_as")
+        }
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         if rank() == 0:
             with atomic_write(path or self.path) as partial:
@@ -1781,12 +1798,14 @@ class Run:
                 except RuntimeError as error:  # so PyTorch's writer calls a full disk
                     raise OSError(f"is the disk full? ({error})") from None
             with atomic_write(self.folder / "metrics.jsonl") as partial:
-                partial.write_text("".join(json.dumps(record) + "\n" for record in self.metrics), encoding="utf-8")
+                lines = [json.dumps(record) + "\n" for record in self.metrics]
+                partial.write_text("".join(lines), encoding="utf-8")
 
     def batches(self, total, batch_size):
-        """One epoch: a random order of range(total), int64 [batch_size] at a time, without the incomplete last batch.
+        """One epoch: a random order of range(total), int64 [batch_size] at a time; no incomplete last batch.
 
-        Keeps the line with images/s and time left up to date. Under torchrun each process gets its part of each batch.
+        Keeps the line with images/s and time left up to date. Under torchrun each process gets its part of
+        each batch.
         """
         if rank() > 0:  # draws of its own, and none that a checkpoint would have to hold
             torch.manual_seed((self.args.seed * self.epochs + self.epoch) * world_size() + rank())
@@ -1809,16 +1828,22 @@ class Run:
         self.images_per_second = len(steps) * batch_size / (time.perf_counter() - self.epoch_began)
 
     def end_epoch(self, losses, **metrics):
-        """Record an epoch: check losses and weights, save, print a line. metrics: floats, lists of floats or None.
+        """Record an epoch: check losses and weights, save, print a line.
 
-        losses: the loss of every step, a list of scalar tensors, which stay on the device until now. Where a loss or a
-        weight is not finite, the program ends with status 1; the last checkpoint stays.
+        metrics: floats, ints, lists of floats or None. losses: the loss of every step, a list of scalar
+        tensors, which stay on the device until now. Where a loss or a weight is not finite, the program ends
+        with status 1; the last checkpoint stays.
         """
         losses = torch.stack(losses).float()
         average([losses])
-        weights = [v for part in self.parts.values() if isinstance(part, nn.Module) for v in part.state_dict().values()]
+        weights = [
+            value
+            for part in self.parts.values()
+            if isinstance(part, nn.Module)
+            for value in part.state_dict().values()
+        ]
         if not all(values.isfinite().all() for values in (losses, *weights)):
-            sys.exit(f"error: a loss or weight is not finite in epoch {self.epoch + 1}, and not saved; lower --lr")
+            sys.exit(f"error: a loss or weight is not finite in epoch {self.epoch + 1}; lower --lr")
         now = time.perf_counter()
         record = {"epoch": self.epoch + 1, **metrics, "train_loss": losses.mean().item()}
         record["images_per_second"] = round(self.images_per_second, 1)
@@ -1827,7 +1852,7 @@ class Run:
         self.save()
         if now - self.drawn > 60 and rank() == 0:
             self.drawn = now
-            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, self.header.get("teacher_acc"))
+            self.draw()
         if self.board:
             for key, value in record.items():
                 if isinstance(value, (int, float)):
@@ -1838,11 +1863,15 @@ class Run:
         shown += [f"{self.images_per_second:,.0f} images/s", self.time_left(self.epoch)]
         show("  ".join([f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}", *shown]))
 
+    def draw(self):
+        teacher_acc = self.header.get("teacher_acc")
+        plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, teacher_acc)
+
     def finish(self):
-        """Draw curves.png, print the last line and let the folder go. Returns the metrics of the last epoch."""
+        """Draw curves.png, print the last line and let the folder go. Returns the last epoch's metrics."""
         last = self.metrics[-1]
         if rank() == 0:
-            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, self.header.get("teacher_acc"))
+            self.draw()
             self.claimed.close()
         if self.board:
             self.board.close()
@@ -1861,22 +1890,24 @@ class Run:
 
 
 def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
-    """The teacher in --teacher or --teacher-model, or one that is trained by cross-entropy, now or by an earlier run.
+    """The teacher in --teacher or --teacher-model, or one that is trained, now or by an earlier run.
 
     data: the Dataset. labels: int64 [N], the training labels as the student is given them.
     arch, dropout: of the network that is trained, or that public weights are of.
-    recipe: how it is trained. epochs, batch_size, lr, weight_decay; milestones: the epochs after which lr falls to a
-    fifth, None: to a tenth where the test loss has not fallen for ten epochs; optimizer: "sgd", with momentum, where it
-    is left out, or "adam"; normalize: whether the network normalises by the training images' mean and deviation, no
-    where it is left out. Images are cropped, padded by reflection, and flipped.
-    A teacher that is trained stays in a folder of runs/teachers, and is taken again where all that decides it is the
-    same: arch, dropout and recipe, --amp, the data, the labels, the text of this file. Of --teacher-seeds K, seeds
-    0 … K-1, the most accurate one teaches.
-    Returns the model in evaluation mode without gradients, and what the checkpoint keeps of it: {"teacher": its path,
-    "teacher_acc": its test accuracy in percent}. The global random states stay as they are.
-    Prints where a --teacher had other label noise, imbalance or dropout than one that is trained would have. Raises
-    UsageError for a --teacher of other classes or image size, for --mean or --std without public weights, and for flags
-    that tell how to build or train a teacher where one is given.
+    recipe: how it is trained by cross-entropy, on crops, padded by reflection, and flips.
+        epochs, batch_size, lr, weight_decay: numbers.
+        milestones: the epochs after which lr falls to a fifth; None: to a tenth where the test loss has not
+            fallen for ten epochs.
+        optimizer: "sgd", with momentum 0.9, or "adam"; left out: "sgd".
+        normalize: whether the network normalises by the training images' mean and deviation; left out: False.
+    A trained teacher stays in a folder of runs/teachers. It is taken again where all that decides it is the
+    same: arch, dropout, recipe, --amp, the data, the labels, the text of this file. Of --teacher-seeds K,
+    seeds 0 … K-1, the most accurate one teaches.
+    Returns the model in evaluation mode without gradients, and what the checkpoint keeps of it: {"teacher":
+    its path, "teacher_acc": its test accuracy in percent}. The global random states stay as they are.
+    Prints where a --teacher had other label noise, imbalance or dropout than a trained one would have. Raises
+    UsageError for a --teacher of other classes or image size, for --mean or --std without public weights, and
+    for flags that tell how to build or train a teacher where one is given.
     """
     saved = read_weights_only(args.teacher, "--teacher") if args.teacher and not args.teacher_model else None
     is_ours = isinstance(saved, dict) and "built_as" in saved
@@ -1889,7 +1920,7 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if args.teacher_model:
             path = args.teacher_model
-            teacher = load_module(args.teacher_model, "--teacher-model", args.teacher)
+            teacher = load_module(path, "--teacher-model", args.teacher)
         elif is_ours:
             path = args.teacher
             checkpoint = load_checkpoint(path, "--teacher")
@@ -1904,7 +1935,7 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
             imbalance = vars(args).get("imbalance")
             for key, value in {"noise": noise, "imbalance": imbalance, "dropout": dropout}.items():
                 if theirs[key] != value:
-                    print(f"the teacher has {key} {theirs[key]}; a standard teacher would have {value}", flush=True)
+                    print(f"the teacher has {key} {theirs[key]}; a trained one would have {value}")
             teacher = load_model(checkpoint, "model", device, args.amp)
         elif args.teacher:
             path = args.teacher
@@ -1915,7 +1946,7 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
         else:
             recipe = {"optimizer": "sgd", "normalize": False, "arch": arch, "dropout": dropout} | recipe
             seeds = range(args.teacher_seeds)
-            teachers = [train_teacher(args, device, data, labels, recipe, seed) for seed in seeds]
+            teachers = [train_teacher(args, device, data, labels, seed, recipe) for seed in seeds]
             path, checkpoint = max(teachers, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
             teacher = load_model(checkpoint, "model", device, args.amp)
         logits = predict(teacher.to(device).requires_grad_(False), data.test_images)
@@ -1926,22 +1957,19 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
     return teacher, {"teacher": str(path), "teacher_acc": test_acc}
 
 
-def train_teacher(args, device, data, labels, recipe, seed):
+def train_teacher(args, device, data, labels, seed, recipe):
     """Train the teacher that load_teacher describes, or find it trained: its path and checkpoint."""
     decides = [recipe, args.amp, data.train_digest, data.test_digest, labels.tolist(), sources("teacher")]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
-    name = f"{folder_name(recipe['arch'], args, {'epochs': recipe['epochs']})}-{digest}"
+    name = folder_name(recipe["arch"], args, {"epochs": recipe["epochs"]})
+    path = Path("runs/teachers") / f"{name}-{digest}-seed{seed}" / "checkpoint.pt"
     shared = "dataset data_dir noise rate noise_seed imbalance limit_train limit_test resize image_size"
     shared += " device amp compile"
-    args = argparse.Namespace(**recipe, **{flag: vars(args).get(flag) for flag in shared.split()})
-    args.script = "teacher"
-    args.name = name
-    args.given = {}
-    args.seed = seed
-    args.out = Path("runs/teachers") / f"{name}-seed{seed}"
-    args.resume = True
-    args.tensorboard = False
-    path = args.out / "checkpoint.pt"
+    flags = {flag: vars(args).get(flag) for flag in shared.split()}
+    args = argparse.Namespace(
+        **recipe, **flags, given=recipe, seed=seed, script="teacher", out=path.parent, resume=True,
+        tensorboard=False,
+    )  # fmt: skip
     checkpoint = load_checkpoint(path, "teacher") if path.exists() else None
     if checkpoint and checkpoint["epoch"] == args.epochs:
         return path, checkpoint
