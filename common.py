@@ -1900,9 +1900,9 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
             fallen for ten epochs.
         optimizer: "sgd", with momentum 0.9, or "adam"; left out: "sgd".
         normalize: whether the network normalises by the training images' mean and deviation; left out: False.
-    A trained teacher stays in a folder of runs/teachers. It is taken again where all that decides it is the
-    same: arch, dropout, recipe, --amp, the data, the labels, the text of this file. Of --teacher-seeds K,
-    seeds 0 … K-1, the most accurate one teaches.
+    A trained teacher stays in a folder of runs/teachers. It is taken again where arch, dropout, recipe,
+    --amp, the data and the labels are the same, also after an edit of this file, which a line then says: a run
+    that is resumed keeps its teacher. Of --teacher-seeds K, seeds 0 … K-1, the most accurate one teaches.
     Returns the model in evaluation mode without gradients, and what the checkpoint keeps of it: {"teacher":
     its path, "teacher_acc": its test accuracy in percent}. The global random states stay as they are.
     Prints where a --teacher had other label noise, imbalance or dropout than a trained one would have. Raises
@@ -1959,7 +1959,7 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
 
 def train_teacher(args, device, data, labels, seed, recipe):
     """Train the teacher that load_teacher describes, or find it trained: its path and checkpoint."""
-    decides = [recipe, args.amp, data.train_digest, data.test_digest, labels.tolist(), sources("teacher")]
+    decides = [recipe, args.amp, data.train_digest, data.test_digest, labels.tolist()]
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
     name = folder_name(recipe["arch"], args, {"epochs": recipe["epochs"]})
     path = Path("runs/teachers") / f"{name}-{digest}-seed{seed}" / "checkpoint.pt"
@@ -1972,14 +1972,17 @@ def train_teacher(args, device, data, labels, seed, recipe):
     )  # fmt: skip
     checkpoint = load_checkpoint(path, "teacher") if path.exists() else None
     if checkpoint and checkpoint["epoch"] == args.epochs:
+        if checkpoint["source"] != sources("teacher"):
+            print(f"common.py was edited after {path.parent} was trained; remove the folder to train it anew")
         return path, checkpoint
 
     print("training a teacher first, or waiting for a process that does; it stays for later runs", flush=True)
     torch.manual_seed(seed)
     run = Run(args, device, data, wait=True)
-    classes, size = len(data.classes), data.image_size
     stats = channel_stats(data.train_images) if args.normalize else ()
-    model = build_model(args.arch, classes, args.dropout, *stats, image_size=size, amp=args.amp).to(device)
+    model = build_model(
+        args.arch, len(data.classes), args.dropout, *stats, image_size=data.image_size, amp=args.amp
+    ).to(device)
     if args.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     else:

@@ -75,8 +75,8 @@ def main(args):
     if args.method == "ft":
         standard = [round(part * args.teacher_epochs) for part in (0.3, 0.6, 0.75)]
         teacher, origin = common.load_teacher(
-            args, device, data, labels, arch=args.teacher_arch, dropout=args.dropout, epochs=args.teacher_epochs,
-            batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay, milestones=standard,
+            args, device, data, labels, arch=args.teacher_arch, dropout=args.dropout, milestones=standard,
+            epochs=args.teacher_epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
         )  # fmt: skip
         if args.dropout > 0:
             teacher = fickle(teacher)

@@ -214,8 +214,8 @@ def main(args):
         milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]
         dropout = 0.4 if args.add == "ft" else 0.0
         teacher, origin = common.load_teacher(
-            args, device, data, labels, arch=args.teacher_arch, dropout=dropout, epochs=args.epochs,
-            batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay, milestones=milestones,
+            args, device, data, labels, arch=args.teacher_arch, dropout=dropout, milestones=milestones,
+            epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
         )  # fmt: skip
         if by_features:
             teacher_shapes = feature_shapes(teacher, images)

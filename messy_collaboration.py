@@ -63,8 +63,8 @@ def main(args):
     origin = {}
     if args.method == "mc":
         teacher, origin = common.load_teacher(
-            args, device, data, labels, arch=args.teacher_arch, epochs=args.epochs, batch_size=args.batch_size,
-            lr=args.lr, weight_decay=args.weight_decay, milestones=milestones,
+            args, device, data, labels, arch=args.teacher_arch, milestones=milestones,
+            epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
         )  # fmt: skip
     run = common.Run(args, device, data, origin)
     run.track(model=student, optimizer=optimizer, scheduler=scheduler)

@@ -232,8 +232,20 @@ def test_a_teacher_that_was_stopped_is_trained_on_by_whoever_wants_it(cli):
     assert saved("run")["teacher"] == str(folder / "checkpoint.pt") and [*folder.parent.iterdir()] == [folder]
 
 
-def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch, tmp_path):
-    """A short one: network, data, noise, epochs, and a digest of the rest, the text of common.py too."""
+def test_a_teacher_of_an_edited_common_py_is_taken_and_that_is_said(cli, monkeypatch, tmp_path):
+    """So that a run that was stopped goes on with the teacher that it has."""
+    assert cli(sr, *TINY)[0] == 0
+    (folder,) = Path("runs/teachers").iterdir()
+    for text, said in (("", False), ("# edited", True)):
+        (tmp_path / "common.py").write_text(Path(common.__file__).read_text() + text)
+        monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+        status, out, _ = cli(sr, *TINY, "--out", f"run{said}")
+        assert status == 0 and (f"common.py was edited after {folder} was trained" in out) == said
+        assert saved(f"run{said}")["teacher"] == str(folder / "checkpoint.pt")
+
+
+def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch, tiny_npz):
+    """A short one: network, data, noise, epochs, and a digest of the rest."""
     folders = []
 
     def load_teacher(*args, **how):
@@ -253,13 +265,9 @@ def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch, 
                "--lr 0.01", "--weight-decay 0", "--teacher-arch resnet8 --dropout 0", "--amp"]  # fmt: skip
     for change in changes:
         teachers(*change.split())
-    write_npz(tmp_path / "tiny.npz", test_labels=np.arange(20)[::-1] % 3)
+    write_npz(tiny_npz, test_labels=np.arange(20)[::-1] % 3)
     teachers()
-    write_npz(tmp_path / "tiny.npz", train_images=np.zeros((40, 3, 32, 32), np.uint8))
-    teachers()
-    text = Path(common.__file__).read_text()
-    (tmp_path / "common.py").write_text(text.replace('mode="reflect"', 'mode="zero"'))
-    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    write_npz(tiny_npz, train_images=np.zeros((40, 3, 32, 32), np.uint8))
     teachers()
     assert all(re.fullmatch(r"[\w-]+-tiny-(clean|\w+0\.[23])-epochs=[12]-[0-9a-f]{8}-seed0", f.name) for f in folders)
     cli(ft, *TINY, "--tau", 3, "--alpha", 0.5, "--epochs", 2, "--teacher-epochs", 1, "--seed", 1)
