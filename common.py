@@ -1,16 +1,17 @@
 """What the scripts share, in the order the data flows through it:
 
-    arguments -> processes -> data -> label noise -> augmentation -> models -> run folders -> teachers -> reporting
+    arguments -> processes -> data -> label noise -> augmentation -> models -> run folders -> teachers
+    -> reporting
 
-Functions take tensors and return tensors; copy one out if that is all you need. What a method is about (its loss, its
-loop, its hyperparameters) is never in this file: it stands in the method's own script.
-A fork may delete what it does not call: processes (torchrun), the data sets, kinds of noise, augmentations and
-architectures of others, teachers. Arguments, run folders and reporting belong to every script.
+Functions take tensors and return tensors; copy one out if that is all you need. What a method is about (its
+loss, its loop, its hyperparameters) is never in this file: it stands in the method's own script.
+A fork may delete what it does not call: processes (torchrun), the data sets, kinds of noise, augmentations
+and architectures of others, teachers. Arguments, run folders and reporting belong to every script.
 
-Conventions. Images at rest are uint8 [N, 3, H, W]. Images in flight are float32 [B, 3, H, W] in [0, 1]; normalisation
-is part of the model. Labels are int64. Accuracies are percentages. Random draws come from torch's global generator of
-the tensor's device, so that `torch.manual_seed` and the random states in a checkpoint determine them; label noise has
-a seed of its own.
+Conventions. Images at rest are uint8 [N, 3, H, W]. Images in flight are float32 [B, 3, H, W] in [0, 1];
+normalisation is part of the model. Labels are int64. Accuracies are percentages. Random draws come from
+torch's global generator of the tensor's device, so that `torch.manual_seed` and the random states in a
+checkpoint determine them; label noise has a seed of its own.
 """
 
 import argparse
@@ -45,7 +46,7 @@ try:
 except ImportError:  # Windows has none: run folders are not locked there
     fcntl = None
 
-# torchvision and matplotlib are imported where they are used: each takes a second, and --help should not wait for them.
+# torchvision and matplotlib are imported where they are used: each takes a second, and --help does not wait.
 
 # ------------------------------------------------------------------------------------------------------------ arguments
 
@@ -82,6 +83,18 @@ def count(text):
     return value
 
 
+def dataset_name(text):
+    """argparse type: the name of a data set. A path in it gets one form: pics for ./pics and for pics/."""
+    kind, colon, path = text.rpartition(":")
+    return f"{kind}{colon}{Path(path)}"
+
+
+def checkpoint_file(path):
+    """argparse type: the path of a checkpoint, also where its run folder is named."""
+    path = Path(path)
+    return path / "checkpoint.pt" if path.is_dir() else path
+
+
 def argument_parser(file, doc, notes=None):
     """The parser of the script `file` with the flags that every training script has. `parse` completes it.
 
@@ -92,30 +105,31 @@ def argument_parser(file, doc, notes=None):
     )
     parser.set_defaults(script=Path(file).stem)
     add = parser.add_argument_group("data and label noise").add_argument
-    add("--dataset", default="shapes", metavar="NAME", help=DATASETS)
-    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where data sets are kept")
-    add("--noise", choices=NOISE_KINDS, help="how training labels are corrupted")
-    add("--rate", type=share, help="share of training labels to corrupt; human-* has its own")
-    add("--noise-seed", type=int, default=0, help="of label noise: one corruption for all --seed")
-    add("--limit-train", type=count, metavar="N", help="use N evenly spaced training samples")
-    add("--limit-test", type=count, metavar="N", help="use N evenly spaced test samples")
-    add("--resize", type=count, default=256, metavar="PIXELS", help="photographs: side of the square that is kept")
-    add("--image-size", type=count, default=224, metavar="PIXELS", help="photographs: side of the crop a model sees")
+    add("--dataset", type=dataset_name, default="shapes", metavar="NAME", help=DATASETS)
+    add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="folder of the data sets")
+    add("--noise", choices=NOISE_KINDS, help="kind of label noise in the training set")
+    add("--rate", type=share, help="share of the training labels to corrupt; human-* has its own")
+    add("--noise-seed", type=int, default=0, help="random seed of the label noise, whatever --seed is")
+    add("--limit-train", type=count, metavar="N", help="number of training images, evenly spaced; None: all")
+    add("--limit-test", type=count, metavar="N", help="number of test images, evenly spaced; None: all")
+    add("--resize", type=count, default=256, metavar="PIXELS", help="side of the square of a photograph")
+    add("--image-size", type=count, default=224, metavar="PIXELS", help="side of a crop of a photograph")
 
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, help="passes over the training set; the schedule scales along")
-    add("--batch-size", type=count, help="images a step; the incomplete last batch is left out")
+    add("--batch-size", type=count, help="images per step; the incomplete last batch is left out")
     add("--lr", type=positive, help="initial learning rate")
     add("--weight-decay", type=share, help="L2 penalty of the optimiser")
-    add("--seed", type=int, nargs="+", default=[0], help="of weights, batches, augmentation; several: a run each")
+    add("--seed", dest="seeds", type=int, nargs="+", default=[0],
+        help="random seed; several: one run per seed")  # fmt: skip
 
     add = parser.add_argument_group("machine and output").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--amp", action=argparse.BooleanOptionalAction, help="models compute in bfloat16; on where the hardware has it")
+    add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 models; on where the hardware has it")
     add("--compile", action="store_true", help="torch.compile the models")
-    add("--out", type=Path, metavar="DIR", help="run folder; None: in runs/, named by the flags that are given")
+    add("--out", type=Path, metavar="DIR", help="run folder; None: in runs/, named by the flags you type")
     add("--resume", action="store_true", help="continue the run in the run folder, or start it")
-    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard too, into the run folder")
+    add("--tensorboard", action="store_true", help="write metrics for TensorBoard too, into the run folder")
     return parser
 
 
@@ -125,67 +139,80 @@ TEACHER = ("teacher", "teacher_arch", "teacher_model", "mean", "std", "teacher_s
 def add_teacher_arguments(parser):
     """Add the flags of a script that distils from a teacher: TEACHER and --student-arch."""
     add = parser.add_argument_group("teacher and student").add_argument
-    add("--teacher", type=Path, metavar="CKPT", help="checkpoint.pt, or public weights; None: train a teacher, once")
-    add("--teacher-arch", metavar="ARCH", help="of the teacher that is trained, or of public weights")
-    add("--teacher-model", metavar="FILE.py:NAME", help="NAME() gives the teacher, from images in [0, 1] to logits")
-    add("--mean", nargs=3, type=float, help="of the images that public weights expect; None: of the training images")
-    add("--std", nargs=3, type=float, help="the same, standard deviation")
-    add("--teacher-seeds", type=count, default=1, metavar="K", help="train K teachers, take the best")
+    add("--teacher", type=checkpoint_file, metavar="PATH",
+        help="run folder, checkpoint or public weights; None: train a teacher, once")  # fmt: skip
+    add("--teacher-arch", metavar="ARCH", help="architecture of the trained teacher, or of public weights")
+    add("--teacher-model", metavar="FILE.py:NAME",
+        help="NAME() gives the teacher, from images in [0, 1] to logits")  # fmt: skip
+    add("--mean", nargs=3, type=float, help="mean that public weights expect; None: the training images'")
+    add("--std", nargs=3, type=float, help="standard deviation, likewise; both of images in [0, 1]")
+    add("--teacher-seeds", type=count, default=1, metavar="K", help="teachers to train; the best one teaches")
     add("--student-arch", metavar="ARCH", help="wrn-D-K, resnetD, …")
 
 
-# These flags do not decide what a run computes, and neither does its name.
+# These flags do not decide what a run computes.
 MACHINE = ("out", "resume", "device", "data_dir", "tensorboard")
 
 
 def parse(parser, preset):
-    """The command line as a Namespace; flags that are left out have the values of preset(flags as given), a dict.
+    """The command line as a Namespace. A flag that is left out has its value in preset(flags as typed).
 
-    `given` is a dict of the flags on the command line that change something: whose value differs from what it would be
-    if that flag were left out. `name` is the run folder's: the script, the data set, the noise, and these flags.
+    given: {flag: value} of the flags that are typed, with their defaults too, except --seed and MACHINE.
+    name: the run folder's, from the script, the data set, the noise and `given`.
     """
-    defaults = vars(parser.parse_known_args([])[0])
-    unset = object()
-    typed = vars(parser.parse_known_args(namespace=argparse.Namespace(**dict.fromkeys(defaults, unset)))[0])
-    typed = {flag: value for flag, value in typed.items() if value is not unset}
-
-    def completed(flags):
-        values = {**defaults, **flags}
-        return {**values, "amp": multiplies_bfloat16(values["device"]), **preset(argparse.Namespace(**values)), **flags}
-
-    parser.set_defaults(**completed(typed))  # --help shows them
+    as_typed = parser.parse_known_args()[0]  # with the parser's own defaults, often None
+    unset = argparse.Namespace(**dict.fromkeys(vars(as_typed)))
+    typed = vars(parser.parse_known_args(namespace=unset)[0])
+    parser.set_defaults(amp=multiplies_bfloat16(as_typed.device), **preset(as_typed))  # --help shows them
     parser.add_argument("-h", "--help", action="help", help="show this and exit")
     args = parser.parse_args()
-    args.given = {}
-    for flag in (flag for flag in typed if flag not in ("seed", *MACHINE)):
-        others = {other: value for other, value in typed.items() if other != flag}
-        if typed[flag] != completed(others)[flag]:
-            args.given[flag] = str(typed[flag]) if isinstance(typed[flag], Path) else typed[flag]
+    args.seeds = sorted(set(args.seeds))
+    left_out = ("seeds", *MACHINE)
+    args.given = {flag: value for flag, value in typed.items() if value is not None and flag not in left_out}
     if args.noise in ("none", *HUMAN):
         refuse(args, ("rate",), f"--noise {args.noise} has no rate")
     if not is_photographs(args.dataset):
         refuse(args, ("resize", "image_size"), f"--dataset {args.dataset} keeps its size")
-    others = {flag: value for flag, value in args.given.items() if flag not in ("dataset", "noise", "rate")}
-    args.name = folder_name(args.script, args.dataset, args.noise, args.rate, others)
+    args.name = folder_name(args.script, args, args.given)
     return args
 
 
 def refuse(args, flags, why):
-    """Raise UsageError where one of these flags is given: nothing reads it, but it would stand in the run's name."""
+    """Raise UsageError where one of these flags is typed: nothing reads it, and it would name the folder."""
     for flag in flags:
         if flag in args.given:
             raise UsageError(f"--{flag.replace('_', '-')}: {why}; leave it out")
 
 
+def assignments(flags):
+    """A dict of flags as a list of texts: "flag=value", "flag=1,2,3"."""
+    texts = []
+    for flag, value in flags.items():
+        texts.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    return texts
+
+
+def folder_name(first, args, flags):
+    """first-dataset-noise-flag=value-…, in characters that file systems take; long names end in a digest."""
+    noise = "clean" if args.noise == "none" else args.noise
+    if args.rate is not None:
+        noise += f"{args.rate:.12g}"
+    others = {flag: value for flag, value in flags.items() if flag not in ("dataset", "noise", "rate")}
+    name = "-".join([first, args.dataset.removesuffix(".npz"), noise, *assignments(others)])
+    name = re.sub(r"[^\w.,=+-]", "_", name)
+    if len(name.encode()) > 200:
+        name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
 def find_device(name):
-    """The torch.device of --device. Raises UsageError for anything but the CPU and the CUDA devices that are there."""
+    """The torch.device of --device. Raises UsageError for all but the CPU and CUDA devices that are there."""
     if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
         raise UsageError(f"--device {name}: unknown; cpu, cuda and cuda:N work")
-    device, count = torch.device(name), torch.cuda.device_count()
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: no CUDA device is visible; --device cpu works")
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise UsageError(f"--device {name}: the last visible CUDA device is cuda:{count - 1}")
+    device = torch.device(name)
+    visible = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= visible:
+        raise UsageError(f"--device {name}: {visible} CUDA devices are visible, from cuda:0 on; cpu works")
     return device
 
 
@@ -197,23 +224,8 @@ def multiplies_bfloat16(device):
     return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
-def folder_name(script, dataset, noise, rate, flags):
-    """script-dataset-noise-flag=value-…, in characters that every file system takes; long names end in a digest."""
-    if noise == "none":
-        noise = "clean"
-    elif rate is not None:
-        noise = f"{noise}{rate:.12g}"
-    parts = [script, dataset.removesuffix(".npz"), noise]
-    for flag, value in flags.items():
-        parts.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
-    name = re.sub(r"[^\w.,=+-]", "_", "-".join(parts))
-    if len(name.encode()) > 200:
-        name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
-
-
 def run(parse_args, main):
-    """Run a script: main(args) for each number of --seed; of several, the mean of the metrics that main returns.
+    """Run a script: main(args) for each seed, the int args.seed; then print the mean of the metrics.
 
     UsageError and OSError become one line and exit status 2. Ctrl-C and SIGTERM end with status 130.
     """
@@ -225,20 +237,23 @@ def run(parse_args, main):
     try:
         args = parse_args()
         results = []
-        for seed in args.seed:
-            out = Path(f"{args.out}-seed{seed}") if args.out and len(args.seed) > 1 else args.out
-            results.append(main(argparse.Namespace(**{**vars(args), "seed": seed, "out": out})))
+        for seed in args.seeds:
+            flags = {**vars(args), "seed": seed}
+            del flags["seeds"]
+            if args.out and len(args.seeds) > 1:
+                flags["out"] = Path(f"{args.out}-seed{seed}")
+            results.append(main(argparse.Namespace(**flags)))
         if len(results) > 1 and results[0]:  # pictures have no metrics
             print(f"{len(results)} seeds, last epoch, mean ± standard deviation:")
-            for key in [key for key in results[0] if "acc" in key or "top5" in key]:
-                values = [metrics[key] for metrics in results]
-                if isinstance(values[0], float):
+            for key in results[0]:
+                values = [metrics.get(key) for metrics in results]
+                if ("acc" in key or "top5" in key) and all(isinstance(value, float) for value in values):
                     print(f"    {key} {np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}")
     except (UsageError, OSError) as error:  # OSError: no such file, no network, no space left
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on after the last finished epoch", file=sys.stderr)
+        print("\nstopped; the same command with --resume goes on after the last full epoch", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -249,24 +264,23 @@ def setup(args):
     device = find_device(args.device)
     if dist.is_torchelastic_launched():
         if not dist.is_initialized():
-            dist.init_process_group(timeout=datetime.timedelta(days=1))  # while one downloads, the others wait
+            dist.init_process_group(timeout=datetime.timedelta(days=1))  # while one downloads, others wait
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if rank() > 0:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
-        if not vars(args).get("amp", True) and not multiplies_bfloat16(args.device):
-            print("this GPU has no bfloat16; float32", flush=True)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = True
     return device
 
 
 # ------------------------------------------------------------------------------------------------------------ processes
-# `torchrun --nproc_per_node=N script.py …` starts a script N times. Each process ("rank") has the whole model and takes
-# its part of every batch. Before a step, gradients and BatchNorm's running statistics are averaged over the processes.
-# All start from the same seed, so that weights stay the same everywhere. Rank 0 alone prints and writes.
+# `torchrun --nproc_per_node=N script.py …` starts a script N times. Each process ("rank") has the whole model
+# and takes its part of every batch. Before a step, gradients and BatchNorm's running statistics are averaged
+# over the processes. All start from the same seed, so that weights stay the same everywhere. Rank 0 alone
+# prints and writes.
 
 
 def rank():
@@ -299,10 +313,14 @@ def average(tensors):
 
 def act_as_one(optimizer, modules):
     """Make the optimiser of every process take the step of the whole batch."""
-    norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [
+        m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+    ]
 
     def before_step(*_):
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
         average(gradients + [value for norm in norms for value in (norm.running_mean, norm.running_var)])
 
     optimizer.register_step_pre_hook(before_step)
@@ -329,6 +347,14 @@ class Dataset(NamedTuple):
             some = evenly_spaced(len(images), 1000).to(images.device)
             sha.update(images[some].cpu().numpy().tobytes() + labels.cpu().numpy().tobytes())
         return sha.hexdigest()[:12]
+
+    @property
+    def train_digest(self):
+        return self.digest
+
+    @property
+    def test_digest(self):
+        return self.digest
 
     @property
     def image_size(self):
@@ -1463,7 +1489,7 @@ def calibration(probabilities, labels, bins=15):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Yield a temporary path beside `path`; it is renamed to `path` once the block has ended without an error.
+    """Yield a temporary path beside `path`. It is renamed to `path` once the block has ended without error.
 
     Raises OSError, whose message has `path`, where it cannot be written.
     """
@@ -1496,27 +1522,25 @@ def read_weights_only(path, flag):
 
 
 def load_checkpoint(path, flag="checkpoint"):
-    """The dict that `Run` saved at `path`, tensors on the CPU, read without executing pickled code.
+    """The dict that `Run` saved at `path`, a file or a run folder. Tensors are on the CPU; no code is run.
 
-    Keys: model and the other parts of the training state, each with its entry in built_as; best, the name of the part
-    to take for the model where several networks were trained; script, dataset, classes, noise (kind, rate, seed),
-    imbalance, config, source (the script's text), metrics (a dict an epoch), epoch, epochs, rng. Says how far
-    unfinished training is. Raises UsageError where there is no such file, where it is none of ours, where no epoch is
-    finished.
+    Keys: model and the other parts of the training state, each with its entry in built_as; best, the name of
+    the part to take for the model where several networks were trained; script, dataset, classes, noise (kind,
+    rate, seed), imbalance, config, source ({file: its text} of the script and common.py; after an edit also
+    {"file until epoch N": its text before}), metrics (a dict per epoch), epoch, epochs, rng.
+    Prints how far unfinished training is. Raises UsageError for a missing file and for one of other programs.
     """
+    path = checkpoint_file(path)
     checkpoint = read_weights_only(path, flag)
     if not isinstance(checkpoint, dict) or not {"built_as", "epoch", "epochs", "source"} <= checkpoint.keys():
-        raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name the checkpoint.pt of a run folder")
-    epoch, epochs = checkpoint["epoch"], checkpoint["epochs"]
-    if epoch == 0:
-        raise UsageError(f"{flag}: {path} has finished no epoch; train it first")
-    if epoch < epochs:
-        print(f"{path}: epoch {epoch} of {epochs}", flush=True)
+        raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name a run folder")
+    if checkpoint["epoch"] < checkpoint["epochs"]:
+        print(f"{path}: epoch {checkpoint['epoch']} of {checkpoint['epochs']}", flush=True)
     return checkpoint
 
 
 def load_model(checkpoint, part="model", device="cpu", amp=False):
-    """Rebuild the model whose weights are checkpoint[part] ("model", "ema", …), in evaluation mode on `device`.
+    """The model whose weights are checkpoint[part] ("model", "ema", …), in evaluation mode on `device`.
 
     Of a run that trains several networks, "model" is the one that checkpoint["best"] names.
     """
@@ -1611,8 +1635,9 @@ def load_module(text, flag, path=None):
 def claim(folder, config, resume, wait):
     """Hold `folder` for this process by an advisory lock on its config.json, the open file that is returned.
 
-    wait: until no other process holds it. Raises UsageError where one holds it, and where the folder has other files,
-    another run, or, without resume, this one.
+    wait: until no other process holds it; for a folder whose name alone tells that it is of this run.
+    Raises UsageError where a process holds it, and where the folder has other files, another run, or, without
+    resume, this one.
     """
     path = folder / "config.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -1630,16 +1655,23 @@ def claim(folder, config, resume, wait):
         partial.unlink()
     file.seek(0)
     text = file.read()
-    if text and f'"script": "{config["script"]}"' not in text:
+    try:
+        old = json.loads(text) if text else config
+    except ValueError:
+        old = None
+    if not isinstance(old, dict) or old.get("script") != config["script"]:
         raise UsageError(f"--out: {path} is not of a run of {config['script']}; name a new folder")
     if (folder / "checkpoint.pt").exists():
-        old = json.loads(text)
-        keys = sorted(config.keys() - {*MACHINE, "given", "name", "torch", "commit"})
-        differs = [f"{k} ({old.get(k)} there, {config[k]} here)" for k in keys if old.get(k) != config[k]]
-        if differs:
-            raise UsageError(f"--out: {folder} holds another run: {', '.join(differs)}; name another folder")
+        ignored = (*MACHINE, "given", "name", "torch", "commit")
+        differs = [key for key in sorted(config) if key not in ignored and old.get(key) != config[key]]
+        if differs and not wait:
+            told = ", ".join(f"{key} ({old.get(key)} there, {config[key]} here)" for key in differs)
+            advice = "name another folder"
+            if "amp" in differs:  # begun where the hardware has bfloat16, or has none
+                advice += f", or add {'--amp' if old.get('amp') else '--no-amp'} to compute as there"
+            raise UsageError(f"--out: {folder} holds another run: {told}; {advice}")
         if not resume:
-            raise UsageError(f"--out: {folder} holds this run; --resume continues it, --out DIR starts one elsewhere")
+            raise UsageError(f"--out: {folder} holds this run; --resume continues it, --out starts another")
     else:
         file.truncate(0)
         file.write(json.dumps(config, indent=2) + "\n")
@@ -1647,52 +1679,79 @@ def claim(folder, config, resume, wait):
     return file
 
 
+def sources(script):
+    """{name: text} of the script and of this file. They tell what a run computed: a fork has no commit."""
+    return {
+        file.name: file.read_text(encoding="utf-8")
+        for file in Path(__file__).parent.glob("*.py")
+        if file.stem in (script, "common")
+    }
+
+
 class Run:
     """A run folder: config.json, metrics.jsonl, checkpoint.pt and curves.png, and what is printed on the way.
 
-        run = Run(args, device, data)                                      # claims the folder
-        run.track(model=model, optimizer=optimizer, …)                     # saved every epoch, read back by --resume
+        run = Run(args, device, data)                                # claims the folder
+        run.track(model=model, optimizer=optimizer, …)               # saved per epoch, read back by --resume
         for epoch in range(run.epoch, run.epochs):
-            for index in run.batches(len(labels), args.batch_size):        # int64 [batch_size]
+            for index in run.batches(len(labels), args.batch_size):  # int64 [batch_size]
                 …
-            run.end_epoch(losses, lr=…, test_acc=…)                        # printed, saved and drawn
+            run.end_epoch(losses, lr=…, test_acc=…)                  # printed, saved and drawn
         return run.finish()
 
-    epochs: None takes args.epochs. wait, and what is raised: see `claim`.
+    origin: a dict that the checkpoint has besides, like that of load_teacher. epochs: None takes args.epochs.
+    wait, and what is raised: see `claim`.
     """
 
-    def __init__(self, args, device, data, epochs=None, wait=False):
-        self.args, self.device, self.epochs = args, device, epochs or args.epochs
+    def __init__(self, args, device, data, origin=None, epochs=None, wait=False):
+        self.args = args
+        self.device = device
+        self.epochs = epochs or args.epochs
         self.folder = args.out or Path("runs") / f"{args.name}-seed{args.seed}"
         self.path = self.folder / "checkpoint.pt"
         if args.batch_size % world_size():
             raise UsageError(f"--batch-size: {args.batch_size} cannot be split over {world_size()} processes")
-        config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        config.setdefault("given", {})  # of a teacher
-        source = Path(__file__).with_name(f"{args.script}.py")  # a fork has no commit
-        self.header = {
-            "script": args.script, "dataset": args.dataset, "classes": list(data.classes), "epochs": self.epochs,
-            "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed},
-            "imbalance": vars(args).get("imbalance"), "config": config,
-            "source": source.read_text(encoding="utf-8") if source.exists() else "",
-        }  # fmt: skip
-        if rank() == 0:
-            options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
-            commit = subprocess.run("git rev-parse HEAD", **options).stdout.strip()  # "" where there is no git
-            config |= {"data": data.digest, "torch": str(torch.__version__), "commit": commit}
-            self.claimed = claim(self.folder, config, args.resume, wait)
-        self.board = None
-        if vars(args).get("tensorboard") and rank() == 0:
+        if args.tensorboard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UsageError("--tensorboard: needs the package; pip install tensorboard") from None
-            self.board = SummaryWriter(self.folder)
+        config = json.loads(json.dumps(vars(args), default=str))  # paths as texts
+        config |= {"train_digest": data.train_digest, "test_digest": data.test_digest}
+        self.header = {
+            "script": args.script, "dataset": args.dataset, "classes": list(data.classes),
+            "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed},
+            "imbalance": vars(args).get("imbalance"), "epochs": self.epochs,
+            "config": config, "source": sources(args.script),
+        } | (origin or {})  # fmt: skip
+        self.board = None
+        if rank() == 0:
+            options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
+            commit = subprocess.run("git rev-parse HEAD", **options).stdout.strip()  # "" without git
+            config |= {"torch": str(torch.__version__), "commit": commit}
+            self.claimed = claim(self.folder, config, args.resume, wait)
+            if args.tensorboard:
+                self.board = SummaryWriter(self.folder)
         barrier()
-        shown = " ".join(f"{key}={value}" for key, value in config.items() if key != "given")
-        print(textwrap.fill(shown, 120, break_on_hyphens=False), flush=True)
-        self.saved = load_checkpoint(self.path, "--resume") if args.resume and self.path.exists() else {"metrics": []}
-        self.metrics, self.done_before = self.saved["metrics"], len(self.saved["metrics"])
+        hidden = (*args.given, *MACHINE, "given", "name", "script")
+        preset = {
+            flag: value
+            for flag, value in vars(args).items()
+            if flag not in hidden and value not in (None, [])
+        }
+        print(f"{self.folder}, given:", *assignments(args.given))
+        print("preset:", *assignments(preset), flush=True)
+        self.metrics = []
+        if args.resume and self.path.exists():
+            self.saved = load_checkpoint(self.path, "--resume")
+            self.metrics = self.saved["metrics"]
+            source = self.header["source"]
+            for name, text in self.saved["source"].items():
+                if name in source and source[name] != text:
+                    print(f"{name} was edited after epoch {self.epoch}; the run goes on with it as it is now")
+                    name = f"{name} until epoch {self.epoch}"
+                source.setdefault(name, text)
+        self.done_before = self.epoch
 
     @property
     def epoch(self):
@@ -1705,9 +1764,11 @@ class Run:
         return f"{datetime.timedelta(seconds=round(seconds))} left"
 
     def track(self, **parts):
-        """The parts of the training state, whose state_dict() is saved. With --resume they are read back here."""
-        self.parts, saved, self.saved = parts, self.saved, None
+        """The parts of the training state, whose state_dict() is saved. --resume reads them back here."""
+        self.parts = parts
         if self.metrics:
+            saved = self.saved
+            del self.saved  # as large as the model
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             torch.set_rng_state(saved["rng"]["cpu"])
@@ -1721,12 +1782,14 @@ class Run:
         self.began = self.drawn = time.perf_counter()
 
     def save(self, path=None):
-        """Write checkpoint.pt, or `path`, then metrics.jsonl, which is always the checkpoint's list of metrics."""
+        """Write checkpoint.pt, or `path`, then metrics.jsonl, which has the metrics of the checkpoint."""
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         checkpoint = {**self.header, "metrics": self.metrics, "epoch": self.epoch, "rng": rng}
-        checkpoint["built_as"] = {name: part.built_as for name, part in self.parts.items() if hasattr(part, "built_as")}
+        checkpoint["built_as"] = {
+            name: part.built_as for name, part in self.parts.items() if hasattr(part, "built_as")
+        }
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         if rank() == 0:
             with atomic_write(path or self.path) as partial:
@@ -1735,26 +1798,29 @@ class Run:
                 except RuntimeError as error:  # so PyTorch's writer calls a full disk
                     raise OSError(f"is the disk full? ({error})") from None
             with atomic_write(self.folder / "metrics.jsonl") as partial:
-                partial.write_text("".join(json.dumps(record) + "\n" for record in self.metrics), encoding="utf-8")
+                lines = [json.dumps(record) + "\n" for record in self.metrics]
+                partial.write_text("".join(lines), encoding="utf-8")
 
-    def batches(self, count, batch_size):
-        """One epoch: a random order of range(count), int64 [batch_size] at a time, without the incomplete last batch.
+    def batches(self, total, batch_size):
+        """One epoch: a random order of range(total), int64 [batch_size] at a time; no incomplete last batch.
 
-        Keeps the line with images/s and time left up to date. Under torchrun each process gets its part of each batch.
+        Keeps the line with images/s and time left up to date. Under torchrun each process gets its part of
+        each batch.
         """
         if rank() > 0:  # draws of its own, and none that a checkpoint would have to hold
             torch.manual_seed((self.args.seed * self.epochs + self.epoch) * world_size() + rank())
-        order = torch.randperm(count, device=self.device)
+        order = torch.randperm(total, device=self.device)
         if world_size() > 1:
             dist.broadcast(order, 0)
-        batch_size = min(batch_size, count)
-        steps = order[: count // batch_size * batch_size].view(-1, world_size(), batch_size // world_size())
+        batch_size = min(batch_size, total)
+        steps = order[: total // batch_size * batch_size].view(-1, world_size(), batch_size // world_size())
         self.epoch_began = printed = time.perf_counter()
         for step, index in enumerate(steps[:, rank()], 1):
             yield index
             now = time.perf_counter()
             if now - printed > (0.2 if sys.stdout.isatty() else 60):
-                printed, speed = now, f"{step * batch_size / (now - self.epoch_began):,.0f} images/s"
+                printed = now
+                speed = f"{step * batch_size / (now - self.epoch_began):,.0f} images/s"
                 where = f"epoch {self.epoch + 1}/{self.epochs}  step {step}/{len(steps)}"
                 show(f"{where}  {speed}  {self.time_left(self.epoch + step / len(steps))}", live=True)
         if self.device.type == "cuda":
@@ -1762,16 +1828,22 @@ class Run:
         self.images_per_second = len(steps) * batch_size / (time.perf_counter() - self.epoch_began)
 
     def end_epoch(self, losses, **metrics):
-        """Record an epoch: check losses and weights, save, print a line. metrics: floats, lists of floats or None.
+        """Record an epoch: check losses and weights, save, print a line.
 
-        losses: the loss of every step, a list of scalar tensors, which stay on the device until now. Where a loss or a
-        weight is not finite, the program ends with status 1; the last checkpoint stays.
+        metrics: floats, ints, lists of floats or None. losses: the loss of every step, a list of scalar
+        tensors, which stay on the device until now. Where a loss or a weight is not finite, the program ends
+        with status 1; the last checkpoint stays.
         """
         losses = torch.stack(losses).float()
         average([losses])
-        weights = [v for part in self.parts.values() if isinstance(part, nn.Module) for v in part.state_dict().values()]
+        weights = [
+            value
+            for part in self.parts.values()
+            if isinstance(part, nn.Module)
+            for value in part.state_dict().values()
+        ]
         if not all(values.isfinite().all() for values in (losses, *weights)):
-            sys.exit(f"error: a loss or weight is not finite in epoch {self.epoch + 1}, and not saved; lower --lr")
+            sys.exit(f"error: a loss or weight is not finite in epoch {self.epoch + 1}; lower --lr")
         now = time.perf_counter()
         record = {"epoch": self.epoch + 1, **metrics, "train_loss": losses.mean().item()}
         record["images_per_second"] = round(self.images_per_second, 1)
@@ -1780,7 +1852,7 @@ class Run:
         self.save()
         if now - self.drawn > 60 and rank() == 0:
             self.drawn = now
-            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, self.header.get("teacher_acc"))
+            self.draw()
         if self.board:
             for key, value in record.items():
                 if isinstance(value, (int, float)):
@@ -1791,49 +1863,52 @@ class Run:
         shown += [f"{self.images_per_second:,.0f} images/s", self.time_left(self.epoch)]
         show("  ".join([f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}", *shown]))
 
+    def draw(self):
+        teacher_acc = self.header.get("teacher_acc")
+        plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, teacher_acc)
+
     def finish(self):
-        """Draw curves.png, print the last line and let the folder go. Returns the metrics of the last epoch."""
-        last, best = self.metrics[-1], max(self.metrics, key=lambda record: record["test_acc"])
+        """Draw curves.png, print the last line and let the folder go. Returns the last epoch's metrics."""
+        last = self.metrics[-1]
         if rank() == 0:
-            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, self.header.get("teacher_acc"))
+            self.draw()
             self.claimed.close()
         if self.board:
             self.board.close()
         if self.device.type == "cuda":
             print(f"peak device memory {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB")
-        final = f"test_acc {last['test_acc']:.2f} % after epoch {last['epoch']}"
-        print(f"{final}, best {best['test_acc']:.2f} % after epoch {best['epoch']}: {self.folder}", flush=True)
+        final = f"{self.epoch} epochs"
+        if "test_acc" in last:
+            best = max(self.metrics, key=lambda record: record.get("test_acc", 0))
+            final = f"test_acc {last['test_acc']:.2f} % after epoch {last['epoch']}"
+            final += f", best {best['test_acc']:.2f} % after epoch {best['epoch']}"
+        print(f"{final}: {self.folder}", flush=True)
         return last
 
 
 # ------------------------------------------------------------------------------------------------------------- teachers
 
 
-def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
-    """The teacher in --teacher or --teacher-model, or a standard one, trained by cross-entropy now or earlier.
+def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
+    """The teacher in --teacher or --teacher-model, or one that is trained, now or by an earlier run.
 
-    data: the Dataset. labels: int64 [N], the training labels as the student is given them. A standard teacher is
-    trained by SGD with the student's epochs, batch size, lr and weight decay, `milestones` (epochs after which lr falls
-    to a fifth; None: to a tenth where the test loss has not fallen for ten), crops padded by reflection, and flips.
-    recipe: epochs, batch_size, lr, weight_decay and optimizer ("sgd" or "adam"), where they are other ones; normalize:
-    whether the teacher normalises by the training images' mean and deviation, which others leave alone. It stays in
-    a folder of runs/teachers named by all of that. Of --teacher-seeds K, seeds 0 … K-1, the most accurate one teaches.
-    Returns the model in evaluation mode without gradients, and what the checkpoint keeps of it: {"teacher": its path,
-    "teacher_acc": its test accuracy in percent}. The global random states stay as they are.
-    Prints where a --teacher had other label noise, imbalance or dropout than a standard one would have. Raises
-    UsageError for a --teacher of other classes or image size, for --mean or --std without public weights, and for flags
-    that tell how to build or train a teacher where one is given.
+    data: the Dataset. labels: int64 [N], the training labels as the student is given them.
+    arch, dropout: of the network that is trained, or that public weights are of.
+    recipe: how it is trained by cross-entropy, on crops, padded by reflection, and flips.
+        epochs, batch_size, lr, weight_decay: numbers.
+        milestones: the epochs after which lr falls to a fifth; None: to a tenth where the test loss has not
+            fallen for ten epochs.
+        optimizer: "sgd", with momentum 0.9, or "adam"; left out: "sgd".
+        normalize: whether the network normalises by the training images' mean and deviation; left out: False.
+    A trained teacher stays in a folder of runs/teachers. It is taken again where arch, dropout, recipe,
+    --amp, the data and the labels are the same, also after an edit of this file, which a line then says: a run
+    that is resumed keeps its teacher. Of --teacher-seeds K, seeds 0 … K-1, the most accurate one teaches.
+    Returns the model in evaluation mode without gradients, and what the checkpoint keeps of it: {"teacher":
+    its path, "teacher_acc": its test accuracy in percent}. The global random states stay as they are.
+    Prints where a --teacher had other label noise, imbalance or dropout than a trained one would have. Raises
+    UsageError for a --teacher of other classes or image size, for --mean or --std without public weights, and
+    for flags that tell how to build or train a teacher where one is given.
     """
-    shared = ["dataset", "data_dir", "noise", "rate", "noise_seed", "limit_train", "limit_test"]
-    shared += ["epochs", "batch_size", "lr", "weight_decay", "device", "amp", "compile"]
-    if is_photographs(args.dataset):
-        shared += ["resize", "image_size"]
-    standard = {"arch": args.teacher_arch, "dropout": dropout, "imbalance": vars(args).get("imbalance")}
-    standard |= {"optimizer": "sgd"} | {flag: getattr(args, flag) for flag in shared}
-    standard |= {"milestones": milestones} | recipe
-    if args.dataset.endswith(".npz") or args.dataset.startswith("imagefolder:"):  # files that may be replaced by others
-        standard["data"] = data.digest
-
     saved = read_weights_only(args.teacher, "--teacher") if args.teacher and not args.teacher_model else None
     is_ours = isinstance(saved, dict) and "built_as" in saved
     if (args.mean or args.std) and (saved is None or is_ours):
@@ -1844,9 +1919,11 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
         refuse(args, ("teacher_seeds", "teacher_epochs"), "this teacher is trained")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if args.teacher_model:
-            path, teacher = args.teacher_model, load_module(args.teacher_model, "--teacher-model", args.teacher)
+            path = args.teacher_model
+            teacher = load_module(path, "--teacher-model", args.teacher)
         elif is_ours:
-            path, checkpoint = args.teacher, load_checkpoint(args.teacher, "--teacher")
+            path = args.teacher
+            checkpoint = load_checkpoint(path, "--teacher")
             theirs = checkpoint | checkpoint["built_as"][checkpoint.get("best", "model")]
             for key, value in {"classes": list(data.classes), "image_size": data.image_size}.items():
                 if theirs[key] != value:
@@ -1855,17 +1932,21 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
             noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
             if args.noise == theirs["noise"]["kind"] == "none":  # the seed of no noise decides nothing
                 noise = theirs["noise"]
-            for key, value in {"noise": noise, "imbalance": standard["imbalance"], "dropout": dropout}.items():
+            imbalance = vars(args).get("imbalance")
+            for key, value in {"noise": noise, "imbalance": imbalance, "dropout": dropout}.items():
                 if theirs[key] != value:
-                    print(f"the teacher has {key} {theirs[key]}; a standard teacher would have {value}", flush=True)
+                    print(f"the teacher has {key} {theirs[key]}; a trained one would have {value}")
             teacher = load_model(checkpoint, "model", device, args.amp)
         elif args.teacher:
+            path = args.teacher
             mean, std = channel_stats(data.train_images)
-            mean, std = args.mean or mean, args.std or std
-            path, size = args.teacher, data.image_size
-            teacher = load_public(path, "--teacher", args.teacher_arch, mean, std, size, dropout, args.amp)
+            mean = args.mean or mean
+            std = args.std or std
+            teacher = load_public(path, "--teacher", arch, mean, std, data.image_size, dropout, args.amp)
         else:
-            teachers = [train_teacher(standard, seed, device, data, labels) for seed in range(args.teacher_seeds)]
+            recipe = {"optimizer": "sgd", "normalize": False, "arch": arch, "dropout": dropout} | recipe
+            seeds = range(args.teacher_seeds)
+            teachers = [train_teacher(args, device, data, labels, seed, recipe) for seed in seeds]
             path, checkpoint = max(teachers, key=lambda teacher: teacher[1]["metrics"][-1]["test_acc"])
             teacher = load_model(checkpoint, "model", device, args.amp)
         logits = predict(teacher.to(device).requires_grad_(False), data.test_images)
@@ -1876,26 +1957,36 @@ def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
     return teacher, {"teacher": str(path), "teacher_acc": test_acc}
 
 
-def train_teacher(standard, seed, device, data, labels):
-    """Train the teacher that the dict `standard` of load_teacher describes, or find it trained: path and checkpoint."""
-    elsewhere = ("arch", "dataset", "noise", "rate", *MACHINE)  # in the name, or not of the result
-    flags = {flag: value for flag, value in standard.items() if value and flag not in elsewhere}
-    name = folder_name(standard["arch"], standard["dataset"], standard["noise"], standard["rate"], flags)
-    args = argparse.Namespace(**standard, script="teacher", name=name, seed=seed, resume=True)
-    args.out = Path("runs/teachers") / f"{name}-seed{seed}"
-    path = args.out / "checkpoint.pt"
+def train_teacher(args, device, data, labels, seed, recipe):
+    """Train the teacher that load_teacher describes, or find it trained: its path and checkpoint."""
+    decides = [recipe, args.amp, data.train_digest, data.test_digest, labels.tolist()]
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
+    name = folder_name(recipe["arch"], args, {"epochs": recipe["epochs"]})
+    path = Path("runs/teachers") / f"{name}-{digest}-seed{seed}" / "checkpoint.pt"
+    shared = "dataset data_dir noise rate noise_seed imbalance limit_train limit_test resize image_size"
+    shared += " device amp compile"
+    flags = {flag: vars(args).get(flag) for flag in shared.split()}
+    args = argparse.Namespace(
+        **recipe, **flags, given=recipe, seed=seed, script="teacher", out=path.parent, resume=True,
+        tensorboard=False,
+    )  # fmt: skip
     checkpoint = load_checkpoint(path, "teacher") if path.exists() else None
     if checkpoint and checkpoint["epoch"] == args.epochs:
+        if checkpoint["source"] != sources("teacher"):
+            print(f"common.py was edited after {path.parent} was trained; remove the folder to train it anew")
         return path, checkpoint
 
     print("training a teacher first, or waiting for a process that does; it stays for later runs", flush=True)
     torch.manual_seed(seed)
     run = Run(args, device, data, wait=True)
-    classes, size = len(data.classes), data.image_size
-    stats = channel_stats(data.train_images) if vars(args).get("normalize") else ()
-    model = build_model(args.arch, classes, args.dropout, *stats, image_size=size, amp=args.amp).to(device)
-    algorithm = {"sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam}[args.optimizer]
-    optimizer = algorithm(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
+    stats = channel_stats(data.train_images) if args.normalize else ()
+    model = build_model(
+        args.arch, len(data.classes), args.dropout, *stats, image_size=data.image_size, amp=args.amp
+    ).to(device)
+    if args.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
     if args.milestones:
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, args.milestones, gamma=0.2)
     else:
@@ -1905,7 +1996,8 @@ def train_teacher(standard, seed, device, data, labels):
         model.compile()
     for _ in range(run.epoch, args.epochs):
         model.train()
-        lr, losses = optimizer.param_groups[0]["lr"], []
+        lr = optimizer.param_groups[0]["lr"]
+        losses = []
         for index in run.batches(len(labels), args.batch_size):
             x = crop_flip(data.batch(index), mode="reflect", size=data.image_size)
             loss = F.cross_entropy(model(x), labels[index])
@@ -1942,7 +2034,8 @@ def progress(items, label):
         yield item
         now = time.perf_counter()
         if now - shown > (0.2 if sys.stdout.isatty() else 60):
-            shown, left = now, datetime.timedelta(seconds=round((now - began) / done * (len(items) - done)))
+            shown = now
+            left = datetime.timedelta(seconds=round((now - began) / done * (len(items) - done)))
             show(f"{label}  {100 * done / len(items):.0f} %  {left} left", live=True)
     show(f"{label}  took {datetime.timedelta(seconds=round(time.perf_counter() - began))}")
 

@@ -71,14 +71,16 @@ def main(args):
     last = 0.8 if args.method == "ft" and args.dropout > 0 else 0.75
     milestones = [round(part * args.epochs) for part in (0.3, 0.6, last)]  # 105, 210, 280 of 350; 60, 120, 150 of 200
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
-    run = common.Run(args, device, data)
+    origin = {}
     if args.method == "ft":
         standard = [round(part * args.teacher_epochs) for part in (0.3, 0.6, 0.75)]
-        recipe = {"dropout": args.dropout, "epochs": args.teacher_epochs}
-        teacher, origin = common.load_teacher(args, device, data, labels, standard, **recipe)
-        run.header |= origin
+        teacher, origin = common.load_teacher(
+            args, device, data, labels, arch=args.teacher_arch, dropout=args.dropout, milestones=standard,
+            epochs=args.teacher_epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
+        )  # fmt: skip
         if args.dropout > 0:
             teacher = fickle(teacher)
+    run = common.Run(args, device, data, origin)
     run.track(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         student.compile()

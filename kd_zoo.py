@@ -208,13 +208,15 @@ def main(args):
         with torch.device("meta"):
             untrained = common.build_model(args.teacher_arch, num_classes, image_size=size)
         check_features(args, student_shapes, feature_shapes(untrained, images.to("meta")))
-    run = common.Run(args, device, data, args.init_epochs + args.epochs)
     teacher = None
+    origin = {}
     if method not in ALONE:
         milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]
         dropout = 0.4 if args.add == "ft" else 0.0
-        teacher, origin = common.load_teacher(args, device, data, labels, milestones, dropout)
-        run.header |= origin
+        teacher, origin = common.load_teacher(
+            args, device, data, labels, arch=args.teacher_arch, dropout=dropout, milestones=milestones,
+            epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
+        )  # fmt: skip
         if by_features:
             teacher_shapes = feature_shapes(teacher, images)
             check_features(args, student_shapes, teacher_shapes)
@@ -225,6 +227,7 @@ def main(args):
                 raise UsageError("--add ft: the teacher has no dropout module to switch on; --add hinton works")
             for layer in layers:
                 layer.train()
+    run = common.Run(args, device, data, origin, args.init_epochs + args.epochs)
     if method == "fitnet" and args.init_epochs:
         parts["regressor"] = nn.Conv2d(student_shapes[2][0], teacher_shapes[2][0], 1, bias=False).to(device)
     if method == "one":

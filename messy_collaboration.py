@@ -60,10 +60,13 @@ def main(args):
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]  # 60, 120, 150 of 200
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
-    run = common.Run(args, device, data)
+    origin = {}
     if args.method == "mc":
-        teacher, origin = common.load_teacher(args, device, data, labels, milestones)
-        run.header |= origin
+        teacher, origin = common.load_teacher(
+            args, device, data, labels, arch=args.teacher_arch, milestones=milestones,
+            epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
+        )  # fmt: skip
+    run = common.Run(args, device, data, origin)
     run.track(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         student.compile()

@@ -116,9 +116,8 @@ def main(args):
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     else:
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    run = common.Run(args, device, data)
-    teacher, origin = common.load_teacher(args, device, data, labels, **teacher_recipe(args))
-    run.header |= origin
+    recipe = teacher_recipe(args)
+    teacher, origin = common.load_teacher(args, device, data, labels, arch=args.teacher_arch, **recipe)
     layers = batch_norms(teacher)
     draw = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(layers), generator=draw).tolist()
@@ -126,7 +125,7 @@ def main(args):
     use_current_statistics([layers[i] for i in order[running:]])
     print(f"of the teacher's {len(layers)} BatchNorm layers {running} use running statistics")
     mode = "running" if args.source == "data" else "current"  # in which the student is tested
-    run.header["batch_norm"] = mode
+    run = common.Run(args, device, data, origin | {"batch_norm": mode})
     run.track(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
         student.compile()

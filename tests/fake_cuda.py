@@ -91,8 +91,8 @@ def load_data(args, device):
     return common.Dataset(images, labels, images[:, :, :32, :32], labels, common.SHAPES_CLASSES)
 
 
-def load_teacher(args, device, data, labels, milestones, dropout=0.0, **recipe):
-    teacher = common.build_model(args.teacher_arch, len(data.classes), dropout, amp=args.amp).to(device)
+def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
+    teacher = common.build_model(arch, len(data.classes), dropout, amp=args.amp).to(device)
     return teacher.eval().requires_grad_(False), {}
 
 

@@ -352,7 +352,7 @@ def test_the_loop_adds_up_the_terms_of_table_1(cli, monkeypatch, method):
     monkeypatch.setattr(F, "cross_entropy", constant(2))
     monkeypatch.setattr(kd_zoo, "boundary_samples", lambda teacher, x, *_: x[:2])
     teachers, load = [], common.load_teacher
-    monkeypatch.setattr(common, "load_teacher", lambda *args: teachers.append(load(*args)) or teachers[0])
+    monkeypatch.setattr(common, "load_teacher", lambda *args, **how: teachers.append(load(*args, **how)) or teachers[0])
     steps, step = [], torch.optim.SGD.step
     monkeypatch.setattr(
         torch.optim.SGD, "step", lambda sgd: steps.append((sgd.param_groups[0]["lr"], len(sgd.state))) or step(sgd)

@@ -1,4 +1,4 @@
-"""Run folders: for every flag of every script, two commands that differ have two folders, else one."""
+"""Run folders: for every flag of every script, two commands that differ have two folders."""
 
 import argparse
 from pathlib import Path
@@ -69,7 +69,7 @@ def test_every_flag_that_changes_a_run_changes_its_folder(name, parse, monkeypat
     special = {"loss_params": [["--loss-params", 0.1, 0.6, 0.3], ["--loss-params", 0.3, 0.6, 0.1]]}
     special["dataset"] = [["--dataset", "cifar10"], ["--dataset", "svhn"]]
     special["rate"] = [["--rate", 0.37, "--noise", "sym"], ["--rate", 0.61, "--noise", "sym"]]
-    for dest in flags.keys() - {"seed", *common.MACHINE, "show_source", "toy", "analyze"}:
+    for dest in flags.keys() - {"seeds", *common.MACHINE, "show_source", "toy", "analyze"}:
         if dest.startswith("plot_"):
             continue
         for context in CONTEXTS[name]:
@@ -80,22 +80,46 @@ def test_every_flag_that_changes_a_run_changes_its_folder(name, parse, monkeypat
         assert len(ways) > 1, f"{dest} is refused everywhere"
         folders = {args.name: vars(args)[dest] for args in ways}
         assert len(folders) == len(ways), (dest, folders)
-        # given as it would be left out, it changes nothing
         plain = parse(script, context)
-        for args in ways:
-            if vars(args)[dest] == vars(plain)[dest]:
-                assert args.name == plain.name, dest
-        assert sum(vars(args)[dest] == vars(plain)[dest] for args in ways) == (plain.name in folders), dest
+        assert folders.get(plain.name, vars(plain)[dest]) == vars(plain)[dest], dest
 
 
-def test_names_of_any_length_are_taken_by_a_file_system():
-    names = {common.folder_name("kd_zoo", "a" * 300, "sym", 0.2, {"lr": lr}) for lr in (0.1, 0.2)}
+def test_names_of_any_length_are_taken_by_a_file_system(parse):
+    script = load_script("kd_zoo")
+    names = {parse(script, ["--dataset", f"{'a' * 300}.npz", "--lr", lr]).name for lr in (0.1, 0.2)}
     assert len(names) == 2 and max(map(len, names)) <= 200
 
 
-def test_a_preset_that_repeats_the_flag_does_not_hide_it(parse):
-    """Table 1 of Noise as a Resource: a folder for each dropout; the preset's own has no name of its own."""
-    script = load_script("fickle_teacher")
-    dropouts = [[], *(["--dropout", rate] for rate in (0, 0.1, 0.2, 0.3))]
-    names = [parse(script, flags).name for flags in dropouts]
-    assert len(set(names)) == 4 and names[0] == names[3]  # on shapes 0.2
+@pytest.mark.parametrize("typed, name, given", [
+    ("", "shapes-clean", {}),
+    ("--dropout 0", "shapes-clean-dropout=0.0", {"dropout": 0.0}),
+    ("--dropout 0.1", "shapes-clean-dropout=0.1", {"dropout": 0.1}),
+    ("--dropout 0.2", "shapes-clean-dropout=0.2", {"dropout": 0.2}),  # the preset's: a sweep names all its values
+    ("--noise sym --rate 0.2 --alpha 0.9", "shapes-sym0.2-alpha=0.9", {"noise": "sym", "rate": 0.2, "alpha": 0.9}),
+    ("--noise none", "shapes-clean", {"noise": "none"}), ("--no-amp", "shapes-clean-amp=False", {"amp": False}),
+    ("--seed 2 1 2 --device cpu --data-dir d --out o --resume --tensorboard", "shapes-clean", {}),
+    ("--dataset ./pics/a.npz", "pics_a-clean", {"dataset": "pics/a.npz"}),
+    ("--dataset pics//a.npz", "pics_a-clean", {"dataset": "pics/a.npz"}),
+    ("--dataset imagefolder:./pics", "imagefolder_pics-clean", {"dataset": "imagefolder:pics"}),
+    ("--dataset imagefolder:pics/", "imagefolder_pics-clean", {"dataset": "imagefolder:pics"}),
+    ("--dataset imagefolder:../pics/", "imagefolder_.._pics-clean", {"dataset": "imagefolder:../pics"}),
+    ("--teacher ./t.pt --mean 0 0 .5", "shapes-clean-teacher=t.pt-mean=0.0,0.0,0.5",
+     {"teacher": Path("t.pt"), "mean": [0, 0, 0.5]}),
+    ("--method baseline --alpha 0.9", None, None), ("--noise none --rate 0", None, None),
+    ("--image-size 224", None, None),  # typed as it would be left out, and nothing reads it
+])  # fmt: skip
+def test_a_folder_is_named_by_what_is_typed(parse, typed, name, given):
+    args = parse(load_script("fickle_teacher"), typed.split())
+    if name is None:
+        assert args is None
+    else:
+        assert (args.name, args.given) == (f"fickle_teacher-{name}", given)
+        assert args.seeds == ([1, 2] if "--seed" in typed else [0])
+
+
+def test_help_shows_the_preset(parse, capsys):
+    parse(load_script("fickle_teacher"), ["--dataset", "cifar10", "--dropout", 0.3, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for line in ("--epochs EPOCHS passes over the training set; the schedule scales along (default: 300)",
+                 "initial learning rate (default: 0.1)", "random seed; several: one run per seed (default: [0])"):
+        assert line in shown

@@ -1,6 +1,7 @@
 """fickle_teacher.py, soft_randomization.py, messy_collaboration.py: losses, noise, teachers and whole runs."""
 
 import copy
+import re
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,7 @@ def test_a_run_minimises_equation_1_or_cross_entropy(cli, seen, script, single, 
         (teacher,) = seen["teacher"]
         assert_same(common.load_checkpoint(checkpoint["teacher"])["model"], teacher.state_dict())
         assert not any(p.requires_grad for p in teacher.parameters())
+        assert not teacher.mean.any()  # images as they are
         assert {m.p for m in teacher.modules() if isinstance(m, nn.Dropout)} == {0.4 if script is ft else 0.0}
 
 
@@ -115,10 +117,10 @@ def test_a_fickle_teacher_changes_its_mind_and_nothing_else():
 def test_the_schedules_of_the_paper(cli, monkeypatch, script, flags, epochs, drops, dropout):
     told = {"dropout": None}
 
-    def load_teacher(args, device, data, labels, milestones, dropout=0, epochs=None):
-        assert (epochs or args.epochs, milestones) == (200, [60, 120, 150])  # whatever the student has
+    def load_teacher(args, device, data, labels, epochs, milestones, dropout=0, **recipe):
+        assert (epochs, milestones) == (200, [60, 120, 150])  # whatever the student has
         told.update(dropout=dropout)
-        return nn.Dropout(dropout), ""
+        return nn.Dropout(dropout), {}
 
     def checkpoint(run, model, optimizer, scheduler):
         (group,) = optimizer.param_groups
@@ -160,8 +162,8 @@ def test_messy_targets_by_counting():
 
 def test_labels_are_corrupted_once_and_targets_in_every_batch(cli, seen, monkeypatch):
     """By --noise-seed alone. The labels that targets start from are those that the teacher was given."""
-    given, train = [], common.train_teacher
-    monkeypatch.setattr(common, "train_teacher", lambda *args: given.append(args[-1]) or train(*args))
+    given, load = [], common.load_teacher
+    monkeypatch.setattr(common, "load_teacher", lambda *args, **how: given.append(args[-1]) or load(*args, **how))
     flags = [*TINY, "--noise", "sym", "--rate", 0.5, "--target-noise", 0.3, "--epochs", 10]
     status, out, err = cli(mc, *flags, "--noise-seed", 3)
     data = common.load_dataset("tiny.npz")
@@ -214,31 +216,70 @@ def test_a_teacher_is_trained_once_and_found_again(cli):
         assert "training a teacher" not in cli(script, *TINY, *flags)[1]
 
 
-def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch):
-    folders, claim = [], common.claim
+def test_a_teacher_that_was_stopped_is_trained_on_by_whoever_wants_it(cli):
+    """By another script, and, where there is no label noise, with another seed of it."""
+    end_epoch = common.Run.end_epoch
 
-    def stop(folder, config, *rest):
-        if config["script"] == "teacher":
-            folders.append(folder)
-            raise common.UsageError("far enough")
-        return claim(folder, config, *rest)
+    def stop(run, *losses, **metrics):
+        end_epoch(run, *losses, **metrics)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "claim", stop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Run, "end_epoch", stop)
+        assert cli(sr, *TINY, "--epochs", 2)[0] == 130
+    (folder,) = Path("runs/teachers").iterdir()
+    assert cli(mc, *TINY, "--epochs", 2, "--noise-seed", 1, "--out", "run")[::2] == (0, "")
+    assert saved("run")["teacher"] == str(folder / "checkpoint.pt") and [*folder.parent.iterdir()] == [folder]
+
+
+def test_a_teacher_of_an_edited_common_py_is_taken_and_that_is_said(cli, monkeypatch, tmp_path):
+    """So that a run that was stopped goes on with the teacher that it has."""
+    assert cli(sr, *TINY)[0] == 0
+    (folder,) = Path("runs/teachers").iterdir()
+    for text, said in (("", False), ("# edited", True)):
+        (tmp_path / "common.py").write_text(Path(common.__file__).read_text() + text)
+        monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+        status, out, _ = cli(sr, *TINY, "--out", f"run{said}")
+        assert status == 0 and (f"common.py was edited after {folder} was trained" in out) == said
+        assert saved(f"run{said}")["teacher"] == str(folder / "checkpoint.pt")
+
+
+def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch, tiny_npz):
+    """A short one: network, data, noise, epochs, and a digest of the rest."""
+    folders = []
+
+    def load_teacher(*args, **how):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common, "predict", lambda *_: (_ for _ in ()).throw(common.UsageError("far enough")))
+            return load(*args, **how)
+
+    def teachers(*change):
+        cli(ft, *TINY, *change)
+        (folder,) = set(Path("runs/teachers").iterdir()) - set(folders)
+        folders.append(folder)
+
+    load = common.load_teacher
+    monkeypatch.setattr(common, "load_teacher", load_teacher)
     changes = ["--dropout 0", "", "--noise sym --rate 0.2", "--noise sym --rate 0.3", "--noise pair --rate 0.2",
                "--noise sym --rate 0.2 --noise-seed 1", "--limit-train 30", "--teacher-epochs 2", "--batch-size 10",
-               "--lr 0.01", "--weight-decay 0", "--teacher-arch resnet8 --dropout 0"]  # fmt: skip
+               "--lr 0.01", "--weight-decay 0", "--teacher-arch resnet8 --dropout 0", "--amp"]  # fmt: skip
     for change in changes:
-        cli(ft, *TINY, *change.split())
-    assert len(set(folders)) == len(folders) == len(changes)
+        teachers(*change.split())
+    write_npz(tiny_npz, test_labels=np.arange(20)[::-1] % 3)
+    teachers()
+    write_npz(tiny_npz, train_images=np.zeros((40, 3, 32, 32), np.uint8))
+    teachers()
+    assert all(re.fullmatch(r"[\w-]+-tiny-(clean|\w+0\.[23])-epochs=[12]-[0-9a-f]{8}-seed0", f.name) for f in folders)
+    cli(ft, *TINY, "--tau", 3, "--alpha", 0.5, "--epochs", 2, "--teacher-epochs", 1, "--seed", 1)
+    assert set(Path("runs/teachers").iterdir()) == set(folders)  # which change nothing of it
 
 
 def test_other_data_of_the_same_name_is_another_run_and_another_teacher(cli, tiny_npz):
     assert cli(sr, *TINY, "--out", "first")[0] == 0
     write_npz(tiny_npz, train_labels=np.arange(40)[::-1] % 3)
-    status, _, err = cli(sr, *TINY, "--out", "first", "--resume")
-    assert status == 2 and "first holds another run: data (" in err
-    status, out, _ = cli(sr, *TINY, "--out", "second")
-    assert status == 0 and "training a teacher first" in out
+    status, out, err = cli(sr, *TINY, "--out", "first", "--resume")
+    assert status == 2 and "training a teacher first" in out
+    assert "first holds another run: " in err and "train_digest (" in err
 
 
 @pytest.mark.parametrize("best", [0, 1])
@@ -265,8 +306,10 @@ def test_a_given_teacher_is_used_where_it_fits_and_refused_where_not(cli, tmp_pa
         status, _, err = cli(script, *flags, *changes)
         assert status == 2 and err.count("\n") == 1
         assert err.startswith(f"error: --teacher: made/checkpoint.pt has {says}")
-    assert cli(mc, *flags, "--out", "run")[::2] == (0, "")
-    assert saved("run")["teacher"] == "made/checkpoint.pt" and not Path("runs/teachers").exists()
+    for out, teacher in (("run", "made/checkpoint.pt"), ("by-folder", "made")):
+        assert cli(mc, *flags[:-1], teacher, "--out", out)[::2] == (0, "")
+        assert saved(out)["teacher"] == "made/checkpoint.pt"
+    assert not Path("runs").exists()  # nothing is trained, and what is refused leaves no folder
 
 
 def test_an_interrupted_run_continues_to_the_same_bit(cli):

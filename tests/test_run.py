@@ -33,9 +33,14 @@ def test_a_run_from_the_command_line(nrd_cli, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
     assert (result.returncode, result.stderr) == (0, "")
     folder = next((tmp_path / "runs").iterdir())
-    assert folder.name == "nrd-shapes-sym0.5-limit_train=96-limit_test=40-epochs=2-seed0"
+    assert folder.name == "nrd-shapes-sym0.5-limit_train=96-limit_test=40-epochs=2-batch_size=32-seed0"
     assert sorted(path.name for path in folder.iterdir()) == FILES
     lines, metrics = result.stdout.splitlines(), metrics_of(folder)
+    start = lines.index(f"runs/{folder.name}, given: limit_train=96 limit_test=40 epochs=2 batch_size=32")
+    assert lines[start + 1].startswith("preset: dataset=shapes noise=sym rate=0.5 noise_seed=0 ")
+    preset = lines[start + 1].split()
+    assert {"lr=0.5", "loss_params=0.2,0.6,0.2", "seed=0"} <= set(preset) and lines[start + 2].startswith("epoch 1/2 ")
+    assert not {"epochs", "device", "data_dir", "out", "resume", "keep"} & {flag.split("=")[0] for flag in preset}
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == 2 and all("images/s" in line and "left" in line for line in epochs)
     names = {"lr", "train_loss", "test_acc", "ema_test_acc", "seconds", "train_acc_wrong", "train_acc_wrong_true"}
@@ -46,9 +51,13 @@ def test_a_run_from_the_command_line(nrd_cli, tmp_path):
     assert again.returncode == 0 and again.stdout.splitlines()[-1] == lines[-1] and metrics_of(folder) == metrics
     config = json.loads((folder / "config.json").read_text())
     assert (config["lr"], config["noise"], config["rate"], config["arch"]) == (0.5, "sym", 0.5, "wrn-10-1")
+    assert config["given"] == {"limit_train": 96, "limit_test": 40, "epochs": 2, "batch_size": 32}
+    assert config["seed"] == 0 and "seeds" not in config and {"train_digest", "test_digest"} <= config.keys()
 
     # the checkpoint alone rebuilds the models
-    checkpoint = common.load_checkpoint(folder / "checkpoint.pt")
+    checkpoint = common.load_checkpoint(folder)
+    assert checkpoint["source"] == {name: (ROOT / name).read_text() for name in ("nrd.py", "common.py")}
+    assert checkpoint["config"] == config
     assert checkpoint["noise"] == {"kind": "sym", "rate": 0.5, "seed": 0} and checkpoint["metrics"] == metrics
     data = common.load_dataset("shapes", limit_train=96, limit_test=40)
     for part, key in (("model", "test_acc"), ("ema", "ema_test_acc")):
@@ -59,7 +68,7 @@ def test_a_run_from_the_command_line(nrd_cli, tmp_path):
 def test_several_seeds_are_several_runs_and_their_mean(nrd_cli, tmp_path):
     """With a loss of two views."""
     flags = [*TINY, "--limit-train", 32, "--loss", "gjs"]
-    status, out, _ = nrd_cli(*flags, "--seed", 3, 4)
+    status, out, _ = nrd_cli(*flags, "--seed", 3, 4, 3)
     folders = sorted((tmp_path / "runs").iterdir())
     assert status == 0 and [folder.name[-6:] for folder in folders] == ["-seed3", "-seed4"]
     values = [metrics_of(folder)[-1]["test_acc"] for folder in folders]
@@ -98,6 +107,7 @@ def test_a_folder_is_never_shared(nrd_cli, tmp_path):
     for flags, says in (
         ([], "run holds this run; --resume continues it"),
         (["--resume", "--seed", "1", "--beta", "0.9"], "run holds another run: beta (0.95 there, 0.9 here)"),
+        (["--resume", "--amp"], "amp (False there, True here); name another folder, or add --no-amp to compute as"),
     ):
         status, _, err = nrd_cli(*TINY, "--out", "run", *flags)
         assert status == 2 and err.count("\n") == 1 and says in err, err
@@ -107,9 +117,43 @@ def test_a_folder_is_never_shared(nrd_cli, tmp_path):
         assert status == 2 and "another process is at work in run" in err
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     (tmp_path / "taken").mkdir()
-    (tmp_path / "taken/precious.txt").write_text("precious")
-    status, _, err = nrd_cli(*TINY, "--out", "taken")
-    assert status == 2 and "name a new folder" in err and [*Path("taken").iterdir()] == [Path("taken/precious.txt")]
+    for name in ("precious.txt", "config.json"):
+        for text in ("precious", "[]", '{"script": "cmd"}', '{"about": {"script": "nrd"}}'):
+            path = Path("taken") / name
+            path.write_text(text)
+            status, _, err = nrd_cli(*TINY, "--out", "taken")
+            assert status == 2 and err.count("\n") == 1 and "name a new folder" in err
+            assert [*Path("taken").iterdir()] == [path] and path.read_text() == text
+        path.unlink()
+
+
+def test_code_that_is_edited_while_a_run_is_stopped(nrd_cli, monkeypatch, tmp_path):
+    """The run goes on, with a metric more or less, and says so; both texts are kept."""
+    end_epoch = common.Run.end_epoch
+    texts = [(ROOT / "common.py").read_text()]
+
+    def stop(run, losses, **metrics):
+        end_epoch(run, losses, **metrics)
+        raise KeyboardInterrupt
+
+    def change(run, losses, test_acc, **metrics):
+        end_epoch(run, losses, **metrics, weight_norm=1.5)
+
+    monkeypatch.setattr(common.Run, "end_epoch", stop)
+    for edit in range(2):
+        assert nrd_cli(*TINY, "--epochs", 4, "--out", "run", "--resume")[0] == 130
+        (tmp_path / "nrd.py").write_text((ROOT / "nrd.py").read_text())
+        texts.append(f"{texts[-1]}# edit {edit}\n")
+        (tmp_path / "common.py").write_text(texts[-1])
+        monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    monkeypatch.setattr(common.Run, "end_epoch", change)
+    status, out, err = nrd_cli(*TINY, "--epochs", 4, "--out", "run", "--resume")
+    assert status == 0 and "common.py was edited after epoch 2;" in out and "nrd.py was edited" not in out
+    assert out.splitlines()[-1] == "4 epochs: run"
+    assert ["test_acc" in record for record in metrics_of("run")] == [True, True, False, False]
+    source = saved("run")["source"]
+    assert source.pop("nrd.py") == (ROOT / "nrd.py").read_text()
+    assert source == dict(zip(["common.py until epoch 1", "common.py until epoch 2", "common.py"], texts))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(nrd_cli, monkeypatch):
@@ -160,13 +204,13 @@ def test_checkpoints_are_data_not_code_and_whole(nrd_cli, tmp_path):
     ("--noise asym", "--noise asym: only CIFAR-10 and CIFAR-100"),
     ("--noise human-worse", "CIFAR-10_human.pt"),
     ("--loss-params 0.2 0.6 0.3", "--loss-params: pi1 pi2 pi3 sum to 1.1"),
-    ("--device cuda", "--device cuda: no CUDA device is visible"),
+    ("--device cuda", "--device cuda: 0 CUDA devices are visible"),
     ("--device 0", "--device 0: unknown; cpu, cuda and cuda:N work"),
     ("--device mps", "--device mps: unknown"),
-    ("--device cuda:9", "--device cuda:9: no CUDA device is visible"),
+    ("--device cuda:9", "--device cuda:9: 0 CUDA devices are visible"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_status_2(nrd_cli, monkeypatch, flags, says):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     status, _, err = nrd_cli(*TINY, *flags.split())
     assert status == 2 and err.count("\n") == 1 and err.startswith("error: ") and says in err, err
 
@@ -183,7 +227,7 @@ def test_numbers_that_cannot_be_are_refused_by_the_flag_s_name(cli, script, flag
     assert status == 2 and re.search(f"error: argument {flag}: {value} is ", err) and not Path("runs").exists()
 
 
-def test_bfloat16_is_asked_of_the_device_that_is_named(monkeypatch, capsys):
+def test_bfloat16_is_asked_of_the_device_that_is_named(monkeypatch):
     """An A100 beside a T4, which multiplies none."""
     gpus = {"cuda:0": (8, 0), "cuda:1": (7, 5), "cuda": (8, 0)}
     for name, value in (("is_available", True), ("device_count", 2), ("set_device", None)):
@@ -193,8 +237,7 @@ def test_bfloat16_is_asked_of_the_device_that_is_named(monkeypatch, capsys):
     assert [MULTIPLIES_BFLOAT16(gpu) for gpu in gpus] == [True, False, True]
     for gpu in gpus:
         assert common.setup(Namespace(device=gpu, seed=0, amp=False)) == torch.device(gpu)
-    assert capsys.readouterr().out == "this GPU has no bfloat16; float32\n"
-    with pytest.raises(common.UsageError, match="--device cuda:2: the last visible CUDA device is cuda:1"):
+    with pytest.raises(common.UsageError, match="--device cuda:2: 2 CUDA devices are visible"):
         MULTIPLIES_BFLOAT16("cuda:2")
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)  # as in an older torch
     assert not MULTIPLIES_BFLOAT16("cpu")
