@@ -181,7 +181,7 @@ def test_the_schedules_of_the_supplement(cli, monkeypatch, flags, arch, numbers,
     assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.9, False, 0)
     scheduler = told["scheduler"]
     assert (tuple(scheduler.milestones.elements()), scheduler.gamma) == (drops, gamma)
-    assert built == [(arch, 0.0, *common.channel_stats(data.train_images), args.dataset == "food101")] * 2
+    assert built == [(arch, 0.0, *common.channel_stats(data), args.dataset == "food101")] * 2
     assert args.augment == ("none" if args.dataset == "shapes" else "crop")
     assert (args.noise, args.rate) == (("sym-other", 0.4) if args.dataset == "shapes" else ("none", None))
     if args.dataset == "webvision":

@@ -30,7 +30,8 @@ def test_shapes_are_the_same_pixels_everywhere():
 def test_npz_arrays_are_read_whatever_their_layout(tmp_path):
     images = np.random.default_rng(1).integers(0, 256, (40, 3, 20, 24), dtype=np.uint8)
     labels = np.uint8(np.arange(40) % 3)
-    path = write_npz(tmp_path / "a.npz", train_images=np.asfortranarray(images), train_labels=labels)
+    changes = {"train_images": np.asfortranarray(images), "train_labels": labels, "test_images": images[:20]}
+    path = write_npz(tmp_path / "a.npz", **changes)
     data, raw = load_dataset(str(path)), np.load(path)
     assert data.train_images.is_contiguous() and data.train_labels.dtype == torch.int64
     assert np.array_equal(data.train_images, images) and np.array_equal(data.train_labels, labels)
@@ -103,8 +104,11 @@ def test_a_download_becomes_a_file(tmp_path, monkeypatch):
 
 
 def test_channel_stats_against_numpy():
-    images = torch.randint(0, 256, (50, 3, 8, 9), dtype=torch.uint8)
-    mean, std = common.channel_stats(images)
+    """Of images of any size, except photographs."""
+    images = torch.randint(0, 256, (5, 3, 130, 140), dtype=torch.uint8)
+    data = common.Dataset(images, torch.zeros(5).long(), images, torch.zeros(5).long(), ["a"])
+    mean, std = common.channel_stats(data)
+    assert common.channel_stats(data._replace(photographs=True))[0] == [0.485, 0.456, 0.406]  # ImageNet's
     pixels = images.numpy().astype(np.float64) / 255
     assert np.allclose(mean, pixels.mean((0, 2, 3))) and np.allclose(std, pixels.std((0, 2, 3)))
 
@@ -157,7 +161,7 @@ def test_pictures_become_arrays(folder):
     (folder / "test").rename(folder / "val")
     assert torch.equal(load(folder).test_images, data.test_images)
     (folder / "val/bat").rename(folder / "val/cow")
-    with pytest.raises(UsageError, match="train and val have other classes: bat, cow"):
+    with pytest.raises(UsageError, match="train has other classes than the test part: bat, cow"):
         load(folder)
 
 

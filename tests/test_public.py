@@ -211,7 +211,7 @@ def test_public_weights_teach(cli):
     status, out, err = cli(kd_zoo, *TINY, *flags)
     assert (status, err) == (0, "")
     data, checkpoint = common.load_dataset("tiny.npz"), saved("run")
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in common.channel_stats(data.train_images))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in common.channel_stats(data))
     expected = common.accuracy(net((data.test_images / 255 - mean) / std), data.test_labels)
     assert checkpoint["teacher"] == "wrn.pth" and checkpoint["teacher_acc"] == expected
     assert f"teacher: wrn.pth, test_acc {expected:.2f} %" in out
