@@ -490,7 +490,7 @@ def photographs(name, data_dir, resize, image_size, test_only=False):
     """The Dataset of photographs: the middle square of each, `resize` pixels for training, `image_size` for tests."""
     if resize < image_size:
         raise UsageError(f"--resize: {resize} is smaller than --image-size {image_size}")
-    parts = ["test"] if test_only else ["test", "train"]
+    parts = ["test"] if test_only else ["train", "test"]
     if name == "webvision" and (data_dir / "imagenet" / "val").is_dir():
         parts.append("imagenet")
     try:
