@@ -319,10 +319,16 @@ class Dataset(NamedTuple):
     test_images: torch.Tensor  # uint8 [M, 3, H', W']; of photographs H' < H
     test_labels: torch.Tensor  # int64 [M]
     classes: list  # names, str
-    true_labels: torch.Tensor | None = None  # int64 [N]: load_dataset takes train_labels where there are no others
-    imagenet: tuple | None = None  # webvision: (images, labels) of ILSVRC12's validation images of the same classes
+    true_labels: torch.Tensor | None = (
+        None  # int64 [N]: load_dataset takes train_labels where there are no others
+    )
+    imagenet: tuple | None = (
+        None  # webvision: (images, labels) of ILSVRC12's validation images of the same classes
+    )
     photographs: bool = False  # as `is_photographs` says
-    train_digest: str = ""  # twelve characters that tell this part from any other: of all its images and labels
+    train_digest: str = (
+        ""  # twelve characters that tell this part from any other: of all its images and labels
+    )
     test_digest: str = ""
 
     @property
@@ -337,7 +343,12 @@ class Dataset(NamedTuple):
 
 ARRAYS = Dataset._fields[:5]
 DATASETS = "shapes, cifar10, cifar100, svhn, food101, webvision, FILE.npz, imagefolder:DIR"
-CLEANLY_LABELLED = ("shapes", "cifar10", "cifar100", "svhn")  # nrd, cmd and messy_collaboration add noise to these
+CLEANLY_LABELLED = (
+    "shapes",
+    "cifar10",
+    "cifar100",
+    "svhn",
+)  # nrd, cmd and messy_collaboration add noise to these
 
 
 def is_photographs(name):
@@ -437,8 +448,14 @@ def read_npz(path, test_only=False):
             if "true_labels" in file and not test_only:
                 arrays["true_labels"] = file["true_labels"]
     except Exception as error:  # no such file, or whatever a damaged one makes numpy raise
-        advice = "remove it to download it again" if path.stem in CLEANLY_LABELLED else "README says how to write one"
-        raise UsageError(f"--dataset: {path} is no .npz file with {', '.join(names)} ({error}); {advice}") from None
+        advice = (
+            "remove it to download it again"
+            if path.stem in CLEANLY_LABELLED
+            else "README says how to write one"
+        )
+        raise UsageError(
+            f"--dataset: {path} is no .npz file with {', '.join(names)} ({error}); {advice}"
+        ) from None
     classes = [str(name) for name in arrays.pop("classes").ravel()]
     for name in [name for name in arrays if name.endswith("labels")]:
         labels = arrays[name]
@@ -448,7 +465,9 @@ def read_npz(path, test_only=False):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
             raise UsageError(f"{where} {of} is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W]")
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise UsageError(f"{where} {name} is {labels.dtype} {list(labels.shape)}, not integer [{len(images)}]")
+            raise UsageError(
+                f"{where} {name} is {labels.dtype} {list(labels.shape)}, not integer [{len(images)}]"
+            )
         if labels.min() < 0 or labels.max() >= len(classes):
             span = f"{labels.min()} to {labels.max()}"
             raise UsageError(f"{where} {name} are {span}, but {len(classes)} classes are named")
@@ -505,7 +524,9 @@ def photographs(name, data_dir, resize, image_size, test_only=False):
             raise UsageError(f"--dataset {name}: {part} has other classes than the test part: {odd}")
         side = resize if part == "train" else image_size
         stem = re.sub(r"[^\w.-]", "_", name)[-60:]  # which every file system takes
-        data[part] = decode(samples, resize, side, data_dir / "decoded" / f"{stem}-{part}-{resize}-{side}.raw")
+        data[part] = decode(
+            samples, resize, side, data_dir / "decoded" / f"{stem}-{part}-{resize}-{side}.raw"
+        )
     *test, digest = data["test"]
     *train, train_digest = data.get("train", [*(tensor[:0] for tensor in test), digest])
     imagenet = data["imagenet"][:2] if "imagenet" in data else None
@@ -531,7 +552,9 @@ def list_pictures(name, data_dir, part):
         folder = Path(name.removeprefix("imagefolder:")) / part
         if part == "test" and not folder.is_dir():
             folder = folder.with_name("val")
-        pictures = torchvision.datasets.ImageFolder(folder, is_valid_file=lambda path: True)  # `decode` finds out
+        pictures = torchvision.datasets.ImageFolder(
+            folder, is_valid_file=lambda path: True
+        )  # `decode` finds out
         return pictures.samples, pictures.classes
     root = data_dir / "webvision"
     lines = (root / "info/synsets.txt").read_text(encoding="utf-8").splitlines()
@@ -587,7 +610,9 @@ def decode(samples, resize, side, path):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         read = functools.partial(read_square, resize=resize, side=side)  # what the workers make of each file
         own = torch.Generator()  # the global generator is for the draws of the method
-        loader = torch.utils.data.DataLoader(files, None, num_workers=min(cores, 16), collate_fn=read, generator=own)
+        loader = torch.utils.data.DataLoader(
+            files, None, num_workers=min(cores, 16), collate_fn=read, generator=own
+        )
         for left in path.parent.glob(f"{path.stem}.*.partial{path.suffix}"):
             if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed while it decoded
                 left.unlink()
@@ -784,7 +809,9 @@ def corrupt_labels(labels, kind, rate, classes, seed, data_dir="data", per_sampl
             moved = torch.randperm(n, generator=generator)[: round(rate * n)]
             noisy[moved] = successor[clean[moved]]
         else:
-            raise UsageError("--noise asym: only CIFAR-10 and CIFAR-100 have a map of look-alikes; sym works anywhere")
+            raise UsageError(
+                "--noise asym: only CIFAR-10 and CIFAR-100 have a map of look-alikes; sym works anywhere"
+            )
     return noisy.to(labels.device)
 
 
@@ -805,7 +832,9 @@ def human_labels(clean, kind, data_dir):
         raise UsageError(f"--noise {kind}: cannot read {path} ({type(error).__name__}); {advice}") from None
     rows = evenly_spaced(len(truth), len(clean))
     if not torch.equal(truth[rows], clean):
-        raise UsageError(f"--noise {kind}: {path} labels another data set, or the images are not in the official order")
+        raise UsageError(
+            f"--noise {kind}: {path} labels another data set, or the images are not in the official order"
+        )
     return noisy[rows]
 
 
@@ -816,8 +845,19 @@ def human_labels(clean, kind, data_dir):
 # Pixel values follow the 8-bit operations of torchvision.transforms.v2.
 
 COLUMNS = (  # of the table
-    *("x_x", "x_y", "x_1", "y_x", "y_y", "y_1"),  # a warp's matrix: x = x_x · x + x_y · y + x_1, and the same for y
-    *("factor", "gray", "mean_gray"),  # a blend's factor; how much of the grey image, of the mean grey it blends with
+    *(
+        "x_x",
+        "x_y",
+        "x_1",
+        "y_x",
+        "y_y",
+        "y_1",
+    ),  # a warp's matrix: x = x_x · x + x_y · y + x_1, and the same for y
+    *(
+        "factor",
+        "gray",
+        "mean_gray",
+    ),  # a blend's factor; how much of the grey image, of the mean grey it blends with
     *("step", "threshold"),  # posterize's step between levels; the level from which on solarize inverts
     "function",  # its place in FUNCTIONS
 )
@@ -838,7 +878,9 @@ def _warp(images, rows, mode):
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device).view(-1, 1)
     by_x, by_y, shift = rows[:, :6].view(-1, 2, 3, 1, 1).unbind(2)
-    grid = (by_x * x + by_y * y).add_(shift)  # no matrix product: with TF32 or bfloat16 on, it would be too coarse
+    grid = (by_x * x + by_y * y).add_(
+        shift
+    )  # no matrix product: with TF32 or bfloat16 on, it would be too coarse
     return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode=mode, align_corners=False)
 
 
@@ -891,7 +933,14 @@ def _equalize(images, *_):
     return torch.where(step > 0, equal.gather(2, level), level).to(images.dtype).view_as(images)
 
 
-FUNCTIONS = (_warp, _blend, _sharpness, _levels, _auto_contrast, _equalize)  # in the order in which they are applied
+FUNCTIONS = (
+    _warp,
+    _blend,
+    _sharpness,
+    _levels,
+    _auto_contrast,
+    _equalize,
+)  # in the order in which they are applied
 
 
 def operations(bins, height, width, translate=150 / 331, posterize=8):
@@ -916,7 +965,10 @@ def operations(bins, height, width, translate=150 / 331, posterize=8):
     turn = {"x_x": angle.cos(), "x_y": -angle.sin(), "y_x": angle.sin(), "y_y": angle.cos()}
     return {
         "ShearX": (_warp, same | {"x_y": shear, "x_1": shear * (height / 2)}),  # keeps the first row in place
-        "ShearY": (_warp, same | {"y_x": shear, "y_1": shear * (width / 2)}),  # keeps the first column in place
+        "ShearY": (
+            _warp,
+            same | {"y_x": shear, "y_1": shear * (width / 2)},
+        ),  # keeps the first column in place
         "TranslateX": (_warp, same | {"x_1": -move_x}),
         "TranslateY": (_warp, same | {"y_1": -move_y}),
         "Rotate": (_warp, turn),
@@ -943,7 +995,9 @@ def op_table(bins, height, width, device, translate=150 / 331, posterize=8):
     key = (bins, height, width, device, translate, posterize)
     if key not in _tables:
         table = torch.zeros(len(OPS), bins, 2, len(COLUMNS))
-        for row, (function, numbers) in zip(table, operations(bins, height, width, translate, posterize).values()):
+        for row, (function, numbers) in zip(
+            table, operations(bins, height, width, translate, posterize).values()
+        ):
             for column, number in numbers.items():
                 row[..., COLUMNS.index(column)] = number
             row[..., COLUMNS.index("function")] = FUNCTIONS.index(function) if function else -1
@@ -963,7 +1017,9 @@ def apply_ops(images, table, op, strength, negative, mode="nearest"):
     function = rows[:, COLUMNS.index("function")]
     masks = function == torch.arange(len(FUNCTIONS), device=images.device).view(-1, 1)
     for mask, transform in zip(masks, FUNCTIONS):
-        if images.device.type == "cpu" and not torch.compiler.is_compiling():  # compute only the rows concerned
+        if (
+            images.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # compute only the rows concerned
             mine = mask.nonzero().squeeze(1)
             if len(mine):
                 changed = transform(images.index_select(0, mine), rows.index_select(0, mine), mode)
@@ -1078,7 +1134,9 @@ def crop_flip(images, padding=4, mode="zero", size=None):
         images = F.pad(images, (padding,) * 4, mode="constant" if mode == "zero" else mode)
     windows = images.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, 3, tops, lefts, height, width]
     if windows.shape[2:4] != (1, 1):
-        top, left = (torch.randint(places, (len(images),), device=images.device) for places in windows.shape[2:4])
+        top, left = (
+            torch.randint(places, (len(images),), device=images.device) for places in windows.shape[2:4]
+        )
         images = windows[torch.arange(len(images), device=images.device), :, top, left]
     flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(flip, images.flip(3), images)
@@ -1143,7 +1201,9 @@ def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2):
         if step == 0:
             images = images * uniform(1 - brightness, 1 + brightness)
         elif step == 1:
-            images = torch.lerp(_gray(images).mean((2, 3), keepdim=True), images, uniform(1 - contrast, 1 + contrast))
+            images = torch.lerp(
+                _gray(images).mean((2, 3), keepdim=True), images, uniform(1 - contrast, 1 + contrast)
+            )
         elif step == 2:
             images = torch.lerp(_gray(images), images, uniform(1 - saturation, 1 + saturation))
         else:
@@ -1337,7 +1397,11 @@ def preact_resnet(arch, num_classes, **_):
         depths = (5, 5, 5)
     stem = conv_stem(widths[0])
     blocks = stages(PreActBlock, widths, depths)
-    return stem, blocks, pooled(nn.BatchNorm2d(widths[-1]), nn.ReLU(), classifier=nn.Linear(widths[-1], num_classes))
+    return (
+        stem,
+        blocks,
+        pooled(nn.BatchNorm2d(widths[-1]), nn.ReLU(), classifier=nn.Linear(widths[-1], num_classes)),
+    )
 
 
 def inception_resnet_v2(arch, num_classes, **_):
@@ -1379,7 +1443,9 @@ def inception_resnet_v2(arch, num_classes, **_):
     blocks = [
         nn.Sequential(*(block35() for _ in range(10))),
         nn.Sequential(reduce_a, *(block17() for _ in range(20))),
-        nn.Sequential(reduce_b, *(block8() for _ in range(9)), block8(1.0, relu=False), chain(2080, (1536, 1))),
+        nn.Sequential(
+            reduce_b, *(block8() for _ in range(9)), block8(1.0, relu=False), chain(2080, (1536, 1))
+        ),
     ]
     return stem, blocks, pooled(classifier=nn.Linear(1536, num_classes))
 
@@ -1396,7 +1462,11 @@ def shufflenet(arch, num_classes, image_size, **_):
 
 
 def torchvision_resnet(net, large):
-    stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool) if large else conv_stem(64, net.bn1, net.relu)
+    stem = (
+        nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        if large
+        else conv_stem(64, net.bn1, net.relu)
+    )
     return stem, [net.layer1, net.layer2, net.layer3, net.layer4], pooled(classifier=net.fc)
 
 
@@ -1464,7 +1534,9 @@ def build_model(
     if dropout and not arch.startswith("wrn-"):
         raise UsageError(f"--dropout: {arch} has none; wrn-D-K has")
     if pretrained and not (large and arch in TORCHVISION):
-        raise UsageError(f"--pretrained: {arch} at {image_size} pixels has none; {', '.join(TORCHVISION)} at 224 have")
+        raise UsageError(
+            f"--pretrained: {arch} at {image_size} pixels has none; {', '.join(TORCHVISION)} at 224 have"
+        )
     if arch in TORCHVISION:
         from torchvision.models import get_model
 
@@ -1477,7 +1549,9 @@ def build_model(
             net.load_state_dict(state)
         stem, blocks, head = TORCHVISION[arch](net, large)
     elif names:
-        stem, blocks, head = ARCHITECTURES[names[0]](arch, num_classes, dropout=dropout, image_size=image_size)
+        stem, blocks, head = ARCHITECTURES[names[0]](
+            arch, num_classes, dropout=dropout, image_size=image_size
+        )
     else:
         raise UsageError(f"--arch: unknown {arch!r}; known are {', '.join([*ARCHITECTURES, *TORCHVISION])}")
     model = Classifier(stem, blocks, head, mean, std, amp)
@@ -1488,13 +1562,18 @@ def build_model(
     return model.to(memory_format=torch.channels_last)
 
 
-EVAL_BATCH = {"cpu": 125, "cuda": 500}  # images per forward pass: on a CPU, outputs of layers that stay in its caches
+EVAL_BATCH = {
+    "cpu": 125,
+    "cuda": 500,
+}  # images per forward pass: on a CPU, outputs of layers that stay in its caches
 
 
 def evenly_split(rows, batch_size):
     """Cut index tensor rows [N] into batches of nearly equal size, at most batch_size."""
     batches = math.ceil(len(rows) / batch_size)
-    return [rows[i::batches] for i in range(batches)]  # from all over: each stands for a file that is sorted by class
+    return [
+        rows[i::batches] for i in range(batches)
+    ]  # from all over: each stands for a file that is sorted by class
 
 
 @torch.no_grad()
@@ -1510,7 +1589,9 @@ def predict(model, images, batch_size=None):
     training = model.training
     logits = None
     model.eval()
-    for rows in evenly_split(torch.arange(len(images), device=images.device), batch_size or EVAL_BATCH[device.type]):
+    for rows in evenly_split(
+        torch.arange(len(images), device=images.device), batch_size or EVAL_BATCH[device.type]
+    ):
         output = model(to_float(images[rows].to(device)))
         if not torch.is_tensor(output) or output.dim() != 2:
             raise UsageError(f"{name} gives a {type(output).__name__}; it must give logits [B, C] alone")
@@ -1685,14 +1766,22 @@ def public_state(path, flag):
     for key in keys:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(tensor) for tensor in state.values()):
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(torch.is_tensor(tensor) for tensor in state.values())
+    ):
         raise UsageError(f"{flag}: {path} has no state_dict, alone or under one of {', '.join(keys)}")
     for prefix in ("module.", "_orig_mod.", "student."):
-        inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        inside = {
+            name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
+        }
         state = inside or state
     for name, tensor in state.items():
         if not tensor.isfinite().all():
-            raise UsageError(f"{flag}: {path} has a NaN or an infinity in {name}; take weights of an earlier epoch")
+            raise UsageError(
+                f"{flag}: {path} has a NaN or an infinity in {name}; take weights of an earlier epoch"
+            )
     return state
 
 
@@ -1705,7 +1794,10 @@ def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=Fal
     tensors, or mean and std another scale.
     """
     if max(*mean, *std) > 1 or min(std) <= 0:
-        raise UsageError(f"--mean, --std: {mean}, {std} are not of images in [0, 1]; divide those of 0 to 255 by 255")
+        raise UsageError(
+            f"--mean, --std: {mean}, {std} are not of images in [0, 1]; divide those of 0 to 255 by 255"
+        )
+
     def weights(state):
         return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
 
@@ -1716,7 +1808,9 @@ def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=Fal
     if state.keys() == set(names):  # .safetensors are sorted by name
         state = {name: state[name] for name in names}
     lengths = [len(tensor) for tensor in state.values() if tensor.dim() > 0] or [1]
-    model = build_model(arch, lengths[-1], dropout, mean, std, image_size, amp=amp)  # the classifier's bias comes last
+    model = build_model(
+        arch, lengths[-1], dropout, mean, std, image_size, amp=amp
+    )  # the classifier's bias comes last
     own = model.state_dict()
 
     def described(name, tensors):
@@ -1725,7 +1819,9 @@ def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=Fal
     for name, theirs in itertools.zip_longest(names, state):
         wanted = described(name, own)
         found = described(theirs, state)
-        if wanted.split(".")[-1] != found.split(".")[-1]:  # "weight [16, 3, 3, 3]", whatever its layer is called
+        if (
+            wanted.split(".")[-1] != found.split(".")[-1]
+        ):  # "weight [16, 3, 3, 3]", whatever its layer is called
             raise UsageError(f"{flag}: {path} is no {arch}: where that has {wanted}, the file has {found}")
     model.load_state_dict(own | dict(zip(names, state.values())))
     return model.eval()
@@ -1746,11 +1842,10 @@ def load_module(text, flag, path=None):
     while (root / "__init__.py").exists():
         root = root.parent
     sys.path[:0] = [str(here.parent), str(root)]  # as for `python FILE.py`; for the package
-    neighbours = {path.stem: path for path in here.parent.glob("*.py")}
-    neighbours |= {path.parent.name: path for path in here.parent.glob("*/__init__.py")}
     aside = {}  # modules from elsewhere that have the name of a neighbour, such as our `common`
-    for key, module in list(sys.modules.items()):
-        if key in neighbours and getattr(module, "__file__", None) != str(neighbours[key]):
+    for neighbour in [*here.parent.glob("*.py"), *here.parent.glob("*/__init__.py")]:
+        key = neighbour.parent.name if neighbour.stem == "__init__" else neighbour.stem
+        if key in sys.modules and getattr(sys.modules[key], "__file__", None) != str(neighbour):
             aside[key] = sys.modules.pop(key)
     try:
         make = runpy.run_path(file, run_name=".".join(here.relative_to(root).with_suffix("").parts)).get(name)
@@ -1773,7 +1868,9 @@ def load_module(text, flag, path=None):
         try:
             model.load_state_dict(state)
         except RuntimeError as error:  # names every tensor that is missing, left over or of another shape
-            raise UsageError(f"{flag}: {path} does not fit {text}: {textwrap.shorten(str(error), 300)}") from None
+            raise UsageError(
+                f"{flag}: {path} does not fit {text}: {textwrap.shorten(str(error), 300)}"
+            ) from None
     return model.eval()
 
 
