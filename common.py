@@ -356,7 +356,7 @@ def is_photographs(name):
 
 
 def load_data(args, device):
-    """The Dataset that the flags name. Under torchrun the first process downloads and decodes, the others wait."""
+    """The Dataset that the flags name. Under torchrun the first process decodes, the others wait."""
     if rank() > 0:
         barrier()
     data = load_dataset(
@@ -379,14 +379,15 @@ def load_dataset(
 ):
     """The data set `name` as a Dataset on `device`.
 
-    name: "shapes" (drawn by code), "cifar10", "cifar100", "svhn" (data_dir/NAME.npz; downloaded once where that is
-        missing), the path of any .npz file of that form, or photographs: "food101", "webvision" or "imagefolder:DIR"
-        (`list_pictures` says where the files lie). These are decoded once, into arrays in data_dir. Arrays of more than
-        a third of the device's memory stay memory-mapped on the host.
-    limit_train, limit_test: keep that many samples, evenly spaced, so that a file sorted by class stays balanced.
-    resize, image_size: of photographs, the side in pixels of training images and of test images.
+    name: "shapes" (drawn by code), "cifar10", "cifar100", "svhn" (data_dir/NAME.npz; downloaded once where
+        that is missing), the path of any .npz file of that form, or photographs: "food101", "webvision" or
+        "imagefolder:DIR" (`list_pictures` says where the files lie). These are decoded once, into arrays in
+        data_dir. Arrays of more than a third of the device's memory stay memory-mapped on the host.
+    limit_train, limit_test: how many samples are kept. They are evenly spaced: a file sorted by class stays
+        balanced.
+    resize, image_size: side of training images and of test images in pixels; photographs only.
     test_only: the training part is not read, and may be missing. Its tensors have length 0.
-    Raises UsageError for an unknown name, for files that are missing or malformed, and where a download fails.
+    Raises UsageError for an unknown name, for missing or malformed files, and where a download fails.
     """
     name = str(name)
     data_dir = Path(data_dir)
@@ -437,7 +438,7 @@ def evenly_spaced(total, limit):
 
 
 def read_npz(path, test_only=False):
-    """The Dataset in an .npz file, read without pickle. Raises UsageError for a missing file and for wrong arrays.
+    """The Dataset in an .npz file, read without pickle. Raises UsageError for what is missing or wrong.
 
     test_only: as for load_dataset.
     """
@@ -506,7 +507,7 @@ def download(name, path):
 
 
 def photographs(name, data_dir, resize, image_size, test_only=False):
-    """The Dataset of photographs: the middle square of each, `resize` pixels for training, `image_size` for tests."""
+    """The Dataset of photographs: middle squares of `resize` pixels, for tests of `image_size` pixels."""
     if resize < image_size:
         raise UsageError(f"--resize: {resize} is smaller than --image-size {image_size}")
     parts = ["test"] if test_only else ["train", "test"]
@@ -534,13 +535,14 @@ def photographs(name, data_dir, resize, image_size, test_only=False):
 
 
 def list_pictures(name, data_dir, part):
-    """[(file, label), …] of a part of a data set of photographs, "train" or "test", and the names of its classes.
+    """[(file, label), …] of the part "train" or "test" of a data set of photographs, and its classes' names.
 
     imagefolder:DIR: all files in DIR/train/CLASS and DIR/test/CLASS (or val), by torchvision's ImageFolder.
     food101: torchvision's Food101 in data_dir, downloaded where it is missing.
-    webvision: the first 50 classes of WebVision 1.0 in data_dir/webvision ("mini-WebVision"): training images of
-        info/train_filelist_google.txt, test images of info/val_filelist.txt in val_images_256. And "imagenet":
-        ILSVRC12's validation images of the classes in info/synsets.txt, in data_dir/imagenet/val/WNID.
+    webvision: the first 50 classes of WebVision 1.0 in data_dir/webvision ("mini-WebVision"): training images
+        of info/train_filelist_google.txt, test images of info/val_filelist.txt in val_images_256. And
+        "imagenet": ILSVRC12's validation images of the classes in info/synsets.txt, in
+        data_dir/imagenet/val/WNID.
     """
     import torchvision
 
@@ -571,11 +573,12 @@ def list_pictures(name, data_dir, part):
 
 
 def read_square(file, resize, side):
-    """The picture in `file`: shorter side resized, middle square cut out: uint8 [3, side, side]; None: unreadable.
+    """The middle square of the picture in `file`, uint8 [3, side, side]; None where it is unreadable.
 
-    The pixels are as stored, like torchvision's ImageFolder: EXIF's orientation and transparency do not count, and of
-    several frames the first does. Grey levels of 16 bits are scaled to 8. Unreadable are those of 32 bits too, whose
-    range is unknown, and pictures of more than 179 million pixels.
+    Its shorter side is resized to `resize` pixels first. The pixels are as stored, as in torchvision's
+    ImageFolder: EXIF's orientation and transparency do not count, and of several frames the first counts.
+    Grey levels of 16 bits are scaled to 8. Grey levels of 32 bits, whose range is unknown, are unreadable,
+    and so are pictures of more than 179 million pixels.
     """
     from PIL import Image
     from torchvision.transforms import v2
@@ -593,10 +596,11 @@ def read_square(file, resize, side):
 
 
 def decode(samples, resize, side, path):
-    """The pictures of samples, a list of (file, label): memory-mapped uint8 [n, 3, side, side], and labels int64 [n].
+    """Decode `samples`, a list of (file, label): memory-mapped uint8 [n, 3, side, side] and labels int64 [n].
 
-    They are decoded once, into `path`, and again where the files have changed. Unreadable ones are named and left out.
-    Third: a digest of all pixels, computed when they are decoded. Raises UsageError where no picture is left.
+    The pictures are decoded once, into `path`, and again where the files have changed. Unreadable ones are
+    named and left out. The third result is a digest of all pixels, computed when they are decoded. Raises
+    UsageError where no picture is left.
     """
     files = [file for file, _ in samples]
     known = []
@@ -648,8 +652,9 @@ SHAPES_CLASSES = [f"{fabric} {form}" for form in FORMS for fabric in ("striped",
 def draw_shapes(n, seed, size=32):
     """Ten classes of pictures, five forms striped or dotted: uint8 [n, 3, size, size] and labels int64 [n].
 
-    Form and texture decide the class; colours, place, size, angle, phase, background, clutter and pixel noise don't.
-    Every operation is one that IEEE 754 rounds exactly (no sin or normal draws): the same pixels on every machine.
+    Form and texture decide the class; colours, place, size, angle, phase, background, clutter and pixel noise
+    don't. Every operation is one that IEEE 754 rounds exactly (no sin or normal draws): the same pixels on
+    every machine.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -740,13 +745,14 @@ NOISE_KINDS = ("none", "sym", "sym-other", "pair", "asym", *HUMAN)
 CIFAR10_CONFUSIONS = {"bird": "airplane", "cat": "dog", "deer": "horse", "dog": "cat", "truck": "automobile"}
 CIFAR100_SUPERCLASSES = """
 beaver dolphin otter seal whale / aquarium_fish flatfish ray shark trout / orchid poppy rose sunflower tulip /
-bottle bowl can cup plate / apple mushroom orange pear sweet_pepper / clock keyboard lamp telephone television /
-bed chair couch table wardrobe / bee beetle butterfly caterpillar cockroach / bear leopard lion tiger wolf /
-bridge castle house road skyscraper / cloud forest mountain plain sea / camel cattle chimpanzee elephant kangaroo /
-fox porcupine possum raccoon skunk / crab lobster snail spider worm / baby boy girl man woman /
-crocodile dinosaur lizard snake turtle / hamster mouse rabbit shrew squirrel /
-maple_tree oak_tree palm_tree pine_tree willow_tree / bicycle bus motorcycle pickup_truck train /
-lawn_mower rocket streetcar tank tractor"""
+bottle bowl can cup plate / apple mushroom orange pear sweet_pepper /
+clock keyboard lamp telephone television / bed chair couch table wardrobe /
+bee beetle butterfly caterpillar cockroach / bear leopard lion tiger wolf /
+bridge castle house road skyscraper / cloud forest mountain plain sea /
+camel cattle chimpanzee elephant kangaroo / fox porcupine possum raccoon skunk /
+crab lobster snail spider worm / baby boy girl man woman / crocodile dinosaur lizard snake turtle /
+hamster mouse rabbit shrew squirrel / maple_tree oak_tree palm_tree pine_tree willow_tree /
+bicycle bus motorcycle pickup_truck train / lawn_mower rocket streetcar tank tractor"""
 
 
 def noisy_labels(args, data, per_sample=False):
@@ -764,13 +770,15 @@ def corrupt_labels(labels, kind, rate, classes, seed, data_dir="data", per_sampl
                    with per_sample, each sample gets one with probability rate
         sym-other  each sample, with probability rate, gets one of the other classes
         pair       each sample, with probability rate, gets the next class, y+1 mod C
-        asym       CIFAR-10: class by class, exactly round(rate·n) of the n samples that now have the label go to its
-                   look-alike (Patrini et al. 2017; in this order in GJS's code and NRD's): some cats that became dogs
-                   come back, and at a rate of 0.4 18.4 % of the labels are wrong;
+        asym       CIFAR-10: class by class, exactly round(rate·n) of the n samples that now have the label go
+                   to its look-alike (Patrini et al. 2017; in this order in GJS's code and NRD's): some cats
+                   that became dogs come back, and at a rate of 0.4 18.4 % of the labels are wrong;
                    CIFAR-100: round(rate·N) samples go to the next class of their superclass
-        human-*    annotators' labels of CIFAR-10N (aggre, random1-3, worse) and CIFAR-100N (noisy); rate is ignored
+        human-*    annotators' labels of CIFAR-10N (aggre, random1-3, worse) and CIFAR-100N (noisy); without
+                   a rate
     rate: in [0, 1]. classes: their names, which asym goes by. data_dir: where CIFAR-10N's own files lie.
-    Raises UsageError for an unknown kind, a rate outside [0, 1], asym without a map, human labels of another data set.
+    Raises UsageError for an unknown kind, a rate outside [0, 1], asym without a map, human labels of another
+    data set.
     """
     assert labels.dtype == torch.int64, f"labels are {labels.dtype}, not int64"
     if kind in HUMAN:
@@ -816,9 +824,9 @@ def corrupt_labels(labels, kind, rate, classes, seed, data_dir="data", per_sampl
 
 
 def human_labels(clean, kind, data_dir):
-    """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, all of them or evenly spaced."""
+    """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, all or evenly spaced."""
     path = Path(data_dir) / ("CIFAR-100_human.pt" if kind == "human-noisy" else "CIFAR-10_human.pt")
-    # The file is a pickle of numpy arrays: allow torch's restricted unpickler what builds those, and nothing else.
+    # The file is a pickle of numpy arrays: torch's restricted unpickler may call what builds these alone.
     array = np.empty(0)
     rebuild, *_ = array.__reduce__()  # the function that makes an array; numpy 2 has given it another name
     allowed = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
@@ -839,9 +847,9 @@ def human_labels(clean, kind, data_dir):
 
 
 # --------------------------------------------------------------------------------------------------------- augmentation
-# Batched on the images' device, every sample with a draw of its own. What an operation does at a strength is one row of
-# a table of numbers: the matrix of a warp, the factor of a blend, and so on. A batch takes its rows. Then each of six
-# functions changes the images that are its own, in a handful of kernels however large the batch.
+# Batched on the images' device, every sample with a draw of its own. What an operation does at a strength is a
+# row of a table of numbers: the matrix of a warp, the factor of a blend, and so on. A batch takes its rows.
+# Then each of six functions changes the images that are its own: few kernels, however large the batch is.
 # Pixel values follow the 8-bit operations of torchvision.transforms.v2.
 
 COLUMNS = (  # of the table
@@ -873,7 +881,7 @@ def _column(rows, name):
 
 
 def _warp(images, rows, mode):
-    """Shear, translate or rotate: sample the input at matrix · (x, y, 1), x and y in pixels from the centre."""
+    """Shear, translate or rotate: sample the input at matrix · (x, y, 1), in pixels from the centre."""
     height, width = images.shape[2:]
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device).view(-1, 1)
@@ -891,7 +899,7 @@ def _gray(images):
 
 
 def _blend(images, rows, _):
-    """factor · image + (1 - factor) · another: black for brightness, the mean grey for contrast, grey for colour."""
+    """factor · image + (1 - factor) · another: black (brightness), mean grey (contrast) or grey (colour)."""
     gray = _gray(images).floor_()
     mean = gray.mean((2, 3), keepdim=True)
     another = _column(rows, "gray") * gray + _column(rows, "mean_gray") * mean
@@ -908,7 +916,7 @@ def _sharpness(images, rows, _):
 
 
 def _levels(images, rows, _):
-    """Posterize: levels down to a multiple of the step. Solarize, invert: from the threshold on upside down."""
+    """Posterize: levels down to a multiple of the step. Solarize, invert: those from the threshold on."""
     step = _column(rows, "step")
     level = (images.round() / step).floor_() * step
     return torch.where(level < _column(rows, "threshold"), level, 255 - level)
@@ -923,7 +931,7 @@ def _auto_contrast(images, *_):
 
 
 def _equalize(images, *_):
-    """Equalize the histogram of each channel; one with fewer than 255 pixels below its brightest level stays."""
+    """Equalize each channel's histogram; one with fewer than 255 pixels below its brightest level stays."""
     level = images.round().long().flatten(2)
     histogram = torch.zeros(len(images), 3, 256, dtype=torch.int64, device=images.device)
     histogram.scatter_add_(2, level, torch.ones_like(level))
@@ -944,12 +952,14 @@ FUNCTIONS = (
 
 
 def operations(bins, height, width, translate=150 / 331, posterize=8):
-    """{name: (what changes the images, its numbers where they are not 0)}; numbers are float, to [bins, 2] broadcast.
+    """{name: (the function, its numbers by column where they are not 0)}.
 
-    Strengths are evenly spaced as in torchvision's spaces, from nothing to a shear of 0.3, a turn of 30°, a move of
-    `translate` times the side in whole pixels, a blend by 1 ± 0.9, `posterize` - 4 bits, solarize from 0 on.
-    AutoAugment and RandAugment move by up to 150/331 of the side and posterize to 8 … 4 bits. AugMix moves by up to
-    1/3 and posterizes to 4 … 0 bits. AugMix draws from the first 13 operations, RandAugment from the first 14.
+    A number is a float, or float [bins, 1 or 2]: for each strength, with + and with -.
+    Strengths are evenly spaced as in torchvision's spaces, from nothing to a shear of 0.3, a turn of 30°, a
+    move of `translate` times the side in whole pixels, a blend by 1 ± 0.9, `posterize` - 4 bits, solarize
+    from 0 on. AutoAugment and RandAugment move by up to 150/331 of the side and posterize to 8 … 4 bits.
+    AugMix moves by up to 1/3 and posterizes to 4 … 0 bits. 
+    AugMix draws from the first 13 operations, RandAugment from the first 14.
     """
 
     def spaced(start, end):
@@ -991,7 +1001,7 @@ _tables = {}  # op_table's results by its arguments; not functools.cache, throug
 
 
 def op_table(bins, height, width, device, translate=150 / 331, posterize=8):
-    """The numbers of `operations` at each strength, with + and with -: float32 [15, bins, 2, 12] on `device`."""
+    """The numbers of all operations at each strength, with + and with -: float32 [15, bins, 2, 12]."""
     key = (bins, height, width, device, translate, posterize)
     if key not in _tables:
         table = torch.zeros(len(OPS), bins, 2, len(COLUMNS))
@@ -1008,10 +1018,10 @@ def op_table(bins, height, width, device, translate=150 / 331, posterize=8):
 
 
 def apply_ops(images, table, op, strength, negative, mode="nearest"):
-    """Apply to each image its own operation, the row [op, strength, negative] of the table; all three int64 [B].
+    """Apply to each image its own operation, the row [op, strength, negative] of the table; all int64 [B].
 
-    images: float [B, 3, H, W] in 0 … 255, overwritten; returns the same. mode: how warps interpolate, "nearest" or
-    "bilinear"; what comes in from outside the image is black.
+    images: float [B, 3, H, W] in 0 … 255, overwritten; returns the same. mode: how warps interpolate,
+    "nearest" or "bilinear"; what comes in from outside the image is black.
     """
     rows = table[op, strength, negative]
     function = rows[:, COLUMNS.index("function")]
@@ -1035,7 +1045,7 @@ def _coins(n, device):
 
 
 def rand_augment(images, num_ops, magnitude):
-    """RandAugment: `num_ops` operations in turn, each drawn uniformly from 14, at strength `magnitude` of 0 … 30.
+    """RandAugment: `num_ops` operations in turn, each drawn from 14, at strength `magnitude` of 0 … 30.
 
     This is torchvision's form. The authors of GJS used another package, whose (1, 3) is four times as strong.
     images: float [B, 3, H, W] in [0, 1]; returns the same.
@@ -1052,10 +1062,10 @@ def rand_augment(images, num_ops, magnitude):
 
 
 def aug_mix(images, severity=3, width=3, depth=-1):
-    """AugMix: the image mixed with `width` chains of operations, by weights Dirichlet(1, …, 1) and Beta(1, 1).
+    """AugMix: an image mixed with `width` chains of operations by weights Dirichlet(1, …, 1) and Beta(1, 1).
 
-    severity: strengths are drawn from the first `severity` of 10. depth: operations per chain; -1 draws 1-3 for each.
-    This is torchvision's form; the changes of the original code are 1.4 times as large.
+    severity: strengths are drawn from the first `severity` of 10. depth: operations per chain; -1 draws 1-3
+    for each. This is torchvision's form; the changes of the original code are 1.4 times as large.
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
@@ -1082,19 +1092,19 @@ def aug_mix(images, severity=3, width=3, depth=-1):
 
 # The 25 sub-policies of AutoAugment for CIFAR-10: (operation, probability, strength of 0-9), twice.
 AUTO_AUGMENT_CIFAR10 = """
-Invert .1 0 Contrast .2 6 / Rotate .7 2 TranslateX .3 9 / Sharpness .8 1 Sharpness .9 3 / ShearY .5 8 TranslateY .7 9 /
-AutoContrast .5 0 Equalize .9 0 / ShearY .2 7 Posterize .3 7 / Color .4 3 Brightness .6 7 /
-Sharpness .3 9 Brightness .7 9 / Equalize .6 0 Equalize .5 0 / Contrast .6 7 Sharpness .6 5 /
-Color .7 7 TranslateX .5 8 / Equalize .3 0 AutoContrast .4 0 / TranslateY .4 3 Sharpness .2 6 /
-Brightness .9 6 Color .2 8 / Solarize .5 2 Invert 0 0 / Equalize .2 0 AutoContrast .6 0 /
-Equalize .2 0 Equalize .6 0 / Color .9 9 Equalize .6 0 /
-AutoContrast .8 0 Solarize .2 8 / Brightness .1 3 Color .7 0 /
-Solarize .4 5 AutoContrast .9 0 / TranslateY .9 9 TranslateY .7 9 / AutoContrast .9 0 Solarize .8 3 /
-Equalize .8 0 Invert .1 0 / TranslateY .7 9 AutoContrast .9 0"""
+Invert .1 0 Contrast .2 6 / Rotate .7 2 TranslateX .3 9 / Sharpness .8 1 Sharpness .9 3 /
+ShearY .5 8 TranslateY .7 9 / AutoContrast .5 0 Equalize .9 0 / ShearY .2 7 Posterize .3 7 /
+Color .4 3 Brightness .6 7 / Sharpness .3 9 Brightness .7 9 / Equalize .6 0 Equalize .5 0 /
+Contrast .6 7 Sharpness .6 5 / Color .7 7 TranslateX .5 8 / Equalize .3 0 AutoContrast .4 0 /
+TranslateY .4 3 Sharpness .2 6 / Brightness .9 6 Color .2 8 / Solarize .5 2 Invert 0 0 /
+Equalize .2 0 AutoContrast .6 0 / Equalize .2 0 Equalize .6 0 / Color .9 9 Equalize .6 0 /
+AutoContrast .8 0 Solarize .2 8 / Brightness .1 3 Color .7 0 / Solarize .4 5 AutoContrast .9 0 /
+TranslateY .9 9 TranslateY .7 9 / AutoContrast .9 0 Solarize .8 3 / Equalize .8 0 Invert .1 0 /
+TranslateY .7 9 AutoContrast .9 0"""
 
 
 def auto_augment(images):
-    """AutoAugment with its CIFAR-10 policy: a sub-policy for each image, its two operations applied with their chances.
+    """AutoAugment with its CIFAR-10 policy: for each image two operations of a sub-policy, by their chances.
 
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
@@ -1114,7 +1124,7 @@ def auto_augment(images):
 
 @functools.cache
 def auto_augment_policy(device):
-    """The CIFAR-10 policy as tensors on `device`: operation int64, probability float, strength int64, each [25, 2]."""
+    """The CIFAR-10 policy: operation int64, probability float32, strength int64, each [25, 2] on `device`."""
     words = np.array([policy.split() for policy in AUTO_AUGMENT_CIFAR10.split("/")])
     op = [[OPS.index(name) for name in names] for names in words[:, [0, 3]]]
     probability = np.float32(words[:, [1, 4]])
@@ -1123,9 +1133,9 @@ def auto_augment_policy(device):
 
 
 def crop_flip(images, padding=4, mode="zero", size=None):
-    """Random crop from the image padded by `padding` pixels ("zero" or "reflect"), and a flip with probability 1/2.
+    """Random crop from the image padded by `padding` pixels, and a flip with probability 1/2.
 
-    padding: 0 where nothing is padded. size: to which longer sides of photographs are cropped; None: none is.
+    mode: of padding, "zero" or "reflect". size: sides that are longer are cropped to it; None: none is.
     images: float [B, 3, H, W]; returns float [B, 3, min(H, size), min(W, size)].
     """
     check_images(images)
@@ -1157,9 +1167,10 @@ def _boxes(images, tallest, widest, scale, ratio):
 
 
 def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """Random resized crop: a box of `scale` of the area and `ratio` width to height, resized to size × size pixels.
+    """Random resized crop: a box of `scale` of the area and `ratio` width to height, resized to size × size.
 
-    Where no box fits it is the whole image. Bilinear, no antialiasing, for boxes that are not much larger than `size`.
+    Where no box fits it is the whole image. Bilinear without antialiasing: boxes should not be much larger
+    than `size`.
     images: float [B, 3, H, W]; returns float [B, 3, size, size].
     """
     check_images(images)
@@ -1173,7 +1184,7 @@ def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
 
 
 def _resized_crop(images, top, left, height, width, size):
-    """Cut the box [top, top + height) × [left, left + width) out of each image and resize it; all four are [B, 1]."""
+    """Cut the box [top, top + height) × [left, left + width) out of each image, resize it; all are [B, 1]."""
     step = (torch.arange(size, device=images.device) + 0.5) / size
 
     def coordinates(start, length, side):  # in pixels, within the box; then in grid_sample's units
@@ -1187,9 +1198,9 @@ def _resized_crop(images, top, left, height, width, size):
 
 
 def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2):
-    """Colour jitter: factors uniform in [1 - s, 1 + s] for each image, hue turned by up to ± `hue` of a full turn.
+    """Colour jitter: for each image factors uniform in [1 - s, 1 + s], hue turned by ± `hue` of a full turn.
 
-    The order of the four is drawn for the whole batch, on the host: torch.compile cannot take it into one graph.
+    The order of the four is drawn once for the batch, on the host: torch.compile breaks the graph there.
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
@@ -1238,7 +1249,7 @@ def cutout(images, size):
 
 
 def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)):
-    """Random erasing: with `probability` a black box in the image, of `scale` of its area and `ratio` height to width.
+    """Random erasing: with `probability` a black box of `scale` of the area and `ratio` height to width.
 
     Where no box fits the image stays as it is. images: float [B, 3, H, W]; returns the same.
     """
@@ -1254,7 +1265,7 @@ def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)
 
 
 def _black_box(images, top, left, height, width):
-    """Zero the box [top, top + height) × [left, left + width) of each image; all four broadcast to [B, 1, 1, 1]."""
+    """Zero the box [top, top + height) × [left, left + width) of each image; all are [B, 1, 1, 1] or int."""
     y = torch.arange(images.shape[2], device=images.device).view(-1, 1)
     x = torch.arange(images.shape[3], device=images.device)
     box = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
@@ -1268,8 +1279,9 @@ class Classifier(nn.Module):
     """Every architecture here: normalise, stem, blocks at falling resolution, head.
 
     model(x) takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C];
-    model(x, features=True) gives (logits, [output of the stem, of block 1, of block 2, …]), each [B, K, H', W'].
-    All are float32. amp: between them it computes in bfloat16 (autocast), except weights and BatchNorm's statistics.
+    model(x, features=True) gives (logits, [output of the stem, of block 1, …]), outputs [B, K, H', W'].
+    All are float32. amp: compute in bfloat16 between them (autocast); weights and BatchNorm's statistics stay
+    float32.
     """
 
     def __init__(self, stem, blocks, head, mean=(0, 0, 0), std=(1, 1, 1), amp=False):
@@ -1293,7 +1305,7 @@ class Classifier(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv twice (He et al. 2016), the block of PreActResNet and Wide ResNet; dropout between the two."""
+    """BN-ReLU-conv twice (He et al. 2016) with dropout between them, of PreActResNet and Wide ResNet."""
 
     def __init__(self, inputs, outputs, stride, dropout=0.0):
         super().__init__()
@@ -1366,10 +1378,10 @@ class InceptionResidual(nn.Module):
 
 
 def per_stage(arch, others):
-    """How many blocks each of three stages has, of two layers each, where there are `others` besides."""
+    """How many blocks of two layers each of three stages has, where there are `others` more layers."""
     n, rest = divmod(int(re.search("[0-9]+", arch)[0]) - others, 6)
     if n < 1 or rest:
-        raise UsageError(f"--arch: {arch} does not exist; D is {6 + others}, {12 + others}, {18 + others}, …")
+        raise UsageError(f"--arch: {arch} does not exist; D is {6 + others}, {12 + others}, …")
     return n
 
 
@@ -1409,7 +1421,7 @@ def inception_resnet_v2(arch, num_classes, **_):
     from torchvision.models.inception import BasicConv2d
 
     def chain(inputs, *units):
-        """Convolutions with BatchNorm and ReLU: (outputs, kernel), padded, or (outputs, kernel, stride), not padded."""
+        """Convolutions, BatchNorm, ReLU: (outputs, kernel), padded, or (outputs, kernel, stride), not padded."""
         layers = []
         for outputs, kernel, *stride in units:
             how = {"stride": stride[0]} if stride else {"padding": "same"}
@@ -1433,7 +1445,9 @@ def inception_resnet_v2(arch, num_classes, **_):
     stem = nn.Sequential(
         chain(3, (32, 3, 2), (32, 3, 1), (64, 3)), nn.MaxPool2d(3, 2), chain(64, (80, 1), (192, 3, 1)),
         nn.MaxPool2d(3, 2),
-        Parallel(chain(192, (96, 1)), chain(192, (48, 1), (64, 5)), chain(192, (64, 1), (96, 3), (96, 3)), average),
+        Parallel(
+            chain(192, (96, 1)), chain(192, (48, 1), (64, 5)), chain(192, (64, 1), (96, 3), (96, 3)), average
+        ),
     )  # fmt: skip
     longest = chain(320, (256, 1), (256, 3), (384, 3, 2))
     reduce_a = Parallel(chain(320, (384, 3, 2)), longest, nn.MaxPool2d(3, 2))
@@ -1513,21 +1527,22 @@ def build_model(
 ):
     """A Classifier, randomly initialised, in channels_last memory format.
 
-    Convolutions are initialised by Kaiming's normal distribution with fan-out (He et al. 2015), those of PreActResNets
-    as PyTorch does: GJS's and NRD's code leaves preact_resnet34 so, and the public code of preact_resnet18 does too.
+    Convolutions are initialised by Kaiming's normal distribution with fan-out (He et al. 2015), those of
+    PreActResNets as PyTorch does: GJS's and NRD's code leaves preact_resnet34 so, and the public code of
+    preact_resnet18 does too.
 
-    arch: a name of ARCHITECTURES (wrn-D-K has D = 6n + 4, resnetD and resnetDx4 have D = 6n + 2 and widths 16-32-64
-        and 64-128-256) or of TORCHVISION.
+    arch: a name of ARCHITECTURES (wrn-D-K has D = 6n + 4, resnetD and resnetDx4 have D = 6n + 2 and widths
+        16-32-64 and 64-128-256) or of TORCHVISION.
     dropout: probability between a block's two convolutions, wrn only.
     mean, std: of each channel of the training images in [0, 1]; the default leaves the images as they are.
-    image_size: of the images in pixels, from 16 up, of inception_resnet_v2 from 75 up. Below 128 torchvision's
-        architectures take their CIFAR forms: 3×3 stem of stride 1, no max-pooling, mobilenet_v2's second downsampling
-        left out too.
-    pretrained: torchvision's ImageNet weights (V1) instead, for image_size from 128 up; a classifier of another
-        number of classes stays random.
+    image_size: side of the images in pixels, 16 or more (inception_resnet_v2: 75 or more). Below 128
+        torchvision's architectures take their CIFAR forms: 3×3 stem of stride 1, no max-pooling,
+        mobilenet_v2's second downsampling left out too.
+    pretrained: torchvision's ImageNet weights (V1) instead, for image_size from 128 up; a classifier of
+        another number of classes stays random.
     amp: compute in bfloat16.
-    The model's `built_as` holds arch, num_classes, dropout and image_size, from which `load_model` builds it again.
-    Raises UsageError for an unknown arch, and for dropout or pretrained where the architecture has none.
+    The model's `built_as` holds arch, num_classes, dropout and image_size; `load_model` builds it again from
+    them. Raises UsageError for an unknown arch, and for dropout or pretrained where arch has none.
     """
     large = image_size >= 128
     names = [name for name in ARCHITECTURES if re.fullmatch(re.sub("[DK]", "[1-9][0-9]*", name), arch)]
@@ -1578,7 +1593,7 @@ def evenly_split(rows, batch_size):
 
 @torch.no_grad()
 def predict(model, images, batch_size=None):
-    """Logits float32 [N, C], on the model's device, of uint8 images [N, 3, H, W]; the model is in evaluation mode.
+    """Logits float32 [N, C] on the model's device of uint8 images [N, 3, H, W], in evaluation mode.
 
     batch_size: None takes that of EVAL_BATCH. Under torchrun every process has the logits of the first.
     Raises UsageError where the model gives something else than logits, and where it gives NaN.
@@ -1615,7 +1630,7 @@ def accuracy(scores, labels, k=1):
 
 
 def test_accuracies(model, data):
-    """{"test_acc": …}; with more than ten classes "test_top5" too; for webvision both on ILSVRC12, "imagenet_…"."""
+    """{"test_acc": …}; of more than ten classes "test_top5" too; of webvision both as "imagenet_…" too."""
     metrics = {}
     tests = {"test": (data.test_images, data.test_labels), "imagenet": data.imagenet}
     for name, test in tests.items():
@@ -1632,8 +1647,9 @@ def label_accuracies(predicted, noisy, true):
 
     predicted: int64 [N], the class predicted for each training sample (-1: not seen). noisy, true: int64 [N],
     the labels that are trained on and those of data.true_labels.
-    train_acc_right: rightly labelled samples given their label. train_acc_wrong: wrongly labelled samples given their
-    wrong label, which is memorisation. train_acc_wrong_true: wrongly labelled samples given their true class.
+    train_acc_right: rightly labelled samples given their label. train_acc_wrong: wrongly labelled samples
+    given their wrong label, which is memorisation. train_acc_wrong_true: wrongly labelled samples given their
+    true class.
     """
     if world_size() > 1:
         dist.all_reduce(predicted, dist.ReduceOp.MAX)
@@ -1651,9 +1667,10 @@ def label_accuracies(predicted, noisy, true):
 
 
 def calibration(probabilities, labels, bins=15):
-    """Reliability (Guo et al. 2017): ECE in [0, 1], then each bin's accuracy, confidence and share of samples.
+    """Reliability (Guo et al. 2017): ECE in [0, 1]; accuracy, confidence and share of samples of each bin.
 
-    probabilities: [N, C]; labels: int64 [N]. Equal-width bins; the three lists are of length `bins`, empty bins 0.
+    probabilities: [N, C]; labels: int64 [N]. Bins are of equal width. The three lists are of length `bins`,
+    and 0 where a bin is empty.
     """
     sums = probabilities.sum(1)
     assert torch.allclose(sums, torch.ones_like(sums), atol=1e-3), "rows must sum to 1; are these logits?"
@@ -1688,9 +1705,9 @@ def atomic_write(path):
 
 
 def read_weights_only(path, flag):
-    """What torch.save wrote to `path`, tensors on the CPU, without executing pickled code; or a .safetensors file.
+    """What torch.save, or safetensors, wrote to `path`: tensors on the CPU, without executing pickled code.
 
-    path: a file, or a run folder, whose checkpoint.pt is read. Raises UsageError.
+    path: a file, or a run folder, whose checkpoint.pt is read. Raises UsageError for what cannot be read.
     """
     path = Path(path)
     if path.is_dir():
@@ -1711,8 +1728,8 @@ def read_weights_only(path, flag):
         if name:
             alone = f'torch.save(torch.load("{path}", weights_only=False)["model"], "weights.pt")'
             why = (
-                f"holds {name[1]} beside tensors, and to read that may run other people's code; if you trust the file, "
-                f'save its weights alone: {alone}; of a whole module .state_dict() in place of ["model"]'
+                f"holds {name[1]} beside tensors, and to read that may run other people's code; if you trust the"
+                f' file, save its weights alone: {alone}; of a whole module .state_dict() in place of ["model"]'
             )
         elif "TorchScript" in str(error):
             alone = f'torch.save(torch.jit.load("{path}").state_dict(), "weights.pt")'
@@ -1755,11 +1772,11 @@ def load_model(checkpoint, part="model", device="cpu", amp=False):
 
 
 def public_state(path, flag):
-    """The state_dict in other people's file, without the prefixes that DataParallel and others put before names.
+    """The state_dict in other people's file, without prefixes such as DataParallel's in its names.
 
-    It stands there alone or under "model", "state_dict", "net", "model_state_dict" or "student". Of a file with a
-    teacher too (names with "student." and "teacher."), the student's. Raises UsageError where there is none, and where
-    a tensor has a NaN or an infinity.
+    It stands there alone or under "model", "state_dict", "net", "model_state_dict" or "student". Of a file
+    with a teacher too (names with "student." and "teacher."), the student's. Raises UsageError where there is
+    none, and where a tensor has a NaN or an infinity.
     """
     state = read_weights_only(path, flag)
     keys = ("model", "state_dict", "net", "model_state_dict", "student")
@@ -1788,10 +1805,11 @@ def public_state(path, flag):
 def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=False):
     """A Classifier with other people's weights, in evaluation mode. Its number of classes is the file's.
 
-    arch, image_size, dropout: as for build_model. mean, std: of the images in [0, 1] that the weights expect, where the
-    file has none of ours. Tensors are matched by our names where the file has them, else by their order;
-    num_batches_tracked, which files from before torch 0.4.1 lack, is left out. Raises UsageError where `arch` has other
-    tensors, or mean and std another scale.
+    arch, image_size, dropout: as for build_model. mean, std: of the images in [0, 1] that the weights expect,
+    where the file has none of ours. Tensors are matched by our names where the file has them, else by their
+    order; the tensors of .safetensors are sorted by name, and have none. num_batches_tracked, which files
+    from before torch 0.4.1 lack, is left out. Raises UsageError where `arch` has other tensors, or mean and
+    std another scale.
     """
     if max(*mean, *std) > 1 or min(std) <= 0:
         raise UsageError(
@@ -1828,11 +1846,11 @@ def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=Fal
 
 
 def load_module(text, flag, path=None):
-    """The nn.Module that NAME() gives, text being "FILE.py:NAME", with the state_dict in `path`, if there is one.
+    """The nn.Module that NAME() gives, in evaluation mode. text: FILE.py:NAME. path: of its weights, or None.
 
-    It takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. In evaluation mode. The file may be one of a
-    package. Its imports find its neighbours first, then the modules that are there already. Raises UsageError where
-    there is no such file or name, where an import fails, and for weights of another module.
+    The module takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. The file may be part of a
+    package, and imports its neighbours before other modules of their names. Raises UsageError where there is
+    no such file or name, where an import fails, and for weights of another module.
     """
     file, _, name = text.rpartition(":")
     here = Path(file).resolve()
