@@ -319,16 +319,10 @@ class Dataset(NamedTuple):
     test_images: torch.Tensor  # uint8 [M, 3, H', W']; of photographs H' < H
     test_labels: torch.Tensor  # int64 [M]
     classes: list  # names, str
-    true_labels: torch.Tensor | None = (
-        None  # int64 [N]: load_dataset takes train_labels where there are no others
-    )
-    imagenet: tuple | None = (
-        None  # webvision: (images, labels) of ILSVRC12's validation images of the same classes
-    )
-    photographs: bool = False  # as `is_photographs` says
-    train_digest: str = (
-        ""  # twelve characters that tell this part from any other: of all its images and labels
-    )
+    true_labels: torch.Tensor | None = None  # int64 [N]; load_dataset takes train_labels for None
+    imagenet: tuple | None = None  # webvision: (images, labels) of ILSVRC12's validation images, same classes
+    photographs: bool = False  # whether they are photographs
+    train_digest: str = ""  # twelve characters, of all images and labels of this part; "" for one of your own
     test_digest: str = ""
 
     @property
@@ -427,8 +421,9 @@ def load_dataset(
     )
     *test, test_digest = part(limit_test, data.test_digest, data.test_images, data.test_labels)
     imagenet = data.imagenet and tuple(tensor.to(device) for tensor in data.imagenet)
-    known = (is_photographs(name), train_digest, test_digest)
-    return Dataset(*train, *test, data.classes, true_labels, imagenet, *known)
+    return Dataset(
+        *train, *test, data.classes, true_labels, imagenet, data.photographs, train_digest, test_digest
+    )
 
 
 def evenly_spaced(total, limit):
@@ -449,11 +444,9 @@ def read_npz(path, test_only=False):
             if "true_labels" in file and not test_only:
                 arrays["true_labels"] = file["true_labels"]
     except Exception as error:  # no such file, or whatever a damaged one makes numpy raise
-        advice = (
-            "remove it to download it again"
-            if path.stem in CLEANLY_LABELLED
-            else "README says how to write one"
-        )
+        advice = "README says how to write one"
+        if path.stem in CLEANLY_LABELLED:
+            advice = "remove it to download it again"
         raise UsageError(
             f"--dataset: {path} is no .npz file with {', '.join(names)} ({error}); {advice}"
         ) from None
@@ -472,12 +465,12 @@ def read_npz(path, test_only=False):
         if labels.min() < 0 or labels.max() >= len(classes):
             span = f"{labels.min()} to {labels.max()}"
             raise UsageError(f"{where} {name} are {span}, but {len(classes)} classes are named")
-        if images.shape[2:] != arrays["test_images"].shape[2:]:
-            raise UsageError(f"{where} test_images have another height or width than train_images")
         arrays[name] = labels.astype(np.int64)
     if test_only:
         arrays["train_images"] = arrays["test_images"][:0]
         arrays["train_labels"] = arrays["test_labels"][:0]
+    if arrays["train_images"].shape[2:] != arrays["test_images"].shape[2:]:
+        raise UsageError(f"--dataset: {path}: test_images have another height or width than train_images")
     return Dataset(**{name: torch.from_numpy(array) for name, array in arrays.items()}, classes=classes)
 
 
@@ -525,9 +518,8 @@ def photographs(name, data_dir, resize, image_size, test_only=False):
             raise UsageError(f"--dataset {name}: {part} has other classes than the test part: {odd}")
         side = resize if part == "train" else image_size
         stem = re.sub(r"[^\w.-]", "_", name)[-60:]  # which every file system takes
-        data[part] = decode(
-            samples, resize, side, data_dir / "decoded" / f"{stem}-{part}-{resize}-{side}.raw"
-        )
+        path = data_dir / "decoded" / f"{stem}-{part}-{resize}-{side}.raw"
+        data[part] = decode(samples, resize, side, path)
     *test, digest = data["test"]
     *train, train_digest = data.get("train", [*(tensor[:0] for tensor in test), digest])
     imagenet = data["imagenet"][:2] if "imagenet" in data else None
@@ -847,8 +839,8 @@ def human_labels(clean, kind, data_dir):
 
 
 # --------------------------------------------------------------------------------------------------------- augmentation
-# Batched on the images' device, every sample with a draw of its own. What an operation does at a strength is a
-# row of a table of numbers: the matrix of a warp, the factor of a blend, and so on. A batch takes its rows.
+# Batched on the images' device, every sample with a draw of its own. What an operation does at a strength is
+# a row of a table of numbers: the matrix of a warp, the factor of a blend, and so on. A batch takes its rows.
 # Then each of six functions changes the images that are its own: few kernels, however large the batch is.
 # Pixel values follow the 8-bit operations of torchvision.transforms.v2.
 
@@ -958,7 +950,7 @@ def operations(bins, height, width, translate=150 / 331, posterize=8):
     Strengths are evenly spaced as in torchvision's spaces, from nothing to a shear of 0.3, a turn of 30°, a
     move of `translate` times the side in whole pixels, a blend by 1 ± 0.9, `posterize` - 4 bits, solarize
     from 0 on. AutoAugment and RandAugment move by up to 150/331 of the side and posterize to 8 … 4 bits.
-    AugMix moves by up to 1/3 and posterizes to 4 … 0 bits. 
+    AugMix moves by up to 1/3 and posterizes to 4 … 0 bits.
     AugMix draws from the first 13 operations, RandAugment from the first 14.
     """
 
@@ -1421,7 +1413,7 @@ def inception_resnet_v2(arch, num_classes, **_):
     from torchvision.models.inception import BasicConv2d
 
     def chain(inputs, *units):
-        """Convolutions, BatchNorm, ReLU: (outputs, kernel), padded, or (outputs, kernel, stride), not padded."""
+        """Convolution, BatchNorm, ReLU: (outputs, kernel), padded; or (outputs, kernel, stride), not padded."""
         layers = []
         for outputs, kernel, *stride in units:
             how = {"stride": stride[0]} if stride else {"padding": "same"}
@@ -1728,8 +1720,9 @@ def read_weights_only(path, flag):
         if name:
             alone = f'torch.save(torch.load("{path}", weights_only=False)["model"], "weights.pt")'
             why = (
-                f"holds {name[1]} beside tensors, and to read that may run other people's code; if you trust the"
-                f' file, save its weights alone: {alone}; of a whole module .state_dict() in place of ["model"]'
+                f"holds {name[1]} beside tensors, and to read that may run other people's code; if you trust "
+                f"the file, save its weights alone: {alone}; "
+                'of a whole module .state_dict() in place of ["model"]'
             )
         elif "TorchScript" in str(error):
             alone = f'torch.save(torch.jit.load("{path}").state_dict(), "weights.pt")'
