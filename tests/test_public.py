@@ -292,8 +292,9 @@ def test_safetensors_are_read(monkeypatch):
     ("folder/own.py", "from common.nets import head\ndef net(): return head()"),
     ("folder/our-net.v2.py", "from common.nets import head\nnet = head"),
 ])  # fmt: skip
-def test_a_module_s_neighbours_come_before_our_own_files(file, content):
+def test_a_module_s_neighbours_come_before_our_own_files(file, content, monkeypatch):
     """And our own stay what they are."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])  # not where the user is
     head = "import torch.nn as nn\ndef head(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 3))"
     files = {"common.py": head, "pkg/__init__.py": "", "pkg/common.py": head, "pkg/sub/__init__.py": ""}
     files |= {"folder/common/__init__.py": "", "folder/common/nets.py": head, file: content}
