@@ -337,12 +337,7 @@ class Dataset(NamedTuple):
 
 ARRAYS = Dataset._fields[:5]
 DATASETS = "shapes, cifar10, cifar100, svhn, food101, webvision, FILE.npz, imagefolder:DIR"
-CLEANLY_LABELLED = (
-    "shapes",
-    "cifar10",
-    "cifar100",
-    "svhn",
-)  # nrd, cmd and messy_collaboration add noise to these
+CLEANLY_LABELLED = ("shapes", "cifar10", "cifar100", "svhn")  # nrd, cmd and messy_collaboration add noise
 
 
 def is_photographs(name):
@@ -401,19 +396,18 @@ def load_dataset(
     else:
         raise UsageError(f"--dataset: unknown {name!r}; known are {DATASETS}")
 
-    def part(limit, digest, images, *labels):
-        """Evenly spaced samples on the device, and their digest. digest: of the images, where it is known."""
+    most = math.inf if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory / 3
+
+    def part(limit, digest, *tensors):
+        """Evenly spaced rows of `tensors`, images and labels, and their digest. digest: of all images, or ""."""
         if limit is not None:
-            rows = evenly_spaced(len(images), limit)
-            images = images[rows]
-            labels = [kind[rows] for kind in labels]
-        sha = hashlib.sha256(digest.encode() or np.ascontiguousarray(images))
-        for kind in labels:
-            sha.update(np.ascontiguousarray(kind))
-        on_device = [kind.to(device) for kind in labels]
-        if device.type == "cpu" or images.numel() < torch.cuda.get_device_properties(device).total_memory / 3:
-            images = images.to(device)
-        return images, *on_device, sha.hexdigest()[:12]
+            rows = evenly_spaced(len(tensors[0]), limit)
+            tensors = [tensor[rows] for tensor in tensors]
+        sha = hashlib.sha256(digest.encode())
+        for tensor in tensors[1:] if digest else tensors:
+            sha.update(np.ascontiguousarray(tensor))
+        moved = [tensor.to(device) if tensor.numel() < most else tensor for tensor in tensors]
+        return *moved, sha.hexdigest()[:12]
 
     true_labels = data.train_labels if data.true_labels is None else data.true_labels
     *train, true_labels, train_digest = part(
@@ -546,9 +540,8 @@ def list_pictures(name, data_dir, part):
         folder = Path(name.removeprefix("imagefolder:")) / part
         if part == "test" and not folder.is_dir():
             folder = folder.with_name("val")
-        pictures = torchvision.datasets.ImageFolder(
-            folder, is_valid_file=lambda path: True
-        )  # `decode` finds out
+        # `decode` finds out which files are pictures
+        pictures = torchvision.datasets.ImageFolder(folder, is_valid_file=lambda path: True)
         return pictures.samples, pictures.classes
     root = data_dir / "webvision"
     lines = (root / "info/synsets.txt").read_text(encoding="utf-8").splitlines()
@@ -844,23 +837,13 @@ def human_labels(clean, kind, data_dir):
 # Then each of six functions changes the images that are its own: few kernels, however large the batch is.
 # Pixel values follow the 8-bit operations of torchvision.transforms.v2.
 
-COLUMNS = (  # of the table
-    *(
-        "x_x",
-        "x_y",
-        "x_1",
-        "y_x",
-        "y_y",
-        "y_1",
-    ),  # a warp's matrix: x = x_x · x + x_y · y + x_1, and the same for y
-    *(
-        "factor",
-        "gray",
-        "mean_gray",
-    ),  # a blend's factor; how much of the grey image, of the mean grey it blends with
-    *("step", "threshold"),  # posterize's step between levels; the level from which on solarize inverts
-    "function",  # its place in FUNCTIONS
-)
+# The columns of the table. x_x … y_1: a warp's matrix, x = x_x · x + x_y · y + x_1 and the same for y. factor: a
+# blend's. gray, mean_gray: how much there is of the grey image and of the mean grey in what it blends with.
+# step: posterize's between levels. threshold: solarize inverts levels from there on. function: in FUNCTIONS.
+COLUMNS = (
+    "x_x", "x_y", "x_1", "y_x", "y_y", "y_1",
+    "factor", "gray", "mean_gray", "step", "threshold", "function",
+)  # fmt: skip
 
 
 def check_images(images):
@@ -878,9 +861,8 @@ def _warp(images, rows, mode):
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device).view(-1, 1)
     by_x, by_y, shift = rows[:, :6].view(-1, 2, 3, 1, 1).unbind(2)
-    grid = (by_x * x + by_y * y).add_(
-        shift
-    )  # no matrix product: with TF32 or bfloat16 on, it would be too coarse
+    # no matrix product: with TF32 or bfloat16 on, it would be too coarse
+    grid = (by_x * x + by_y * y).add_(shift)
     return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode=mode, align_corners=False)
 
 
@@ -933,25 +915,17 @@ def _equalize(images, *_):
     return torch.where(step > 0, equal.gather(2, level), level).to(images.dtype).view_as(images)
 
 
-FUNCTIONS = (
-    _warp,
-    _blend,
-    _sharpness,
-    _levels,
-    _auto_contrast,
-    _equalize,
-)  # in the order in which they are applied
+FUNCTIONS = (_warp, _blend, _sharpness, _levels, _auto_contrast, _equalize)  # in the order of apply_ops
 
 
 def operations(bins, height, width, translate=150 / 331, posterize=8):
     """{name: (the function, its numbers by column where they are not 0)}.
 
-    A number is a float, or float [bins, 1 or 2]: for each strength, with + and with -.
-    Strengths are evenly spaced as in torchvision's spaces, from nothing to a shear of 0.3, a turn of 30°, a
-    move of `translate` times the side in whole pixels, a blend by 1 ± 0.9, `posterize` - 4 bits, solarize
-    from 0 on. AutoAugment and RandAugment move by up to 150/331 of the side and posterize to 8 … 4 bits.
-    AugMix moves by up to 1/3 and posterizes to 4 … 0 bits.
-    AugMix draws from the first 13 operations, RandAugment from the first 14.
+    A number is a float, or float [bins, 1 or 2]: for each strength, with + and with -. Strengths are evenly
+    spaced as in torchvision's spaces, from nothing to a shear of 0.3, a turn of 30°, a move of `translate`
+    times the side in whole pixels, a blend by 1 ± 0.9, `posterize` - 4 bits, solarize from 0 on. AutoAugment
+    and RandAugment move by up to 150/331 of the side and posterize to 8 … 4 bits. AugMix moves by up to 1/3
+    and posterizes to 4 … 0 bits. AugMix draws from the first 13 operations, RandAugment from the first 14.
     """
 
     def spaced(start, end):
@@ -966,11 +940,9 @@ def operations(bins, height, width, translate=150 / 331, posterize=8):
     same = {"x_x": 1, "y_y": 1}
     turn = {"x_x": angle.cos(), "x_y": -angle.sin(), "y_x": angle.sin(), "y_y": angle.cos()}
     return {
-        "ShearX": (_warp, same | {"x_y": shear, "x_1": shear * (height / 2)}),  # keeps the first row in place
-        "ShearY": (
-            _warp,
-            same | {"y_x": shear, "y_1": shear * (width / 2)},
-        ),  # keeps the first column in place
+        # shears keep the first row, the first column, in its place
+        "ShearX": (_warp, same | {"x_y": shear, "x_1": shear * (height / 2)}),
+        "ShearY": (_warp, same | {"y_x": shear, "y_1": shear * (width / 2)}),
         "TranslateX": (_warp, same | {"x_1": -move_x}),
         "TranslateY": (_warp, same | {"y_1": -move_y}),
         "Rotate": (_warp, turn),
@@ -997,9 +969,8 @@ def op_table(bins, height, width, device, translate=150 / 331, posterize=8):
     key = (bins, height, width, device, translate, posterize)
     if key not in _tables:
         table = torch.zeros(len(OPS), bins, 2, len(COLUMNS))
-        for row, (function, numbers) in zip(
-            table, operations(bins, height, width, translate, posterize).values()
-        ):
+        made = operations(bins, height, width, translate, posterize)
+        for row, (function, numbers) in zip(table, made.values()):
             for column, number in numbers.items():
                 row[..., COLUMNS.index(column)] = number
             row[..., COLUMNS.index("function")] = FUNCTIONS.index(function) if function else -1
@@ -1019,9 +990,7 @@ def apply_ops(images, table, op, strength, negative, mode="nearest"):
     function = rows[:, COLUMNS.index("function")]
     masks = function == torch.arange(len(FUNCTIONS), device=images.device).view(-1, 1)
     for mask, transform in zip(masks, FUNCTIONS):
-        if (
-            images.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # compute only the rows concerned
+        if images.device.type == "cpu" and not torch.compiler.is_compiling():  # compute the rows concerned
             mine = mask.nonzero().squeeze(1)
             if len(mine):
                 changed = transform(images.index_select(0, mine), rows.index_select(0, mine), mode)
@@ -1136,9 +1105,8 @@ def crop_flip(images, padding=4, mode="zero", size=None):
         images = F.pad(images, (padding,) * 4, mode="constant" if mode == "zero" else mode)
     windows = images.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, 3, tops, lefts, height, width]
     if windows.shape[2:4] != (1, 1):
-        top, left = (
-            torch.randint(places, (len(images),), device=images.device) for places in windows.shape[2:4]
-        )
+        top = torch.randint(windows.shape[2], images.shape[:1], device=images.device)
+        left = torch.randint(windows.shape[3], images.shape[:1], device=images.device)
         images = windows[torch.arange(len(images), device=images.device), :, top, left]
     flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(flip, images.flip(3), images)
@@ -1204,9 +1172,8 @@ def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2):
         if step == 0:
             images = images * uniform(1 - brightness, 1 + brightness)
         elif step == 1:
-            images = torch.lerp(
-                _gray(images).mean((2, 3), keepdim=True), images, uniform(1 - contrast, 1 + contrast)
-            )
+            mean = _gray(images).mean((2, 3), keepdim=True)
+            images = torch.lerp(mean, images, uniform(1 - contrast, 1 + contrast))
         elif step == 2:
             images = torch.lerp(_gray(images), images, uniform(1 - saturation, 1 + saturation))
         else:
@@ -1373,7 +1340,7 @@ def per_stage(arch, others):
     """How many blocks of two layers each of three stages has, where there are `others` more layers."""
     n, rest = divmod(int(re.search("[0-9]+", arch)[0]) - others, 6)
     if n < 1 or rest:
-        raise UsageError(f"--arch: {arch} does not exist; D is {6 + others}, {12 + others}, …")
+        raise UsageError(f"--arch: unknown {arch!r}; D is {6 + others}, {12 + others}, {18 + others}, …")
     return n
 
 
@@ -1401,11 +1368,8 @@ def preact_resnet(arch, num_classes, **_):
         depths = (5, 5, 5)
     stem = conv_stem(widths[0])
     blocks = stages(PreActBlock, widths, depths)
-    return (
-        stem,
-        blocks,
-        pooled(nn.BatchNorm2d(widths[-1]), nn.ReLU(), classifier=nn.Linear(widths[-1], num_classes)),
-    )
+    head = pooled(nn.BatchNorm2d(widths[-1]), nn.ReLU(), classifier=nn.Linear(widths[-1], num_classes))
+    return stem, blocks, head
 
 
 def inception_resnet_v2(arch, num_classes, **_):
@@ -1413,7 +1377,7 @@ def inception_resnet_v2(arch, num_classes, **_):
     from torchvision.models.inception import BasicConv2d
 
     def chain(inputs, *units):
-        """Convolution, BatchNorm, ReLU: (outputs, kernel), padded; or (outputs, kernel, stride), not padded."""
+        """Convolution, BatchNorm, ReLU: (outputs, kernel), padded, or (outputs, kernel, stride), unpadded."""
         layers = []
         for outputs, kernel, *stride in units:
             how = {"stride": stride[0]} if stride else {"padding": "same"}
@@ -1468,11 +1432,8 @@ def shufflenet(arch, num_classes, image_size, **_):
 
 
 def torchvision_resnet(net, large):
-    stem = (
-        nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        if large
-        else conv_stem(64, net.bn1, net.relu)
-    )
+    after = (net.bn1, net.relu)
+    stem = nn.Sequential(net.conv1, *after, net.maxpool) if large else conv_stem(64, *after)
     return stem, [net.layer1, net.layer2, net.layer3, net.layer4], pooled(classifier=net.fc)
 
 
@@ -1541,9 +1502,8 @@ def build_model(
     if dropout and not arch.startswith("wrn-"):
         raise UsageError(f"--dropout: {arch} has none; wrn-D-K has")
     if pretrained and not (large and arch in TORCHVISION):
-        raise UsageError(
-            f"--pretrained: {arch} at {image_size} pixels has none; {', '.join(TORCHVISION)} at 224 have"
-        )
+        have = ", ".join(TORCHVISION)
+        raise UsageError(f"--pretrained: {arch} at {image_size} pixels has none; {have} at 224 have")
     if arch in TORCHVISION:
         from torchvision.models import get_model
 
@@ -1556,9 +1516,8 @@ def build_model(
             net.load_state_dict(state)
         stem, blocks, head = TORCHVISION[arch](net, large)
     elif names:
-        stem, blocks, head = ARCHITECTURES[names[0]](
-            arch, num_classes, dropout=dropout, image_size=image_size
-        )
+        make = ARCHITECTURES[names[0]]
+        stem, blocks, head = make(arch, num_classes, dropout=dropout, image_size=image_size)
     else:
         raise UsageError(f"--arch: unknown {arch!r}; known are {', '.join([*ARCHITECTURES, *TORCHVISION])}")
     model = Classifier(stem, blocks, head, mean, std, amp)
@@ -1569,10 +1528,7 @@ def build_model(
     return model.to(memory_format=torch.channels_last)
 
 
-EVAL_BATCH = {
-    "cpu": 125,
-    "cuda": 500,
-}  # images per forward pass: on a CPU, outputs of layers that stay in its caches
+EVAL_BATCH = {"cpu": 125, "cuda": 500}  # images per forward pass; on a CPU outputs stay in its caches
 
 
 def evenly_split(rows, batch_size):
@@ -1596,9 +1552,8 @@ def predict(model, images, batch_size=None):
     training = model.training
     logits = None
     model.eval()
-    for rows in evenly_split(
-        torch.arange(len(images), device=images.device), batch_size or EVAL_BATCH[device.type]
-    ):
+    order = torch.arange(len(images), device=images.device)
+    for rows in evenly_split(order, batch_size or EVAL_BATCH[device.type]):
         output = model(to_float(images[rows].to(device)))
         if not torch.is_tensor(output) or output.dim() != 2:
             raise UsageError(f"{name} gives a {type(output).__name__}; it must give logits [B, C] alone")
@@ -1608,9 +1563,10 @@ def predict(model, images, batch_size=None):
     if world_size() > 1:
         dist.broadcast(logits, 0)
     undefined = int(logits.isnan().any(1).sum())
-    finite = all(values.isfinite().all() for values in model.state_dict().values())
-    if undefined and (finite or not training):  # of weights that diverge in training, Run.end_epoch tells
-        raise UsageError(f"{name} gives NaN for {undefined:,} of {len(images):,} images")
+    if undefined:
+        finite = all(values.isfinite().all() for values in model.state_dict().values())
+        if finite or not training:  # that weights diverge in training, Run.end_epoch tells
+            raise UsageError(f"{name} gives NaN for {undefined:,} of {len(images):,} images")
     return logits
 
 
@@ -1776,11 +1732,8 @@ def public_state(path, flag):
     for key in keys:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(torch.is_tensor(tensor) for tensor in state.values())
-    ):
+    tensors = state.values() if isinstance(state, dict) else []
+    if not tensors or not all(torch.is_tensor(tensor) for tensor in tensors):
         raise UsageError(f"{flag}: {path} has no state_dict, alone or under one of {', '.join(keys)}")
     for prefix in ("module.", "_orig_mod.", "student."):
         inside = {
@@ -1819,9 +1772,8 @@ def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=Fal
     if state.keys() == set(names):  # .safetensors are sorted by name
         state = {name: state[name] for name in names}
     lengths = [len(tensor) for tensor in state.values() if tensor.dim() > 0] or [1]
-    model = build_model(
-        arch, lengths[-1], dropout, mean, std, image_size, amp=amp
-    )  # the classifier's bias comes last
+    classes = lengths[-1]  # the classifier's bias comes last
+    model = build_model(arch, classes, dropout, mean, std, image_size, amp=amp)
     own = model.state_dict()
 
     def described(name, tensors):
@@ -1830,9 +1782,8 @@ def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=Fal
     for name, theirs in itertools.zip_longest(names, state):
         wanted = described(name, own)
         found = described(theirs, state)
-        if (
-            wanted.split(".")[-1] != found.split(".")[-1]
-        ):  # "weight [16, 3, 3, 3]", whatever its layer is called
+        # "weight [16, 3, 3, 3]", whatever its layer is called
+        if wanted.split(".")[-1] != found.split(".")[-1]:
             raise UsageError(f"{flag}: {path} is no {arch}: where that has {wanted}, the file has {found}")
     model.load_state_dict(own | dict(zip(names, state.values())))
     return model.eval()
@@ -1859,7 +1810,8 @@ def load_module(text, flag, path=None):
         if key in sys.modules and getattr(sys.modules[key], "__file__", None) != str(neighbour):
             aside[key] = sys.modules.pop(key)
     try:
-        make = runpy.run_path(file, run_name=".".join(here.relative_to(root).with_suffix("").parts)).get(name)
+        dotted = ".".join(here.relative_to(root).with_suffix("").parts)  # "package.module"
+        make = runpy.run_path(file, run_name=dotted).get(name)
         if not callable(make) or isinstance(make, nn.Module):
             raise UsageError(f"{flag}: {file} has no function or class {name}")
         try:
@@ -1879,9 +1831,8 @@ def load_module(text, flag, path=None):
         try:
             model.load_state_dict(state)
         except RuntimeError as error:  # names every tensor that is missing, left over or of another shape
-            raise UsageError(
-                f"{flag}: {path} does not fit {text}: {textwrap.shorten(str(error), 300)}"
-            ) from None
+            why = textwrap.shorten(str(error), 300)
+            raise UsageError(f"{flag}: {path} does not fit {text}: {why}") from None
     return model.eval()
 
 

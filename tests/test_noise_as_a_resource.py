@@ -236,7 +236,7 @@ def test_other_data_of_the_same_name_is_another_run_and_another_teacher(cli, tin
     assert cli(sr, *TINY, "--out", "first")[0] == 0
     write_npz(tiny_npz, train_labels=np.arange(40)[::-1] % 3)
     status, _, err = cli(sr, *TINY, "--out", "first", "--resume")
-    assert status == 2 and "first holds another run: data (" in err
+    assert status == 2 and "first holds another run: train_digest (" in err
     status, out, _ = cli(sr, *TINY, "--out", "second")
     assert status == 0 and "training a teacher first" in out
 
