@@ -330,31 +330,18 @@ def act_as_one(optimizer, modules):
 
 
 class Dataset(NamedTuple):
-    """A labelled image set. The arrays of an .npz file have the names of the first five fields."""
+    """A labelled image set. The arrays of an .npz file have the names of the first six fields."""
 
     train_images: torch.Tensor  # uint8 [N, 3, H, W], on the device or, where too large for it, memory-mapped
-    train_labels: torch.Tensor  # int64 [N] on the device, in [0, len(classes))
+    train_labels: torch.Tensor  # int64 [N] on the device, in [0, len(classes)): as they are given
     test_images: torch.Tensor  # uint8 [M, 3, H', W']; of photographs H' < H
     test_labels: torch.Tensor  # int64 [M]
     classes: list  # names, str
-    imagenet: tuple | None = None  # webvision: (images, labels) of ILSVRC12's validation images of the same classes
-
-    @property
-    def digest(self):
-        """Twelve characters that tell this data from other: of its labels and of up to 1,000 images of each part."""
-        sha = hashlib.sha256()
-        for images, labels in ((self.train_images, self.train_labels), (self.test_images, self.test_labels)):
-            some = evenly_spaced(len(images), 1000).to(images.device)
-            sha.update(images[some].cpu().numpy().tobytes() + labels.cpu().numpy().tobytes())
-        return sha.hexdigest()[:12]
-
-    @property
-    def train_digest(self):
-        return self.digest
-
-    @property
-    def test_digest(self):
-        return self.digest
+    true_labels: torch.Tensor | None = None  # int64 [N]; load_dataset takes train_labels for None
+    imagenet: tuple | None = None  # webvision: (images, labels) of ILSVRC12's validation images, same classes
+    photographs: bool = False  # whether they are photographs
+    train_digest: str = ""  # twelve characters, of all images and labels of this part; "" for one of your own
+    test_digest: str = ""
 
     @property
     def image_size(self):
@@ -368,7 +355,7 @@ class Dataset(NamedTuple):
 
 ARRAYS = Dataset._fields[:5]
 DATASETS = "shapes, cifar10, cifar100, svhn, food101, webvision, FILE.npz, imagefolder:DIR"
-CLEANLY_LABELLED = ("shapes", "cifar10", "cifar100", "svhn")  # nrd, cmd and messy_collaboration add noise to these
+CLEANLY_LABELLED = ("shapes", "cifar10", "cifar100", "svhn")  # nrd, cmd and messy_collaboration add noise
 
 
 def is_photographs(name):
@@ -376,87 +363,127 @@ def is_photographs(name):
 
 
 def load_data(args, device):
-    """The Dataset that the flags name. Under torchrun the first process downloads and decodes, the others wait."""
+    """The Dataset that the flags name. Under torchrun the first process decodes, the others wait."""
     if rank() > 0:
         barrier()
-    limits = args.limit_train, args.limit_test
-    data = load_dataset(args.dataset, args.data_dir, *limits, device, args.resize, args.image_size)
+    data = load_dataset(
+        args.dataset, args.data_dir, args.limit_train, args.limit_test, device, args.resize, args.image_size
+    )
     if rank() == 0:
         barrier()
     return data
 
 
-def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, device="cpu", resize=256, image_size=224):
+def load_dataset(
+    name,
+    data_dir="data",
+    limit_train=None,
+    limit_test=None,
+    device="cpu",
+    resize=256,
+    image_size=224,
+    test_only=False,
+):
     """The data set `name` as a Dataset on `device`.
 
-    name: "shapes" (drawn by code), "cifar10", "cifar100", "svhn" (data_dir/NAME.npz; downloaded once where that is
-        missing), the path of any .npz file of that form, or photographs: "food101", "webvision" or "imagefolder:DIR"
-        (`list_pictures` says where the files lie). These are decoded once, into arrays in data_dir. Arrays of more than
-        a third of the device's memory stay memory-mapped on the host.
-    limit_train, limit_test: keep that many samples, evenly spaced, so that a file sorted by class stays balanced.
-    resize, image_size: of photographs, the side in pixels of training images and of test images.
-    Raises UsageError for an unknown name, for files that are missing or malformed, and where a download fails.
+    name: "shapes" (drawn by code), "cifar10", "cifar100", "svhn" (data_dir/NAME.npz; downloaded once where
+        that is missing), the path of any .npz file of that form, or photographs: "food101", "webvision" or
+        "imagefolder:DIR" (`list_pictures` says where the files lie). These are decoded once, into arrays in
+        data_dir. Arrays of more than a third of the device's memory stay memory-mapped on the host.
+    limit_train, limit_test: how many samples are kept. They are evenly spaced: a file sorted by class stays
+        balanced.
+    resize, image_size: side of training images and of test images in pixels; photographs only.
+    test_only: the training part is not read, and may be missing. Its tensors have length 0.
+    Raises UsageError for an unknown name, for missing or malformed files, and where a download fails.
     """
     name = str(name)
     data_dir = Path(data_dir)
     device = torch.device(device)
     if name == "shapes":
-        data = Dataset(*draw_shapes(2000, seed=0), *draw_shapes(1000, seed=1), SHAPES_CLASSES)
+        train = draw_shapes(0 if test_only else 2000, seed=0)
+        data = Dataset(*train, *draw_shapes(1000, seed=1), SHAPES_CLASSES)
     elif name.endswith(".npz"):
-        data = read_npz(Path(name))
+        data = read_npz(Path(name), test_only)
     elif name in CLEANLY_LABELLED:
         path = data_dir / f"{name}.npz"
         if not path.exists():
             download(name, path)
-        data = read_npz(path)
+        data = read_npz(path, test_only)
     elif is_photographs(name):
-        data = photographs(name, data_dir, resize, image_size)
+        data = photographs(name, data_dir, resize, image_size, test_only)
     else:
         raise UsageError(f"--dataset: unknown {name!r}; known are {DATASETS}")
 
-    def part(images, labels, limit=None):
-        if limit is not None:
-            rows = evenly_spaced(len(labels), limit)
-            images, labels = images[rows], labels[rows]
-        if device.type == "cuda" and images.numel() >= torch.cuda.get_device_properties(device).total_memory / 3:
-            return images, labels.to(device)
-        return images.to(device), labels.to(device)
+    most = math.inf if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory / 3
 
-    train = part(data.train_images, data.train_labels, limit_train)
-    test = part(data.test_images, data.test_labels, limit_test)
-    imagenet = part(*data.imagenet) if data.imagenet else None
-    return Dataset(*train, *test, data.classes, imagenet)
+    def part(limit, digest, *tensors):
+        """Evenly spaced rows of `tensors`, images and labels, and their digest. digest: of all images, or ""."""
+        if limit is not None:
+            rows = evenly_spaced(len(tensors[0]), limit)
+            tensors = [tensor[rows] for tensor in tensors]
+        sha = hashlib.sha256(digest.encode())
+        for tensor in tensors[1:] if digest else tensors:
+            sha.update(np.ascontiguousarray(tensor))
+        moved = [tensor.to(device) if tensor.numel() < most else tensor for tensor in tensors]
+        return *moved, sha.hexdigest()[:12]
+
+    true_labels = data.train_labels if data.true_labels is None else data.true_labels
+    *train, true_labels, train_digest = part(
+        limit_train, data.train_digest, data.train_images, data.train_labels, true_labels
+    )
+    *test, test_digest = part(limit_test, data.test_digest, data.test_images, data.test_labels)
+    imagenet = data.imagenet and tuple(tensor.to(device) for tensor in data.imagenet)
+    return Dataset(
+        *train, *test, data.classes, true_labels, imagenet, data.photographs, train_digest, test_digest
+    )
 
 
 def evenly_spaced(total, limit):
     """Indices int64 [min(total, limit)], evenly spaced over range(total)."""
-    count = min(total, limit)
-    return torch.arange(count) * total // count
+    kept = min(total, limit)
+    return torch.arange(kept) * total // kept
 
 
-def read_npz(path):
-    """The Dataset in an .npz file, read without pickle. Raises UsageError for a missing file and for wrong arrays."""
+def read_npz(path, test_only=False):
+    """The Dataset in an .npz file, read without pickle. Raises UsageError for what is missing or wrong.
+
+    test_only: as for load_dataset.
+    """
+    names = ARRAYS[2:] if test_only else ARRAYS
     try:
         with np.lib.npyio.NpzFile(path) as file:  # np.load would take a web page for a pickle
-            arrays = {name: np.ascontiguousarray(file[name]) for name in ARRAYS}
-    except Exception as error:  # no such file, or whatever a damaged or foreign one makes numpy raise
-        advice = "remove it to download it again" if path.stem in CLEANLY_LABELLED else "README says how to write one"
-        raise UsageError(f"--dataset: {path} is no .npz file with {', '.join(ARRAYS)} ({error}); {advice}") from None
-    classes = [str(name) for name in arrays["classes"].ravel()]
-    for part in ("train", "test"):
-        images = arrays[f"{part}_images"]
-        labels = arrays[f"{part}_labels"]
-        where = f"--dataset: {path}: {part}"
+            arrays = {name: np.ascontiguousarray(file[name]) for name in names}
+            if "true_labels" in file and not test_only:
+                arrays["true_labels"] = file["true_labels"]
+    except Exception as error:  # no such file, or whatever a damaged one makes numpy raise
+        advice = "README says how to write one"
+        if path.stem in CLEANLY_LABELLED:
+            advice = "remove it to download it again"
+        raise UsageError(
+            f"--dataset: {path} is no .npz file with {', '.join(names)} ({error}); {advice}"
+        ) from None
+    classes = [str(name) for name in arrays.pop("classes").ravel()]
+    for name in [name for name in arrays if name.endswith("labels")]:
+        labels = arrays[name]
+        of = "test_images" if name == "test_labels" else "train_images"
+        images = arrays[of]
+        where = f"--dataset: {path}:"
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
-            raise UsageError(f"{where}_images is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W]")
+            raise UsageError(f"{where} {of} is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W]")
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise UsageError(f"{where}_labels is {labels.dtype} {list(labels.shape)}, not integer [{len(images)}]")
+            raise UsageError(
+                f"{where} {name} is {labels.dtype} {list(labels.shape)}, not integer [{len(images)}]"
+            )
         if labels.min() < 0 or labels.max() >= len(classes):
             span = f"{labels.min()} to {labels.max()}"
-            raise UsageError(f"{where}_labels are {span}, but {len(classes)} classes are named")
-        arrays[f"{part}_labels"] = labels.astype(np.int64)
-    tensors = [torch.from_numpy(arrays[name]) for name in ARRAYS[:4]]
-    return Dataset(*tensors, classes)
+            raise UsageError(f"{where} {name} are {span}, but {len(classes)} classes are named")
+        arrays[name] = labels.astype(np.int64)
+    if test_only:
+        arrays["train_images"] = arrays["test_images"][:0]
+        arrays["train_labels"] = arrays["test_labels"][:0]
+    if arrays["train_images"].shape[2:] != arrays["test_images"].shape[2:]:
+        raise UsageError(f"--dataset: {path}: test_images have another height or width than train_images")
+    return Dataset(**{name: torch.from_numpy(array) for name, array in arrays.items()}, classes=classes)
 
 
 def download(name, path):
@@ -484,68 +511,77 @@ def download(name, path):
         np.savez(partial, **dict(zip(ARRAYS, arrays)))
 
 
-def photographs(name, data_dir, resize, image_size):
-    """The Dataset of photographs: the middle square of each, `resize` pixels for training, `image_size` for tests."""
+def photographs(name, data_dir, resize, image_size, test_only=False):
+    """The Dataset of photographs: middle squares of `resize` pixels, for tests of `image_size` pixels."""
     if resize < image_size:
         raise UsageError(f"--resize: {resize} is smaller than --image-size {image_size}")
+    parts = ["test"] if test_only else ["train", "test"]
+    if name == "webvision" and (data_dir / "imagenet" / "val").is_dir():
+        parts.append("imagenet")
     try:
-        parts, classes = list_pictures(name, data_dir)
+        listed = {part: list_pictures(name, data_dir, part) for part in parts}
     except (OSError, RuntimeError) as error:  # RuntimeError: as in `download`
         raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
+    classes = listed["test"][1]
     data = {}
-    for part, samples in parts.items():
+    for part, (samples, found) in listed.items():
+        if found != classes:
+            odd = ", ".join(sorted(set(found) ^ set(classes)))
+            raise UsageError(f"--dataset {name}: {part} has other classes than the test part: {odd}")
         side = resize if part == "train" else image_size
         stem = re.sub(r"[^\w.-]", "_", name)[-60:]  # which every file system takes
-        data[part] = decode(samples, resize, side, data_dir / "decoded" / f"{stem}-{part}-{resize}-{side}.raw")
-    return Dataset(*data["train"], *data["test"], classes, data.get("imagenet"))
+        path = data_dir / "decoded" / f"{stem}-{part}-{resize}-{side}.raw"
+        data[part] = decode(samples, resize, side, path)
+    *test, digest = data["test"]
+    *train, train_digest = data.get("train", [*(tensor[:0] for tensor in test), digest])
+    imagenet = data["imagenet"][:2] if "imagenet" in data else None
+    return Dataset(*train, *test, classes, None, imagenet, True, train_digest, digest)
 
 
-def list_pictures(name, data_dir):
-    """{"train": [(file, label), …], "test": [(file, label), …]} of a data set of photographs, and its classes.
+def list_pictures(name, data_dir, part):
+    """[(file, label), …] of the part "train" or "test" of a data set of photographs, and its classes' names.
 
-    imagefolder:DIR: DIR/train/CLASS/* and DIR/test/CLASS/* (or val), torchvision's ImageFolder.
+    imagefolder:DIR: all files in DIR/train/CLASS and DIR/test/CLASS (or val), by torchvision's ImageFolder.
     food101: torchvision's Food101 in data_dir, downloaded where it is missing.
-    webvision: the first 50 classes of WebVision 1.0 in data_dir/webvision ("mini-WebVision"): training images of
-        info/train_filelist_google.txt, test images of info/val_filelist.txt in val_images_256. And as "imagenet", where
-        there is a data_dir/imagenet/val/WNID, ILSVRC12's validation images of the same classes of info/synsets.txt.
+    webvision: the first 50 classes of WebVision 1.0 in data_dir/webvision ("mini-WebVision"): training images
+        of info/train_filelist_google.txt, test images of info/val_filelist.txt in val_images_256. And
+        "imagenet": ILSVRC12's validation images of the classes in info/synsets.txt, in
+        data_dir/imagenet/val/WNID.
     """
     import torchvision
 
     if name == "food101":
         missing = not (data_dir / "food-101" / "images").is_dir()
-        sets = {part: torchvision.datasets.Food101(data_dir, part, download=missing) for part in ("train", "test")}
-        return {part: list(zip(s._image_files, s._labels)) for part, s in sets.items()}, sets["train"].classes
+        food = torchvision.datasets.Food101(data_dir, part, download=missing)
+        return list(zip(food._image_files, food._labels)), food.classes
     if name.startswith("imagefolder:"):
-        root = Path(name.removeprefix("imagefolder:"))
-        folder = root / "test" if (root / "test").is_dir() else root / "val"
-        train = torchvision.datasets.ImageFolder(root / "train")
-        test = torchvision.datasets.ImageFolder(folder)
-        if train.classes != test.classes:
-            odd = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
-            raise UsageError(f"--dataset {name}: train and {folder.name} have other classes: {odd}")
-        return {"train": train.samples, "test": test.samples}, train.classes
+        folder = Path(name.removeprefix("imagefolder:")) / part
+        if part == "test" and not folder.is_dir():
+            folder = folder.with_name("val")
+        # `decode` finds out which files are pictures
+        pictures = torchvision.datasets.ImageFolder(folder, is_valid_file=lambda path: True)
+        return pictures.samples, pictures.classes
     root = data_dir / "webvision"
     lines = (root / "info/synsets.txt").read_text(encoding="utf-8").splitlines()
     synsets = [line.split() for line in lines[:50]]
-    lists = {"train": ("train_filelist_google.txt", root), "test": ("val_filelist.txt", root / "val_images_256")}
-    parts = {}
-    for part, (file, folder) in lists.items():
-        lines = (root / "info" / file).read_text(encoding="utf-8").splitlines()
-        rows = [line.rsplit(maxsplit=1) for line in lines]
-        parts[part] = [(folder / path, int(label)) for path, label in rows if int(label) < 50]
-    val = data_dir / "imagenet" / "val"
-    if val.is_dir():
-        folders = [val / wnid for wnid, *_ in synsets]
-        parts["imagenet"] = [(file, c) for c, folder in enumerate(folders) for file in sorted(folder.iterdir())]
-    return parts, [" ".join(words) for _, *words in synsets]
+    classes = [" ".join(words) for _, *words in synsets]
+    if part == "imagenet":
+        folders = [data_dir / "imagenet" / "val" / wnid for wnid, *_ in synsets]
+        return [(file, c) for c, folder in enumerate(folders) for file in sorted(folder.iterdir())], classes
+    file = "train_filelist_google.txt" if part == "train" else "val_filelist.txt"
+    folder = root if part == "train" else root / "val_images_256"
+    lines = (root / "info" / file).read_text(encoding="utf-8").splitlines()
+    rows = [line.rsplit(maxsplit=1) for line in lines]
+    return [(folder / path, int(label)) for path, label in rows if int(label) < 50], classes
 
 
 def read_square(file, resize, side):
-    """The picture in `file`: shorter side resized, middle square cut out: uint8 [3, side, side]; None: unreadable.
+    """The middle square of the picture in `file`, uint8 [3, side, side]; None where it is unreadable.
 
-    The pixels are as stored, like torchvision's ImageFolder: EXIF's orientation and transparency do not count, and of
-    several frames the first does. Grey levels of 16 bits are scaled to 8. Unreadable are those of 32 bits too, whose
-    range is unknown, and pictures of more than 179 million pixels.
+    Its shorter side is resized to `resize` pixels first. The pixels are as stored, as in torchvision's
+    ImageFolder: EXIF's orientation and transparency do not count, and of several frames the first counts.
+    Grey levels of 16 bits are scaled to 8. Grey levels of 32 bits, whose range is unknown, are unreadable,
+    and so are pictures of more than 179 million pixels.
     """
     from PIL import Image
     from torchvision.transforms import v2
@@ -563,10 +599,11 @@ def read_square(file, resize, side):
 
 
 def decode(samples, resize, side, path):
-    """The pictures of samples, a list of (file, label): memory-mapped uint8 [n, 3, side, side], and labels int64 [n].
+    """Decode `samples`, a list of (file, label): memory-mapped uint8 [n, 3, side, side] and labels int64 [n].
 
-    They are decoded once, into `path`, and again where the files have changed. Unreadable ones are named and left out.
-    Raises UsageError where none is left.
+    The pictures are decoded once, into `path`, and again where the files have changed. Unreadable ones are
+    named and left out. The third result is a digest of all pixels, computed when they are decoded. Raises
+    UsageError where no picture is left.
     """
     files = [file for file, _ in samples]
     known = []
@@ -576,25 +613,30 @@ def decode(samples, resize, side, path):
         known.append([str(file), stat and [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]])
     record = path.with_suffix(".json")  # of what is in `path`; it is written last
     saved = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    if saved.get("files") != known or not path.exists():
+    if saved.get("files") != known or "pixels" not in saved or not path.exists():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         read = functools.partial(read_square, resize=resize, side=side)  # what the workers make of each file
         own = torch.Generator()  # the global generator is for the draws of the method
-        loader = torch.utils.data.DataLoader(files, None, num_workers=min(cores, 16), collate_fn=read, generator=own)
+        loader = torch.utils.data.DataLoader(
+            files, None, num_workers=min(cores, 16), collate_fn=read, generator=own
+        )
         for left in path.parent.glob(f"{path.stem}.*.partial{path.suffix}"):
             if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed while it decoded
                 left.unlink()
         rows = []
+        sha = hashlib.sha256()
         # written, not mapped: on a full disk, writing into a map kills the process
-        with atomic_write(path) as partial, open(partial, "wb") as pixels:
+        with atomic_write(path) as partial, open(partial, "wb") as raw:
             for i, image in enumerate(progress(loader, f"decoding {len(files):,} pictures into {path}")):
                 if image is None:
                     print(f"cannot be read and is left out: {files[i]}", file=sys.stderr)
                 else:
-                    pixels.write(image.numpy().tobytes())
+                    content = image.numpy().tobytes()
+                    raw.write(content)
+                    sha.update(content)
                     rows.append(i)
             record.unlink(missing_ok=True)  # it tells of the old pixels
-        saved = {"files": known, "rows": rows}
+        saved = {"files": known, "rows": rows, "pixels": sha.hexdigest()}
         with atomic_write(record) as partial:
             partial.write_text(json.dumps(saved), encoding="utf-8")
         print(f"decoded {len(rows):,} pictures, left out {len(files) - len(rows):,}")
@@ -603,37 +645,43 @@ def decode(samples, resize, side, path):
         raise UsageError(f"--dataset: none of the {len(files):,} pictures of {path.stem} can be read")
     images = np.memmap(path, np.uint8, "c", shape=(len(rows), 3, side, side))
     labels = [samples[i][1] for i in rows]
-    return torch.from_numpy(images), torch.tensor(labels)
+    return torch.from_numpy(images), torch.tensor(labels), saved["pixels"]
 
 
 FORMS = ("disc", "bar", "triangle", "cross", "ring")
 SHAPES_CLASSES = [f"{fabric} {form}" for form in FORMS for fabric in ("striped", "dotted")]
 
 
-def draw_shapes(count, seed, size=32):
-    """Ten classes of pictures, five forms striped or dotted: uint8 [count, 3, size, size] and labels int64 [count].
+def draw_shapes(n, seed, size=32):
+    """Ten classes of pictures, five forms striped or dotted: uint8 [n, 3, size, size] and labels int64 [n].
 
-    Form and texture decide the class; colours, place, size, angle, phase, background, clutter and pixel noise don't.
-    Every operation is one that IEEE 754 rounds exactly (no sin or normal draws): the same pixels on every machine.
+    Form and texture decide the class; colours, place, size, angle, phase, background, clutter and pixel noise
+    don't. Every operation is one that IEEE 754 rounds exactly (no sin or normal draws): the same pixels on
+    every machine.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(count, *shape, 1, 1, generator=generator)
+        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
 
-    labels = torch.randperm(count, generator=generator) % 10
+    labels = torch.randperm(n, generator=generator) % 10
     form = (labels // 2).view(-1, 1, 1)
     dotted = (labels % 2).view(-1, 1, 1).bool()
     axis = (torch.arange(size) + 0.5) * (2 / size) - 1
-    x, y = axis.view(1, 1, -1), axis.view(1, -1, 1)
+    x = axis.view(1, 1, -1)
+    y = axis.view(1, -1, 1)
 
     t = uniform(-1, 1)
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    cos, sin = flip * (1 - t * t) / (1 + t * t), flip * 2 * t / (1 + t * t)  # a point of the unit circle, without sin()
-    dx, dy = x - uniform(-0.2, 0.2), y - uniform(-0.2, 0.2)
-    u, v = cos * dx + sin * dy, cos * dy - sin * dx  # coordinates in the form's own frame
+    cos = flip * (1 - t * t) / (1 + t * t)  # with sin a point of the unit circle, without calling sin()
+    sin = flip * 2 * t / (1 + t * t)
+    dx = x - uniform(-0.2, 0.2)
+    dy = y - uniform(-0.2, 0.2)
+    u = cos * dx + sin * dy  # coordinates in the form's own frame
+    v = cos * dy - sin * dx
     radius = uniform(0.6, 0.85)
-    p, q = (u / radius).abs(), v / radius
+    p = (u / radius).abs()
+    q = v / radius
 
     rho = (p * p + q * q).sqrt()
     outline = torch.stack([  # each at most 1 inside the form
@@ -643,14 +691,15 @@ def draw_shapes(count, seed, size=32):
         torch.minimum(torch.maximum(p, 3 * q.abs()), torch.maximum(3 * p, q.abs())),
         (rho - 0.72).abs() / 0.25,
     ])  # fmt: skip
-    inside = outline.gather(0, form.expand(1, count, size, size))[0] <= 1
+    inside = outline.gather(0, form.expand(1, n, size, size))[0] <= 1
 
     frequency = uniform(2.6, 3.4)
     a = (u * frequency + uniform(0, 1)) % 1 - 0.5
     b = (v * frequency + uniform(0, 1)) % 1 - 0.5
     texture = torch.where(dotted, a * a + b * b < 0.12, a.abs() < 0.25)
 
-    light, dark = uniform(0.7, 1, 3), uniform(0, 0.3, 3)
+    light = uniform(0.7, 1, 3)
+    dark = uniform(0, 0.3, 3)
     slope = x * uniform(-0.15, 0.15).unsqueeze(1) + y * uniform(-0.15, 0.15).unsqueeze(1)
     image = uniform(0.3, 0.7, 3) + slope
     for _ in range(3):  # clutter behind the form
@@ -658,24 +707,27 @@ def draw_shapes(count, seed, size=32):
         image = torch.where(spot.unsqueeze(1), uniform(0.2, 0.8, 3), image)
     fabric = torch.where(texture.unsqueeze(1), light, dark)
     image = torch.where(inside.unsqueeze(1), fabric, image)
-    noise = torch.rand(count, 3, size, size, generator=generator) - 0.5
+    noise = torch.rand(n, 3, size, size, generator=generator) - 0.5
     image = (image + 0.15 * noise).clamp(0, 1)
     return (image * 255).round().byte(), labels
 
 
-def channel_stats(images):
-    """Mean and standard deviation of each channel of uint8 images [N, 3, H, W], in [0, 1]: two lists of 3.
+def channel_stats(data):
+    """Mean and standard deviation of each channel of a Dataset's training images, in [0, 1]: two lists of 3.
 
-    Images from 128 pixels up are taken for photographs, which have the values of ImageNet.
+    Photographs have those of ImageNet. Raises UsageError where there are no training images.
     """
-    if min(images.shape[2:]) >= 128:
+    if data.photographs:
         return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    images = data.train_images
+    if not len(images):
+        raise UsageError("--mean, --std: are needed; there are no training images to compute them from")
     histograms = [torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]
     counts = torch.stack(histograms).double().cpu()
-    share = counts / counts.sum(1, keepdim=True)
+    frequency = counts / counts.sum(1, keepdim=True)
     level = torch.arange(256, dtype=torch.float64) / 255
-    mean = (share * level).sum(1)
-    variance = (share * level**2).sum(1) - mean**2
+    mean = (frequency * level).sum(1)
+    variance = (frequency * level**2).sum(1) - mean**2
     std = variance.clamp(min=0).sqrt()
     return mean.tolist(), std.where(std > 0, 1.0).tolist()  # 1 for a constant channel: one divides by it
 
@@ -696,19 +748,21 @@ NOISE_KINDS = ("none", "sym", "sym-other", "pair", "asym", *HUMAN)
 CIFAR10_CONFUSIONS = {"bird": "airplane", "cat": "dog", "deer": "horse", "dog": "cat", "truck": "automobile"}
 CIFAR100_SUPERCLASSES = """
 beaver dolphin otter seal whale / aquarium_fish flatfish ray shark trout / orchid poppy rose sunflower tulip /
-bottle bowl can cup plate / apple mushroom orange pear sweet_pepper / clock keyboard lamp telephone television /
-bed chair couch table wardrobe / bee beetle butterfly caterpillar cockroach / bear leopard lion tiger wolf /
-bridge castle house road skyscraper / cloud forest mountain plain sea / camel cattle chimpanzee elephant kangaroo /
-fox porcupine possum raccoon skunk / crab lobster snail spider worm / baby boy girl man woman /
-crocodile dinosaur lizard snake turtle / hamster mouse rabbit shrew squirrel /
-maple_tree oak_tree palm_tree pine_tree willow_tree / bicycle bus motorcycle pickup_truck train /
-lawn_mower rocket streetcar tank tractor"""
+bottle bowl can cup plate / apple mushroom orange pear sweet_pepper /
+clock keyboard lamp telephone television / bed chair couch table wardrobe /
+bee beetle butterfly caterpillar cockroach / bear leopard lion tiger wolf /
+bridge castle house road skyscraper / cloud forest mountain plain sea /
+camel cattle chimpanzee elephant kangaroo / fox porcupine possum raccoon skunk /
+crab lobster snail spider worm / baby boy girl man woman / crocodile dinosaur lizard snake turtle /
+hamster mouse rabbit shrew squirrel / maple_tree oak_tree palm_tree pine_tree willow_tree /
+bicycle bus motorcycle pickup_truck train / lawn_mower rocket streetcar tank tractor"""
 
 
 def noisy_labels(args, data, per_sample=False):
     """The training labels of a Dataset, int64 [N], corrupted as --noise, --rate and --noise-seed say."""
-    noise = args.noise, args.rate, data.classes, args.noise_seed
-    return corrupt_labels(data.train_labels, *noise, args.data_dir, per_sample)
+    return corrupt_labels(
+        data.train_labels, args.noise, args.rate, data.classes, args.noise_seed, args.data_dir, per_sample
+    )
 
 
 def corrupt_labels(labels, kind, rate, classes, seed, data_dir="data", per_sample=False):
@@ -719,13 +773,15 @@ def corrupt_labels(labels, kind, rate, classes, seed, data_dir="data", per_sampl
                    with per_sample, each sample gets one with probability rate
         sym-other  each sample, with probability rate, gets one of the other classes
         pair       each sample, with probability rate, gets the next class, y+1 mod C
-        asym       CIFAR-10: class by class, exactly round(rate·n) of the n samples that now have the label go to its
-                   look-alike (Patrini et al. 2017; in this order in GJS's code and NRD's): some cats that became dogs
-                   come back, and at a rate of 0.4 18.4 % of the labels are wrong;
+        asym       CIFAR-10: class by class, exactly round(rate·n) of the n samples that now have the label go
+                   to its look-alike (Patrini et al. 2017; in this order in GJS's code and NRD's): some cats
+                   that became dogs come back, and at a rate of 0.4 18.4 % of the labels are wrong;
                    CIFAR-100: round(rate·N) samples go to the next class of their superclass
-        human-*    annotators' labels of CIFAR-10N (aggre, random1-3, worse) and CIFAR-100N (noisy); rate is ignored
+        human-*    annotators' labels of CIFAR-10N (aggre, random1-3, worse) and CIFAR-100N (noisy); without
+                   a rate
     rate: in [0, 1]. classes: their names, which asym goes by. data_dir: where CIFAR-10N's own files lie.
-    Raises UsageError for an unknown kind, a rate outside [0, 1], asym without a map, human labels of another data set.
+    Raises UsageError for an unknown kind, a rate outside [0, 1], asym without a map, human labels of another
+    data set.
     """
     assert labels.dtype == torch.int64, f"labels are {labels.dtype}, not int64"
     if kind in HUMAN:
@@ -736,18 +792,18 @@ def corrupt_labels(labels, kind, rate, classes, seed, data_dir="data", per_sampl
         raise UsageError(f"--rate: --noise {kind} needs a rate in [0, 1], not {rate}")
     generator = torch.Generator().manual_seed(seed)
     clean = labels.cpu()
-    count = len(labels)
+    n = len(labels)
     noisy = clean.clone()
     num_classes = len(classes)
     if kind == "sym":
         if per_sample:
-            chosen = (torch.rand(count, generator=generator) < rate).nonzero().squeeze(1)
+            chosen = (torch.rand(n, generator=generator) < rate).nonzero().squeeze(1)
         else:
-            chosen = torch.randperm(count, generator=generator)[: round(rate * count)]
+            chosen = torch.randperm(n, generator=generator)[: round(rate * n)]
         noisy[chosen] = torch.randint(num_classes, (len(chosen),), generator=generator)
     elif kind in ("sym-other", "pair"):
-        flips = torch.rand(count, generator=generator) < rate
-        step = torch.randint(1, num_classes, (count,), generator=generator) if kind == "sym-other" else 1
+        flips = torch.rand(n, generator=generator) < rate
+        step = torch.randint(1, num_classes, (n,), generator=generator) if kind == "sym-other" else 1
         noisy = torch.where(flips, (clean + step) % num_classes, clean)
     elif kind == "asym":
         names = list(classes)
@@ -761,17 +817,19 @@ def corrupt_labels(labels, kind, rate, classes, seed, data_dir="data", per_sampl
             for family in CIFAR100_SUPERCLASSES.split("/"):
                 members = sorted(names.index(name) for name in family.split())
                 successor[members] = torch.tensor(members[1:] + members[:1])
-            moved = torch.randperm(count, generator=generator)[: round(rate * count)]
+            moved = torch.randperm(n, generator=generator)[: round(rate * n)]
             noisy[moved] = successor[clean[moved]]
         else:
-            raise UsageError("--noise asym: only CIFAR-10 and CIFAR-100 have a map of look-alikes; sym works anywhere")
+            raise UsageError(
+                "--noise asym: only CIFAR-10 and CIFAR-100 have a map of look-alikes; sym works anywhere"
+            )
     return noisy.to(labels.device)
 
 
 def human_labels(clean, kind, data_dir):
-    """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, all of them or evenly spaced."""
+    """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, all or evenly spaced."""
     path = Path(data_dir) / ("CIFAR-100_human.pt" if kind == "human-noisy" else "CIFAR-10_human.pt")
-    # The file is a pickle of numpy arrays: allow torch's restricted unpickler what builds those, and nothing else.
+    # The file is a pickle of numpy arrays: torch's restricted unpickler may call what builds these alone.
     array = np.empty(0)
     rebuild, *_ = array.__reduce__()  # the function that makes an array; numpy 2 has given it another name
     allowed = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
@@ -780,99 +838,30 @@ def human_labels(clean, kind, data_dir):
             content = torch.load(path, weights_only=True)
         truth = torch.from_numpy(np.int64(content["clean_label"]))
         noisy = torch.from_numpy(np.int64(content[HUMAN[kind]]))
-    except Exception as error:  # no such file, or whatever a damaged or foreign one makes the unpickler raise
+    except Exception as error:  # no such file, or whatever a damaged one makes the unpickler raise
         advice = "take it from CIFAR-N (github.com/UCSC-REAL/cifar-10-100n)"
         raise UsageError(f"--noise {kind}: cannot read {path} ({type(error).__name__}); {advice}") from None
     rows = evenly_spaced(len(truth), len(clean))
     if not torch.equal(truth[rows], clean):
-        raise UsageError(f"--noise {kind}: {path} labels another data set, or the images are not in the official order")
+        raise UsageError(
+            f"--noise {kind}: {path} labels another data set, or the images are not in the official order"
+        )
     return noisy[rows]
 
 
 # --------------------------------------------------------------------------------------------------------- augmentation
-# Batched on the images' device, every sample with a draw of its own. What an operation does at a strength is one row of
-# a table of numbers: the matrix of a warp, the factor of a blend, and so on. A batch takes its rows; then each of six
-# kinds of operation changes the images that are its own, in a handful of kernels however large the batch.
+# Batched on the images' device, every sample with a draw of its own. What an operation does at a strength is
+# a row of a table of numbers: the matrix of a warp, the factor of a blend, and so on. A batch takes its rows.
+# Then each of six functions changes the images that are its own: few kernels, however large the batch is.
 # Pixel values follow the 8-bit operations of torchvision.transforms.v2.
 
-OPS = (
-    *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),  # warps
-    *("Brightness", "Contrast", "Color", "Sharpness"),  # blends; up to here the strength has a random sign
-    *("Posterize", "Solarize", "AutoContrast", "Equalize"),  # up to here AugMix
-    "Identity",  # up to here RandAugment
-    "Invert",  # AutoAugment
-)
-SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE, BRIGHTNESS, CONTRAST, COLOR, SHARPNESS = range(9)
-POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE, IDENTITY, INVERT = range(9, 15)
-# The columns of the table: the kind of operation; a warp's matrix, x = X_X · x + X_Y · y + X_1 and the same for y; a
-# blend's factor, and the shares of the grey image and of the mean grey in the image blended with; posterize's step
-# between levels; the level from which on solarize inverts.
-KIND, X_X, X_Y, X_1, Y_X, Y_Y, Y_1, FACTOR, GRAY, MEAN_GRAY, STEP, THRESHOLD = range(12)
-
-_tables = {}  # op_table's results by its arguments; not functools.cache, through which torch.compile looks
-
-
-def op_table(bins, height, width, device, translate=150 / 331, posterize=8):
-    """What each operation does at each strength, with + and with -: float32 [15, bins, 2, 12] on `device`.
-
-    Strengths are evenly spaced as in torchvision's spaces, from nothing to a shear of 0.3, a turn of 30°, a move of
-    `translate` times the side in whole pixels, a blend by 1 ± 0.9, `posterize` - 4 bits, solarize from 0 on.
-    AutoAugment and RandAugment move by up to 150/331 of the side and posterize to 8 … 4 bits; AugMix moves by up to
-    1/3 and posterizes to 4 … 0 bits.
-    """
-    key = (bins, height, width, device, translate, posterize)
-    if key in _tables:
-        return _tables[key]
-
-    def spaced(start, end):
-        return torch.linspace(start, end, bins).view(-1, 1)
-
-    sign = torch.tensor([1.0, -1.0])
-    shear, angle, change = spaced(0, 0.3) * sign, spaced(0, 30) * sign * (math.pi / 180), spaced(0, 0.9) * sign
-    move_x, move_y = (spaced(0, translate * side).trunc() * sign for side in (width, height))
-    bits = (posterize - torch.arange(bins) / ((bins - 1) / 4)).round().view(-1, 1)
-
-    table = torch.zeros(len(OPS), bins, 2, 12)
-    kinds = [1] * 5 + [2] * 3 + [3, 4, 4, 5, 6, 0, 4]  # in the order of apply_ops; 0: nothing is done
-    table[..., KIND] = torch.tensor(kinds).view(-1, 1, 1)
-
-    table[..., [X_X, Y_Y]] = 1
-    table[SHEAR_X, ..., X_Y], table[SHEAR_X, ..., X_1] = shear, shear * (height / 2)  # keeps the first row in place
-    table[SHEAR_Y, ..., Y_X], table[SHEAR_Y, ..., Y_1] = shear, shear * (width / 2)  # keeps the first column in place
-    table[TRANSLATE_X, ..., X_1], table[TRANSLATE_Y, ..., Y_1] = -move_x, -move_y
-    table[ROTATE, ..., X_X] = table[ROTATE, ..., Y_Y] = angle.cos()
-    table[ROTATE, ..., X_Y], table[ROTATE, ..., Y_X] = -angle.sin(), angle.sin()
-    table[..., X_X : X_1 + 1] /= width / 2  # from pixels to grid_sample's units
-    table[..., Y_X : Y_1 + 1] /= height / 2
-
-    table[BRIGHTNESS : SHARPNESS + 1, ..., FACTOR] = 1 + change
-    table[COLOR, ..., GRAY] = table[CONTRAST, ..., MEAN_GRAY] = 1
-
-    table[..., STEP], table[..., THRESHOLD] = 1, 256
-    table[POSTERIZE, ..., STEP] = 2 ** (8 - bits)
-    table[SOLARIZE, ..., THRESHOLD] = 255 * spaced(1, 0)
-    table[INVERT, ..., THRESHOLD] = 0
-    _tables[key] = table.to(device)
-    return _tables[key]
-
-
-def apply_ops(images, table, op, strength, negative, mode="nearest"):
-    """Apply to each image its own operation, the row [op, strength, negative] of the table; all three int64 [B].
-
-    images: float [B, 3, H, W] in 0 … 255, overwritten; returns the same. mode: how warps interpolate, "nearest" or
-    "bilinear"; what comes in from outside the image is black.
-    """
-    rows = table[op, strength, negative]
-    kinds = (functools.partial(_warp, mode=mode), _blend, _sharpness, _levels, _auto_contrast, _equalize)
-    masks = rows[:, KIND] == torch.arange(1, 7, device=images.device).view(-1, 1)
-    for mask, transform in zip(masks, kinds):
-        if images.device.type == "cpu" and not torch.compiler.is_compiling():  # compute only the rows concerned
-            mine = mask.nonzero().squeeze(1)
-            if len(mine):
-                images.index_copy_(0, mine, transform(images.index_select(0, mine), rows.index_select(0, mine)))
-        else:  # compute all rows: to count those concerned, the host would wait for the device
-            images = torch.where(mask.view(-1, 1, 1, 1), transform(images, rows), images)
-    return images
+# The columns of the table. x_x … y_1: a warp's matrix, x = x_x · x + x_y · y + x_1 and the same for y. factor: a
+# blend's. gray, mean_gray: how much there is of the grey image and of the mean grey in what it blends with.
+# step: posterize's between levels. threshold: solarize inverts levels from there on. function: in FUNCTIONS.
+COLUMNS = (
+    "x_x", "x_y", "x_1", "y_x", "y_y", "y_1",
+    "factor", "gray", "mean_gray", "step", "threshold", "function",
+)  # fmt: skip
 
 
 def check_images(images):
@@ -881,16 +870,17 @@ def check_images(images):
 
 
 def _column(rows, name):
-    return rows[:, name].view(-1, 1, 1, 1)
+    return rows[:, COLUMNS.index(name)].view(-1, 1, 1, 1)
 
 
 def _warp(images, rows, mode):
-    """Shear, translate or rotate: sample the input at matrix · (x, y, 1), x and y in pixels from the centre."""
+    """Shear, translate or rotate: sample the input at matrix · (x, y, 1), in pixels from the centre."""
     height, width = images.shape[2:]
     x = torch.linspace((1 - width) / 2, (width - 1) / 2, width, device=images.device)
     y = torch.linspace((1 - height) / 2, (height - 1) / 2, height, device=images.device).view(-1, 1)
-    by_x, by_y, shift = rows[:, X_X : Y_1 + 1].view(-1, 2, 3, 1, 1).unbind(2)
-    grid = (by_x * x + by_y * y).add_(shift)  # no matrix product: with TF32 or bfloat16 on, it would be too coarse
+    by_x, by_y, shift = rows[:, :6].view(-1, 2, 3, 1, 1).unbind(2)
+    # no matrix product: with TF32 or bfloat16 on, it would be too coarse
+    grid = (by_x * x + by_y * y).add_(shift)
     return F.grid_sample(images, grid.permute(0, 2, 3, 1), mode=mode, align_corners=False)
 
 
@@ -900,38 +890,40 @@ def _gray(images):
     return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def _blend(images, rows):
-    """factor · image + (1 - factor) · another: black for brightness, the mean grey for contrast, grey for colour."""
+def _blend(images, rows, _):
+    """factor · image + (1 - factor) · another: black (brightness), mean grey (contrast) or grey (colour)."""
     gray = _gray(images).floor_()
-    another = _column(rows, GRAY) * gray + _column(rows, MEAN_GRAY) * gray.mean((2, 3), keepdim=True)
-    return torch.lerp(another, images, _column(rows, FACTOR)).clamp_(0, 255)
+    mean = gray.mean((2, 3), keepdim=True)
+    another = _column(rows, "gray") * gray + _column(rows, "mean_gray") * mean
+    return torch.lerp(another, images, _column(rows, "factor")).clamp_(0, 255)
 
 
-def _sharpness(images, rows):
+def _sharpness(images, rows, _):
     """factor · image + (1 - factor) · smoothed image, which has the border of the image itself."""
     box = images[:, :, :-2] + images[:, :, 1:-1] + images[:, :, 2:]
     box = box[..., :-2] + box[..., 1:-1] + box[..., 2:]
     smooth = images.clone()
     smooth[:, :, 1:-1, 1:-1] = box.add_(images[:, :, 1:-1, 1:-1], alpha=4).div_(13).round_()
-    return torch.lerp(smooth, images, _column(rows, FACTOR)).clamp_(0, 255)
+    return torch.lerp(smooth, images, _column(rows, "factor")).clamp_(0, 255)
 
 
-def _levels(images, rows):
-    """Posterize: levels down to a multiple of the step. Solarize, invert: from the threshold on upside down."""
-    step = _column(rows, STEP)
+def _levels(images, rows, _):
+    """Posterize: levels down to a multiple of the step. Solarize, invert: those from the threshold on."""
+    step = _column(rows, "step")
     level = (images.round() / step).floor_() * step
-    return torch.where(level < _column(rows, THRESHOLD), level, 255 - level)
+    return torch.where(level < _column(rows, "threshold"), level, 255 - level)
 
 
-def _auto_contrast(images, _):
+def _auto_contrast(images, *_):
     """Stretch each channel to 0 … 255; one of a single level stays."""
     level = images.round()
-    low, high = level.amin((2, 3), keepdim=True), level.amax((2, 3), keepdim=True)
+    low = level.amin((2, 3), keepdim=True)
+    high = level.amax((2, 3), keepdim=True)
     return torch.where(low < high, (level - low) / (high - low) * 255, level)
 
 
-def _equalize(images, _):
-    """Equalize the histogram of each channel; one with fewer than 255 pixels below its brightest level stays."""
+def _equalize(images, *_):
+    """Equalize each channel's histogram; one with fewer than 255 pixels below its brightest level stays."""
     level = images.round().long().flatten(2)
     histogram = torch.zeros(len(images), 3, 256, dtype=torch.int64, device=images.device)
     histogram.scatter_add_(2, level, torch.ones_like(level))
@@ -941,108 +933,200 @@ def _equalize(images, _):
     return torch.where(step > 0, equal.gather(2, level), level).to(images.dtype).view_as(images)
 
 
-def _coins(count, device):
-    """Whether each strength is negative: int64 [count], 0 or 1."""
-    return (torch.rand(count, device=device) < 0.5).long()
+FUNCTIONS = (_warp, _blend, _sharpness, _levels, _auto_contrast, _equalize)  # in the order of apply_ops
+
+
+def operations(bins, height, width, translate=150 / 331, posterize=8):
+    """{name: (the function, its numbers by column where they are not 0)}.
+
+    A number is a float, or float [bins, 1 or 2]: for each strength, with + and with -. Strengths are evenly
+    spaced as in torchvision's spaces, from nothing to a shear of 0.3, a turn of 30°, a move of `translate`
+    times the side in whole pixels, a blend by 1 ± 0.9, `posterize` - 4 bits, solarize from 0 on. AutoAugment
+    and RandAugment move by up to 150/331 of the side and posterize to 8 … 4 bits. AugMix moves by up to 1/3
+    and posterizes to 4 … 0 bits. AugMix draws from the first 13 operations, RandAugment from the first 14.
+    """
+
+    def spaced(start, end):
+        return torch.linspace(start, end, bins).view(-1, 1)
+
+    sign = torch.tensor([1.0, -1.0])
+    shear = spaced(0, 0.3) * sign
+    angle = spaced(0, 30) * sign * (math.pi / 180)
+    factor = 1 + spaced(0, 0.9) * sign
+    move_x, move_y = (spaced(0, translate * side).trunc() * sign for side in (width, height))
+    bits = (posterize - torch.arange(bins) / ((bins - 1) / 4)).round().view(-1, 1)
+    same = {"x_x": 1, "y_y": 1}
+    turn = {"x_x": angle.cos(), "x_y": -angle.sin(), "y_x": angle.sin(), "y_y": angle.cos()}
+    return {
+        # shears keep the first row, the first column, in its place
+        "ShearX": (_warp, same | {"x_y": shear, "x_1": shear * (height / 2)}),
+        "ShearY": (_warp, same | {"y_x": shear, "y_1": shear * (width / 2)}),
+        "TranslateX": (_warp, same | {"x_1": -move_x}),
+        "TranslateY": (_warp, same | {"y_1": -move_y}),
+        "Rotate": (_warp, turn),
+        "Brightness": (_blend, {"factor": factor}),
+        "Contrast": (_blend, {"factor": factor, "mean_gray": 1}),
+        "Color": (_blend, {"factor": factor, "gray": 1}),
+        "Sharpness": (_sharpness, {"factor": factor}),
+        "Posterize": (_levels, {"step": 2 ** (8 - bits), "threshold": 256}),
+        "Solarize": (_levels, {"step": 1, "threshold": 255 * spaced(1, 0)}),
+        "AutoContrast": (_auto_contrast, {}),
+        "Equalize": (_equalize, {}),
+        "Identity": (None, {}),
+        "Invert": (_levels, {"step": 1}),
+    }
+
+
+OPS = list(operations(2, 1, 1))
+IDENTITY = OPS.index("Identity")
+_tables = {}  # op_table's results by its arguments; not functools.cache, through which torch.compile looks
+
+
+def op_table(bins, height, width, device, translate=150 / 331, posterize=8):
+    """The numbers of all operations at each strength, with + and with -: float32 [15, bins, 2, 12]."""
+    key = (bins, height, width, device, translate, posterize)
+    if key not in _tables:
+        table = torch.zeros(len(OPS), bins, 2, len(COLUMNS))
+        made = operations(bins, height, width, translate, posterize)
+        for row, (function, numbers) in zip(table, made.values()):
+            for column, number in numbers.items():
+                row[..., COLUMNS.index(column)] = number
+            row[..., COLUMNS.index("function")] = FUNCTIONS.index(function) if function else -1
+        table[..., :3] /= width / 2  # from pixels to grid_sample's units
+        table[..., 3:6] /= height / 2
+        _tables[key] = table.to(device)
+    return _tables[key]
+
+
+def apply_ops(images, table, op, strength, negative, mode="nearest"):
+    """Apply to each image its own operation, the row [op, strength, negative] of the table; all int64 [B].
+
+    images: float [B, 3, H, W] in 0 … 255, overwritten; returns the same. mode: how warps interpolate,
+    "nearest" or "bilinear"; what comes in from outside the image is black.
+    """
+    rows = table[op, strength, negative]
+    function = rows[:, COLUMNS.index("function")]
+    masks = function == torch.arange(len(FUNCTIONS), device=images.device).view(-1, 1)
+    for mask, transform in zip(masks, FUNCTIONS):
+        if images.device.type == "cpu" and not torch.compiler.is_compiling():  # compute the rows concerned
+            mine = mask.nonzero().squeeze(1)
+            if len(mine):
+                changed = transform(images.index_select(0, mine), rows.index_select(0, mine), mode)
+                images.index_copy_(0, mine, changed)
+        else:  # compute all rows: to count those concerned, the host would wait for the device
+            images = torch.where(mask.view(-1, 1, 1, 1), transform(images, rows, mode), images)
+    return images
+
+
+def _coins(n, device):
+    """Whether each strength is negative: int64 [n], 0 or 1."""
+    return (torch.rand(n, device=device) < 0.5).long()
 
 
 def rand_augment(images, num_ops, magnitude):
-    """RandAugment: `num_ops` operations in turn, each drawn uniformly from 14, at strength `magnitude` of 0 … 30.
+    """RandAugment: `num_ops` operations in turn, each drawn from 14, at strength `magnitude` of 0 … 30.
 
     This is torchvision's form. The authors of GJS used another package, whose (1, 3) is four times as strong.
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
-    count, device = len(images), images.device
+    n = len(images)
+    device = images.device
     table = op_table(31, *images.shape[2:], device)
     images = images * 255
     for _ in range(num_ops):
-        op = torch.randint(IDENTITY + 1, (count,), device=device)
-        images = apply_ops(images, table, op, magnitude, _coins(count, device))
+        op = torch.randint(14, (n,), device=device)
+        images = apply_ops(images, table, op, magnitude, _coins(n, device))
     return images.div_(255)
 
 
 def aug_mix(images, severity=3, width=3, depth=-1):
-    """AugMix: the image mixed with `width` chains of operations, by weights Dirichlet(1, …, 1) and Beta(1, 1).
+    """AugMix: an image mixed with `width` chains of operations by weights Dirichlet(1, …, 1) and Beta(1, 1).
 
-    severity: strengths are drawn from the first `severity` of 10. depth: operations a chain; -1 draws 1-3 for each.
-    This is torchvision's form; the changes of the original code are 1.4 times as large.
+    severity: strengths are drawn from the first `severity` of 10. depth: operations per chain; -1 draws 1-3
+    for each. This is torchvision's form; the changes of the original code are 1.4 times as large.
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
-    count, device = len(images), images.device
+    n = len(images)
+    device = images.device
     table = op_table(10, *images.shape[2:], device, translate=1 / 3, posterize=4)
     longest = depth if depth > 0 else 3
-    draws = (longest, width * count)
-    op, strength, negative = (torch.randint(n, draws, device=device) for n in (EQUALIZE + 1, severity, 2))
+    draws = (longest, width * n)
+    op = torch.randint(13, draws, device=device)
+    strength = torch.randint(severity, draws, device=device)
+    negative = torch.randint(2, draws, device=device)
     if depth < 1:
-        length = torch.randint(1, 4, (width * count,), device=device)
+        length = torch.randint(1, 4, (width * n,), device=device)
         op = torch.where(torch.arange(3, device=device).view(-1, 1) < length, op, IDENTITY)
     chains = (images.expand(width, *images.shape) * 255).flatten(0, 1)
     for step in zip(op, strength, negative):
         chains = apply_ops(chains, table, *step, mode="bilinear")
-    weights = torch.empty(width, count, 1, 1, 1, device=device).exponential_()
+    weights = torch.empty(width, n, 1, 1, 1, device=device).exponential_()
     weights /= weights.sum(0)  # now Dirichlet(1, …, 1)
     mixed = chains.view(width, *images.shape).mul_(weights / 255).sum(0)
-    beta = torch.rand(count, 1, 1, 1, device=device)  # Beta(1, 1)
+    beta = torch.rand(n, 1, 1, 1, device=device)  # Beta(1, 1)
     return torch.lerp(images, mixed, beta).clamp_(0, 1)  # rounding alone can leave [0, 1]
 
 
 # The 25 sub-policies of AutoAugment for CIFAR-10: (operation, probability, strength of 0-9), twice.
 AUTO_AUGMENT_CIFAR10 = """
-Invert .1 0 Contrast .2 6 / Rotate .7 2 TranslateX .3 9 / Sharpness .8 1 Sharpness .9 3 / ShearY .5 8 TranslateY .7 9 /
-AutoContrast .5 0 Equalize .9 0 / ShearY .2 7 Posterize .3 7 / Color .4 3 Brightness .6 7 /
-Sharpness .3 9 Brightness .7 9 / Equalize .6 0 Equalize .5 0 / Contrast .6 7 Sharpness .6 5 /
-Color .7 7 TranslateX .5 8 / Equalize .3 0 AutoContrast .4 0 / TranslateY .4 3 Sharpness .2 6 /
-Brightness .9 6 Color .2 8 / Solarize .5 2 Invert 0 0 / Equalize .2 0 AutoContrast .6 0 /
-Equalize .2 0 Equalize .6 0 / Color .9 9 Equalize .6 0 /
-AutoContrast .8 0 Solarize .2 8 / Brightness .1 3 Color .7 0 /
-Solarize .4 5 AutoContrast .9 0 / TranslateY .9 9 TranslateY .7 9 / AutoContrast .9 0 Solarize .8 3 /
-Equalize .8 0 Invert .1 0 / TranslateY .7 9 AutoContrast .9 0"""
+Invert .1 0 Contrast .2 6 / Rotate .7 2 TranslateX .3 9 / Sharpness .8 1 Sharpness .9 3 /
+ShearY .5 8 TranslateY .7 9 / AutoContrast .5 0 Equalize .9 0 / ShearY .2 7 Posterize .3 7 /
+Color .4 3 Brightness .6 7 / Sharpness .3 9 Brightness .7 9 / Equalize .6 0 Equalize .5 0 /
+Contrast .6 7 Sharpness .6 5 / Color .7 7 TranslateX .5 8 / Equalize .3 0 AutoContrast .4 0 /
+TranslateY .4 3 Sharpness .2 6 / Brightness .9 6 Color .2 8 / Solarize .5 2 Invert 0 0 /
+Equalize .2 0 AutoContrast .6 0 / Equalize .2 0 Equalize .6 0 / Color .9 9 Equalize .6 0 /
+AutoContrast .8 0 Solarize .2 8 / Brightness .1 3 Color .7 0 / Solarize .4 5 AutoContrast .9 0 /
+TranslateY .9 9 TranslateY .7 9 / AutoContrast .9 0 Solarize .8 3 / Equalize .8 0 Invert .1 0 /
+TranslateY .7 9 AutoContrast .9 0"""
 
 
 def auto_augment(images):
-    """AutoAugment with its CIFAR-10 policy: a sub-policy for each image, its two operations applied with their chances.
+    """AutoAugment with its CIFAR-10 policy: for each image two operations of a sub-policy, by their chances.
 
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
-    count, device = len(images), images.device
+    n = len(images)
+    device = images.device
     table = op_table(10, *images.shape[2:], device)
     ops, probabilities, strengths = auto_augment_policy(device)
-    policy = torch.randint(len(ops), (count,), device=device)
+    policy = torch.randint(len(ops), (n,), device=device)
     images = images * 255
     for turn in (0, 1):
-        active = torch.rand(count, device=device) < probabilities[policy, turn]
+        active = torch.rand(n, device=device) < probabilities[policy, turn]
         op = torch.where(active, ops[policy, turn], IDENTITY)
-        images = apply_ops(images, table, op, strengths[policy, turn], _coins(count, device))
+        images = apply_ops(images, table, op, strengths[policy, turn], _coins(n, device))
     return images.div_(255)
 
 
 @functools.cache
 def auto_augment_policy(device):
-    """The CIFAR-10 policy as tensors on `device`: operation int64, probability float, strength int64, each [25, 2]."""
+    """The CIFAR-10 policy: operation int64, probability float32, strength int64, each [25, 2] on `device`."""
     words = np.array([policy.split() for policy in AUTO_AUGMENT_CIFAR10.split("/")])
-    op = torch.tensor([[OPS.index(name) for name in names] for names in words[:, [0, 3]]])
-    probability, strength = np.float32(words[:, [1, 4]]), np.int64(words[:, [2, 5]])
-    return op.to(device), torch.from_numpy(probability).to(device), torch.from_numpy(strength).to(device)
+    op = [[OPS.index(name) for name in names] for names in words[:, [0, 3]]]
+    probability = np.float32(words[:, [1, 4]])
+    strength = np.int64(words[:, [2, 5]])
+    return tuple(torch.tensor(part, device=device) for part in (op, probability, strength))
 
 
 def crop_flip(images, padding=4, mode="zero", size=None):
-    """Random crop from the image padded by `padding` pixels ("zero" or "reflect"), and a flip with probability 1/2.
+    """Random crop from the image padded by `padding` pixels, and a flip with probability 1/2.
 
-    padding: 0 where nothing is padded. size: to which longer sides of photographs are cropped; None: none is.
+    mode: of padding, "zero" or "reflect". size: sides that are longer are cropped to it; None: none is.
     images: float [B, 3, H, W]; returns float [B, 3, min(H, size), min(W, size)].
     """
     check_images(images)
-    count, (height, width) = len(images), [min(side, size or side) for side in images.shape[2:]]
+    height, width = (min(side, size or side) for side in images.shape[2:])
     if padding:
         images = F.pad(images, (padding,) * 4, mode="constant" if mode == "zero" else mode)
     windows = images.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, 3, tops, lefts, height, width]
     if windows.shape[2:4] != (1, 1):
-        top, left = (torch.randint(n, (count,), device=images.device) for n in windows.shape[2:4])
-        images = windows[torch.arange(count, device=images.device), :, top, left]
-    flip = torch.rand(count, 1, 1, 1, device=images.device) < 0.5
+        top = torch.randint(windows.shape[2], images.shape[:1], device=images.device)
+        left = torch.randint(windows.shape[3], images.shape[:1], device=images.device)
+        images = windows[torch.arange(len(images), device=images.device), :, top, left]
+    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
     return torch.where(flip, images.flip(3), images)
 
 
@@ -1053,44 +1137,48 @@ def _boxes(images, tallest, widest, scale, ratio):
     """
     area = torch.empty(len(images), 10, device=images.device).uniform_(*scale) * images[0, 0].numel()
     aspect = torch.empty_like(area).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
-    h, w = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
+    h = (area / aspect).sqrt().round()
+    w = (area * aspect).sqrt().round()
     fits = (h >= 1) & (h <= tallest) & (w >= 1) & (w <= widest)
     first = fits.int().argmax(1, keepdim=True)
     return h.gather(1, first), w.gather(1, first), fits.any(1, keepdim=True)
 
 
 def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
-    """Random resized crop: a box of `scale` of the area and `ratio` width to height, resized to size × size pixels.
+    """Random resized crop: a box of `scale` of the area and `ratio` width to height, resized to size × size.
 
-    Where no box fits it is the whole image. Bilinear, no antialiasing, for boxes that are not much larger than `size`.
+    Where no box fits it is the whole image. Bilinear without antialiasing: boxes should not be much larger
+    than `size`.
     images: float [B, 3, H, W]; returns float [B, 3, size, size].
     """
     check_images(images)
     height, width = images.shape[2:]
     h, w, fits = _boxes(images, height, width, scale, ratio)
-    h, w = h.where(fits, height), w.where(fits, width)
+    h = h.where(fits, height)
+    w = w.where(fits, width)
     top = (torch.rand_like(h) * (height - h + 1)).floor()
     left = (torch.rand_like(w) * (width - w + 1)).floor()
     return _resized_crop(images, top, left, h, w, size)
 
 
 def _resized_crop(images, top, left, height, width, size):
-    """Cut the box [top, top + height) × [left, left + width) out of each image and resize it; all four are [B, 1]."""
+    """Cut the box [top, top + height) × [left, left + width) out of each image, resize it; all are [B, 1]."""
     step = (torch.arange(size, device=images.device) + 0.5) / size
 
     def coordinates(start, length, side):  # in pixels, within the box; then in grid_sample's units
         inside = (start + step * length - 0.5).clamp(min=start, max=start + length - 1)
         return (2 * inside + 1) / side - 1
 
-    y, x = coordinates(top, height, images.shape[2]), coordinates(left, width, images.shape[3])
+    y = coordinates(top, height, images.shape[2])
+    x = coordinates(left, width, images.shape[3])
     grid = torch.stack(torch.broadcast_tensors(x.unsqueeze(1), y.unsqueeze(2)), -1)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2):
-    """Colour jitter: factors uniform in [1 - s, 1 + s] for each image, hue turned by up to ± `hue` of a full turn.
+    """Colour jitter: for each image factors uniform in [1 - s, 1 + s], hue turned by ± `hue` of a full turn.
 
-    The order of the four is drawn for the whole batch, on the host: torch.compile cannot take it into one graph.
+    The order of the four is drawn once for the batch, on the host: torch.compile breaks the graph there.
     images: float [B, 3, H, W] in [0, 1]; returns the same.
     """
     check_images(images)
@@ -1102,7 +1190,8 @@ def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2):
         if step == 0:
             images = images * uniform(1 - brightness, 1 + brightness)
         elif step == 1:
-            images = torch.lerp(_gray(images).mean((2, 3), keepdim=True), images, uniform(1 - contrast, 1 + contrast))
+            mean = _gray(images).mean((2, 3), keepdim=True)
+            images = torch.lerp(mean, images, uniform(1 - contrast, 1 + contrast))
         elif step == 2:
             images = torch.lerp(_gray(images), images, uniform(1 - saturation, 1 + saturation))
         else:
@@ -1114,7 +1203,8 @@ def color_jitter(images, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.2):
 def _turn_hue(images, turn):
     """Add `turn` [B, 1, 1, 1], 1 being a full turn, to the hue of images [B, 3, H, W] in [0, 1]."""
     red, green, blue = images.unbind(1)
-    high, low = images.amax(1), images.amin(1)
+    high = images.amax(1)
+    low = images.amin(1)
     chroma = high - low
     safe = chroma.where(chroma > 0, 1.0)
     sector = torch.where(high == green, 2 + (blue - red) / safe, 4 + (red - green) / safe)
@@ -1136,7 +1226,7 @@ def cutout(images, size):
 
 
 def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)):
-    """Random erasing: with `probability` a black box in the image, of `scale` of its area and `ratio` height to width.
+    """Random erasing: with `probability` a black box of `scale` of the area and `ratio` height to width.
 
     Where no box fits the image stays as it is. images: float [B, 3, H, W]; returns the same.
     """
@@ -1144,14 +1234,15 @@ def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)
     height, width = images.shape[2:]
     h, w, fits = _boxes(images, height - 1, width - 1, scale, (1 / ratio[1], 1 / ratio[0]))
     chosen = fits & (torch.rand_like(h) < probability)
-    h, w = h.where(chosen, 0).view(-1, 1, 1, 1), w.where(chosen, 0).view(-1, 1, 1, 1)
+    h = h.where(chosen, 0).view(-1, 1, 1, 1)
+    w = w.where(chosen, 0).view(-1, 1, 1, 1)
     top = (torch.rand_like(h) * (height - h + 1)).floor()
     left = (torch.rand_like(w) * (width - w + 1)).floor()
     return _black_box(images, top, left, h, w)
 
 
 def _black_box(images, top, left, height, width):
-    """Zero the box [top, top + height) × [left, left + width) of each image; all four broadcast to [B, 1, 1, 1]."""
+    """Zero the box [top, top + height) × [left, left + width) of each image; all are [B, 1, 1, 1] or int."""
     y = torch.arange(images.shape[2], device=images.device).view(-1, 1)
     x = torch.arange(images.shape[3], device=images.device)
     box = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
@@ -1165,13 +1256,17 @@ class Classifier(nn.Module):
     """Every architecture here: normalise, stem, blocks at falling resolution, head.
 
     model(x) takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C];
-    model(x, features=True) gives (logits, [output of the stem, of block 1, of block 2, …]), each [B, K, H', W'].
-    All are float32. amp: between them it computes in bfloat16 (autocast), but for weights and BatchNorm's statistics.
+    model(x, features=True) gives (logits, [output of the stem, of block 1, …]), outputs [B, K, H', W'].
+    All are float32. amp: compute in bfloat16 between them (autocast); weights and BatchNorm's statistics stay
+    float32.
     """
 
     def __init__(self, stem, blocks, head, mean=(0, 0, 0), std=(1, 1, 1), amp=False):
         super().__init__()
-        self.stem, self.blocks, self.head, self.amp = stem, nn.ModuleList(blocks), head, amp
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.head = head
+        self.amp = amp
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
 
@@ -1187,12 +1282,14 @@ class Classifier(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """BN-ReLU-conv twice (He et al. 2016), the block of PreActResNet and Wide ResNet; dropout between the two."""
+    """BN-ReLU-conv twice (He et al. 2016) with dropout between them, of PreActResNet and Wide ResNet."""
 
     def __init__(self, inputs, outputs, stride, dropout=0.0):
         super().__init__()
-        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn2, self.conv2 = nn.BatchNorm2d(outputs), nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
         self.dropout = nn.Dropout(dropout)
         same = stride == 1 and inputs == outputs
         self.shortcut = None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
@@ -1248,19 +1345,57 @@ class InceptionResidual(nn.Module):
 
     def __init__(self, channels, inner, scale, *branches, relu=True):
         super().__init__()
-        self.branches, self.conv = Parallel(*branches), nn.Conv2d(inner, channels, 1)
-        self.scale, self.relu = scale, nn.ReLU(inplace=True) if relu else nn.Identity()
+        self.branches = Parallel(*branches)
+        self.conv = nn.Conv2d(inner, channels, 1)
+        self.scale = scale
+        self.relu = nn.ReLU(inplace=True) if relu else nn.Identity()
 
     def forward(self, x):
         return self.relu(x + self.scale * self.conv(self.branches(x)))
 
 
-def inception_resnet_v2():
-    """Stem and three blocks of Inception-ResNet-v2 (Szegedy et al. 2017), for images from 75 pixels up."""
+def per_stage(arch, others):
+    """How many blocks of two layers each of three stages has, where there are `others` more layers."""
+    n, rest = divmod(int(re.search("[0-9]+", arch)[0]) - others, 6)
+    if n < 1 or rest:
+        raise UsageError(f"--arch: unknown {arch!r}; D is {6 + others}, {12 + others}, {18 + others}, …")
+    return n
+
+
+def wide_resnet(arch, num_classes, dropout, **_):
+    n = per_stage(arch, 4)
+    k = int(arch.split("-")[2])
+    blocks = stages(functools.partial(PreActBlock, dropout=dropout), (16, 16 * k, 32 * k, 64 * k), (n, n, n))
+    head = pooled(nn.BatchNorm2d(64 * k), nn.ReLU(), classifier=nn.Linear(64 * k, num_classes))
+    return conv_stem(16), blocks, head
+
+
+def cifar_resnet(arch, num_classes, **_):
+    n = per_stage(arch, 2)
+    widths = (32, 64, 128, 256) if arch.endswith("x4") else (16, 16, 32, 64)
+    stem = conv_stem(widths[0], nn.BatchNorm2d(widths[0]), nn.ReLU())
+    head = pooled(classifier=nn.Linear(widths[-1], num_classes))
+    return stem, stages(basic_block, widths, (n, n, n)), head
+
+
+def preact_resnet(arch, num_classes, **_):
+    widths = (64, 64, 128, 256, 512)
+    depths = (2, 2, 2, 2)
+    if arch == "preact_resnet34":  # that of GJS's code, which NRD's tables compare
+        widths = (32, 32, 64, 128)
+        depths = (5, 5, 5)
+    stem = conv_stem(widths[0])
+    blocks = stages(PreActBlock, widths, depths)
+    head = pooled(nn.BatchNorm2d(widths[-1]), nn.ReLU(), classifier=nn.Linear(widths[-1], num_classes))
+    return stem, blocks, head
+
+
+def inception_resnet_v2(arch, num_classes, **_):
+    """Inception-ResNet-v2 (Szegedy et al. 2017), for images from 75 pixels up."""
     from torchvision.models.inception import BasicConv2d
 
     def chain(inputs, *units):
-        """Convolutions with BatchNorm and ReLU: (outputs, kernel), padded, or (outputs, kernel, stride), not padded."""
+        """Convolution, BatchNorm, ReLU: (outputs, kernel), padded, or (outputs, kernel, stride), unpadded."""
         layers = []
         for outputs, kernel, *stride in units:
             how = {"stride": stride[0]} if stride else {"padding": "same"}
@@ -1284,32 +1419,78 @@ def inception_resnet_v2():
     stem = nn.Sequential(
         chain(3, (32, 3, 2), (32, 3, 1), (64, 3)), nn.MaxPool2d(3, 2), chain(64, (80, 1), (192, 3, 1)),
         nn.MaxPool2d(3, 2),
-        Parallel(chain(192, (96, 1)), chain(192, (48, 1), (64, 5)), chain(192, (64, 1), (96, 3), (96, 3)), average),
+        Parallel(
+            chain(192, (96, 1)), chain(192, (48, 1), (64, 5)), chain(192, (64, 1), (96, 3), (96, 3)), average
+        ),
     )  # fmt: skip
     longest = chain(320, (256, 1), (256, 3), (384, 3, 2))
     reduce_a = Parallel(chain(320, (384, 3, 2)), longest, nn.MaxPool2d(3, 2))
     longest = chain(1088, (256, 1), (288, 3), (320, 3, 2))
     others = chain(1088, (256, 1), (384, 3, 2)), chain(1088, (256, 1), (288, 3, 2))
     reduce_b = Parallel(*others, longest, nn.MaxPool2d(3, 2))
-    return stem, [
+    blocks = [
         nn.Sequential(*(block35() for _ in range(10))),
         nn.Sequential(reduce_a, *(block17() for _ in range(20))),
-        nn.Sequential(reduce_b, *(block8() for _ in range(9)), block8(1.0, relu=False), chain(2080, (1536, 1))),
+        nn.Sequential(
+            reduce_b, *(block8() for _ in range(9)), block8(1.0, relu=False), chain(2080, (1536, 1))
+        ),
     ]
+    return stem, blocks, pooled(classifier=nn.Linear(1536, num_classes))
 
 
-def library_model(arch, num_classes, pretrained, **options):
-    """torchvision's model; pretrained: with its ImageNet weights (V1), but for a classifier of another size."""
-    import torchvision
+def shufflenet(arch, num_classes, image_size, **_):
+    from torchvision.models import get_model
 
-    net = torchvision.models.get_model(arch, num_classes=num_classes, **options)
-    if pretrained:
-        with torch.random.fork_rng(devices=[]):  # the initial weights that it draws are replaced at once
-            source = torchvision.models.get_model(arch, weights="IMAGENET1K_V1").state_dict()
-        state = net.state_dict()
-        state |= {key: tensor for key, tensor in source.items() if tensor.shape == state[key].shape}
-        net.load_state_dict(state)
-    return net
+    net = get_model("shufflenet_v2_x1_0", num_classes=num_classes)
+    stem = nn.Sequential(net.conv1, net.maxpool)
+    if image_size < 128:
+        stem = net.conv1
+        stem[0].stride = (1, 1)
+    return stem, [net.stage2, net.stage3, nn.Sequential(net.stage4, net.conv5)], pooled(classifier=net.fc)
+
+
+def torchvision_resnet(net, large):
+    after = (net.bn1, net.relu)
+    stem = nn.Sequential(net.conv1, *after, net.maxpool) if large else conv_stem(64, *after)
+    return stem, [net.layer1, net.layer2, net.layer3, net.layer4], pooled(classifier=net.fc)
+
+
+def mobilenet(net, large):
+    layers = list(net.features)
+    if not large:
+        layers[0][0].stride = layers[2].conv[1][0].stride = (1, 1)
+    net.classifier[0].p = 0.0  # dropout
+    blocks = [nn.Sequential(*layers[a:b]) for a, b in ((1, 4), (4, 7), (7, 14), (14, 19))]
+    return layers[0], blocks, pooled(classifier=net.classifier)
+
+
+def densenet(net, large):
+    f = net.features
+    stem = nn.Sequential(f.conv0, f.norm0, f.relu0, f.pool0) if large else conv_stem(64, f.norm0, nn.ReLU())
+    blocks = [f.denseblock1, nn.Sequential(f.transition1, f.denseblock2)]
+    blocks += [nn.Sequential(f.transition2, f.denseblock3), nn.Sequential(f.transition3, f.denseblock4)]
+    return stem, blocks, pooled(f.norm5, nn.ReLU(), classifier=net.classifier)
+
+
+# A row is an architecture: its name, and what gives its stem, its blocks and its head.
+ARCHITECTURES = {  # function(arch, num_classes, dropout=…, image_size=…); D and K stand for numbers
+    "wrn-D-K": wide_resnet,
+    "resnetD": cifar_resnet,
+    "resnetDx4": cifar_resnet,
+    "preact_resnet18": preact_resnet,
+    "preact_resnet34": preact_resnet,
+    "inception_resnet_v2": inception_resnet_v2,
+    "shufflenet_v2": shufflenet,
+}
+TORCHVISION = {  # function(torchvision's network, whether images have 128 pixels or more); may be pretrained
+    "resnet18": torchvision_resnet,
+    "resnet34": torchvision_resnet,
+    "resnet50": torchvision_resnet,
+    "resnet101": torchvision_resnet,
+    "mobilenet_v2": mobilenet,
+    "densenet121": densenet,
+    "densenet169": densenet,
+}
 
 
 def build_model(
@@ -1317,76 +1498,46 @@ def build_model(
 ):
     """A Classifier, randomly initialised, in channels_last memory format.
 
-    Convolutions are initialised by Kaiming's normal distribution with fan-out (He et al. 2015), those of PreActResNets
-    as PyTorch does: GJS's and NRD's code leaves preact_resnet34 so, and the public code of preact_resnet18 does too.
+    Convolutions are initialised by Kaiming's normal distribution with fan-out (He et al. 2015), those of
+    PreActResNets as PyTorch does: GJS's and NRD's code leaves preact_resnet34 so, and the public code of
+    preact_resnet18 does too.
 
-    arch: wrn-D-K (any depth D = 6n + 4, width K), resnetD and resnetDx4 (D = 6n + 2; widths 16-32-64 and 64-128-256),
-        preact_resnet18|34, torchvision's resnet18|34|50|101, mobilenet_v2, shufflenet_v2 and densenet121|169, and
-        inception_resnet_v2.
+    arch: a name of ARCHITECTURES (wrn-D-K has D = 6n + 4, resnetD and resnetDx4 have D = 6n + 2 and widths
+        16-32-64 and 64-128-256) or of TORCHVISION.
     dropout: probability between a block's two convolutions, wrn only.
     mean, std: of each channel of the training images in [0, 1]; the default leaves the images as they are.
-    image_size: of the images in pixels, from 16 up, of inception_resnet_v2 from 75 up. Below 128 torchvision's
-        architectures take their CIFAR forms: 3×3 stem of stride 1, no max-pooling, mobilenet_v2's second downsampling
-        left out too.
-    pretrained: torchvision's ImageNet weights instead, for image_size from 128 up.
+    image_size: side of the images in pixels, 16 or more (inception_resnet_v2: 75 or more). Below 128
+        torchvision's architectures take their CIFAR forms: 3×3 stem of stride 1, no max-pooling,
+        mobilenet_v2's second downsampling left out too.
+    pretrained: torchvision's ImageNet weights (V1) instead, for image_size from 128 up; a classifier of
+        another number of classes stays random.
     amp: compute in bfloat16.
-    The model's `built_as` holds arch, num_classes, dropout and image_size, from which `load_model` builds it again.
-    Raises UsageError for an unknown arch, and for dropout or pretrained where the architecture has none.
+    The model's `built_as` holds arch, num_classes, dropout and image_size; `load_model` builds it again from
+    them. Raises UsageError for an unknown arch, and for dropout or pretrained where arch has none.
     """
-    wide = re.fullmatch(r"wrn-([0-9]+)-([0-9]+)", arch)
-    deep = re.fullmatch(r"resnet([0-9]+)(x4)?", arch)
     large = image_size >= 128
-    of_library = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "densenet121", "densenet169")
-    if dropout and not wide:
+    names = [name for name in ARCHITECTURES if re.fullmatch(re.sub("[DK]", "[1-9][0-9]*", name), arch)]
+    if dropout and not arch.startswith("wrn-"):
         raise UsageError(f"--dropout: {arch} has none; wrn-D-K has")
-    if pretrained and not (large and arch in of_library):
-        raise UsageError(f"--pretrained: {arch} at {image_size} pixels has none; {', '.join(of_library)} at 224 have")
-    if wide and int(wide[1]) >= 10 and int(wide[1]) % 6 == 4 and int(wide[2]) >= 1:
-        k, n = int(wide[2]), (int(wide[1]) - 4) // 6
-        blocks = stages(functools.partial(PreActBlock, dropout=dropout), (16, 16 * k, 32 * k, 64 * k), (n, n, n))
-        head = pooled(nn.BatchNorm2d(64 * k), nn.ReLU(), classifier=nn.Linear(64 * k, num_classes))
-        stem = conv_stem(16)
-    elif arch in ("preact_resnet18", "preact_resnet34"):
-        widths, depths = (64, 64, 128, 256, 512), (2, 2, 2, 2)
-        if arch == "preact_resnet34":  # that of GJS's code, which NRD's tables compare
-            widths, depths = (32, 32, 64, 128), (5, 5, 5)
-        stem, blocks = conv_stem(widths[0]), stages(PreActBlock, widths, depths)
-        head = pooled(nn.BatchNorm2d(widths[-1]), nn.ReLU(), classifier=nn.Linear(widths[-1], num_classes))
-    elif arch in ("resnet18", "resnet34", "resnet50", "resnet101"):
-        net = library_model(arch, num_classes, pretrained)
-        stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool) if large else conv_stem(64, net.bn1, net.relu)
-        blocks, head = [net.layer1, net.layer2, net.layer3, net.layer4], pooled(classifier=net.fc)
-    elif deep and int(deep[1]) >= 8 and int(deep[1]) % 6 == 2:
-        n, widths = (int(deep[1]) - 2) // 6, (32, 64, 128, 256) if deep[2] else (16, 16, 32, 64)
-        stem = conv_stem(widths[0], nn.BatchNorm2d(widths[0]), nn.ReLU())
-        head = pooled(classifier=nn.Linear(widths[-1], num_classes))
-        blocks = stages(basic_block, widths, (n, n, n))
-    elif arch == "mobilenet_v2":
-        net = library_model(arch, num_classes, pretrained, dropout=0.0)
-        layers = list(net.features)
-        if not large:
-            layers[0][0].stride = layers[2].conv[1][0].stride = (1, 1)
-        stem, head = layers[0], pooled(classifier=net.classifier)
-        blocks = [nn.Sequential(*layers[a:b]) for a, b in ((1, 4), (4, 7), (7, 14), (14, 19))]
-    elif arch == "shufflenet_v2":
-        net = library_model("shufflenet_v2_x1_0", num_classes, pretrained)
-        if not large:
-            net.conv1[0].stride = (1, 1)
-        stem, head = nn.Sequential(net.conv1, net.maxpool) if large else net.conv1, pooled(classifier=net.fc)
-        blocks = [net.stage2, net.stage3, nn.Sequential(net.stage4, net.conv5)]
-    elif arch in ("densenet121", "densenet169"):
-        net = library_model(arch, num_classes, pretrained)
-        f = net.features
-        stem = nn.Sequential(f.conv0, f.norm0, f.relu0, f.pool0) if large else conv_stem(64, f.norm0, nn.ReLU())
-        blocks = [f.denseblock1, nn.Sequential(f.transition1, f.denseblock2)]
-        blocks += [nn.Sequential(f.transition2, f.denseblock3), nn.Sequential(f.transition3, f.denseblock4)]
-        head = pooled(f.norm5, nn.ReLU(), classifier=net.classifier)
-    elif arch == "inception_resnet_v2":
-        stem, blocks = inception_resnet_v2()
-        head = pooled(classifier=nn.Linear(1536, num_classes))
+    if pretrained and not (large and arch in TORCHVISION):
+        have = ", ".join(TORCHVISION)
+        raise UsageError(f"--pretrained: {arch} at {image_size} pixels has none; {have} at 224 have")
+    if arch in TORCHVISION:
+        from torchvision.models import get_model
+
+        net = get_model(arch, num_classes=num_classes)
+        if pretrained:
+            with torch.random.fork_rng(devices=[]):  # the initial weights that it draws are replaced at once
+                source = get_model(arch, weights="IMAGENET1K_V1").state_dict()
+            state = net.state_dict()
+            state |= {key: tensor for key, tensor in source.items() if tensor.shape == state[key].shape}
+            net.load_state_dict(state)
+        stem, blocks, head = TORCHVISION[arch](net, large)
+    elif names:
+        make = ARCHITECTURES[names[0]]
+        stem, blocks, head = make(arch, num_classes, dropout=dropout, image_size=image_size)
     else:
-        known = "wrn-D-K, resnetD and resnetDx4 of CIFAR, preact_resnet18, preact_resnet34, shufflenet_v2"
-        raise UsageError(f"--arch: unknown {arch!r}; known are {known}, {', '.join(of_library)}, inception_resnet_v2")
+        raise UsageError(f"--arch: unknown {arch!r}; known are {', '.join([*ARCHITECTURES, *TORCHVISION])}")
     model = Classifier(stem, blocks, head, mean, std, amp)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and not (pretrained or arch.startswith("preact_resnet")):
@@ -1395,35 +1546,45 @@ def build_model(
     return model.to(memory_format=torch.channels_last)
 
 
-EVAL_BATCH = {"cpu": 125, "cuda": 500}  # images a forward pass: on a CPU, outputs of layers that stay in its caches
+EVAL_BATCH = {"cpu": 125, "cuda": 500}  # images per forward pass; on a CPU outputs stay in its caches
 
 
 def evenly_split(rows, batch_size):
     """Cut index tensor rows [N] into batches of nearly equal size, at most batch_size."""
-    count = math.ceil(len(rows) / batch_size)
-    return [rows[i::count] for i in range(count)]  # from all over: a batch stands for a file that is sorted by class
+    batches = math.ceil(len(rows) / batch_size)
+    return [
+        rows[i::batches] for i in range(batches)
+    ]  # from all over: each stands for a file that is sorted by class
 
 
 @torch.no_grad()
 def predict(model, images, batch_size=None):
-    """Logits float32 [N, C], on the model's device, of uint8 images [N, 3, H, W]; the model is in evaluation mode.
+    """Logits float32 [N, C] on the model's device of uint8 images [N, 3, H, W], in evaluation mode.
 
     batch_size: None takes that of EVAL_BATCH. Under torchrun every process has the logits of the first.
-    Raises UsageError where the model gives something else than logits.
+    Raises UsageError where the model gives something else than logits, and where it gives NaN.
     """
     assert images.dtype == torch.uint8, f"images are {images.dtype}, not uint8"
     device = next(model.parameters(), images).device  # a module of other people may have no parameters
-    training, logits = model.training, None
+    name = type(model).__name__
+    training = model.training
+    logits = None
     model.eval()
-    for rows in evenly_split(torch.arange(len(images), device=images.device), batch_size or EVAL_BATCH[device.type]):
-        part = model(to_float(images[rows].to(device)))
-        if not torch.is_tensor(part) or part.dim() != 2:
-            raise UsageError(f"{type(model).__name__} gives a {type(part).__name__}; it must give logits [B, C] alone")
-        logits = part.new_empty(len(images), part.shape[1]) if logits is None else logits
-        logits[rows.to(device)] = part
+    order = torch.arange(len(images), device=images.device)
+    for rows in evenly_split(order, batch_size or EVAL_BATCH[device.type]):
+        output = model(to_float(images[rows].to(device)))
+        if not torch.is_tensor(output) or output.dim() != 2:
+            raise UsageError(f"{name} gives a {type(output).__name__}; it must give logits [B, C] alone")
+        logits = output.new_empty(len(images), output.shape[1]) if logits is None else logits
+        logits[rows.to(device)] = output
     model.train(training)
     if world_size() > 1:
         dist.broadcast(logits, 0)
+    undefined = int(logits.isnan().any(1).sum())
+    if undefined:
+        finite = all(values.isfinite().all() for values in model.state_dict().values())
+        if finite or not training:  # that weights diverge in training, Run.end_epoch tells
+            raise UsageError(f"{name} gives NaN for {undefined:,} of {len(images):,} images")
     return logits
 
 
@@ -1435,8 +1596,9 @@ def accuracy(scores, labels, k=1):
 
 
 def test_accuracies(model, data):
-    """{"test_acc": …}; with more than ten classes "test_top5" too; for webvision both on ILSVRC12, "imagenet_…"."""
-    metrics, tests = {}, {"test": (data.test_images, data.test_labels), "imagenet": data.imagenet}
+    """{"test_acc": …}; of more than ten classes "test_top5" too; of webvision both as "imagenet_…" too."""
+    metrics = {}
+    tests = {"test": (data.test_images, data.test_labels), "imagenet": data.imagenet}
     for name, test in tests.items():
         if test:
             logits = predict(model, test[0])
@@ -1447,30 +1609,34 @@ def test_accuracies(model, data):
 
 
 def label_accuracies(predicted, noisy, true):
-    """How an epoch's predictions agree with the labels, in percent; None where there is no such sample.
+    """How the predictions of an epoch agree with the labels, in percent; None where there is no such sample.
 
-    predicted: int64 [N], the class predicted for each training sample (-1: not seen). noisy, true: int64 [N].
-    train_acc_right: rightly labelled samples given their label. train_acc_wrong: wrongly labelled samples given their
-    wrong label, which is memorisation. train_acc_wrong_true: wrongly labelled samples given their true class.
+    predicted: int64 [N], the class predicted for each training sample (-1: not seen). noisy, true: int64 [N],
+    the labels that are trained on and those of data.true_labels.
+    train_acc_right: rightly labelled samples given their label. train_acc_wrong: wrongly labelled samples
+    given their wrong label, which is memorisation. train_acc_wrong_true: wrongly labelled samples given their
+    true class.
     """
     if world_size() > 1:
         dist.all_reduce(predicted, dist.ReduceOp.MAX)
-    seen, wrong = predicted >= 0, noisy != true
+    seen = predicted >= 0
+    wrong = noisy != true
 
-    def share(hit, among):
+    def percent(hit, among):
         return 100 * hit[among].float().mean().item() if among.any() else None
 
     return {
-        "train_acc_right": share(predicted == noisy, seen & ~wrong),
-        "train_acc_wrong": share(predicted == noisy, seen & wrong),
-        "train_acc_wrong_true": share(predicted == true, seen & wrong),
+        "train_acc_right": percent(predicted == noisy, seen & ~wrong),
+        "train_acc_wrong": percent(predicted == noisy, seen & wrong),
+        "train_acc_wrong_true": percent(predicted == true, seen & wrong),
     }
 
 
 def calibration(probabilities, labels, bins=15):
-    """Reliability (Guo et al. 2017): ECE in [0, 1], then each bin's accuracy, confidence and share of samples.
+    """Reliability (Guo et al. 2017): ECE in [0, 1]; accuracy, confidence and share of samples of each bin.
 
-    probabilities: [N, C]; labels: int64 [N]. Equal-width bins; the three lists are of length `bins`, empty bins 0.
+    probabilities: [N, C]; labels: int64 [N]. Bins are of equal width. The three lists are of length `bins`,
+    and 0 where a bin is empty.
     """
     sums = probabilities.sum(1)
     assert torch.allclose(sums, torch.ones_like(sums), atol=1e-3), "rows must sum to 1; are these logits?"
@@ -1505,20 +1671,39 @@ def atomic_write(path):
 
 
 def read_weights_only(path, flag):
-    """What torch.save wrote to `path`, tensors on the CPU, without executing pickled code. Raises UsageError."""
-    if not Path(path).is_file():
+    """What torch.save, or safetensors, wrote to `path`: tensors on the CPU, without executing pickled code.
+
+    path: a file, or a run folder, whose checkpoint.pt is read. Raises UsageError for what cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "checkpoint.pt"
+    if not path.is_file():
         raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints")
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
+    except ImportError:
+        raise UsageError(f"{flag}: {path} needs the package; pip install safetensors") from None
+    except Exception as error:  # whatever a damaged file, or one of another kind, makes the reader raise
         name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        why = f"is damaged or no checkpoint ({type(error).__name__})"
         if name:
             alone = f'torch.save(torch.load("{path}", weights_only=False)["model"], "weights.pt")'
-            raise UsageError(
-                f"{flag}: {path} holds {name[1]} beside tensors, and to read that may run foreign code; if you trust "
-                f'the file, save its weights alone: {alone}; of a whole module .state_dict() in place of ["model"]'
-            ) from None
-        raise UsageError(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})") from None
+            why = (
+                f"holds {name[1]} beside tensors, and to read that may run other people's code; if you trust "
+                f"the file, save its weights alone: {alone}; "
+                'of a whole module .state_dict() in place of ["model"]'
+            )
+        elif "TorchScript" in str(error):
+            alone = f'torch.save(torch.jit.load("{path}").state_dict(), "weights.pt")'
+            why = f"is a TorchScript archive; save its weights alone: {alone}"
+        elif path.suffix == ".onnx":
+            why = "is an ONNX model; save the state_dict of the module that it was made from by torch.save"
+        raise UsageError(f"{flag}: {path} {why}") from None
 
 
 def load_checkpoint(path, flag="checkpoint"):
@@ -1552,75 +1737,109 @@ def load_model(checkpoint, part="model", device="cpu", amp=False):
 
 
 def public_state(path, flag):
-    """The state_dict in a file of other people's, without the prefixes that DataParallel and others put before names.
+    """The state_dict in other people's file, without prefixes such as DataParallel's in its names.
 
-    It stands there alone or under "model", "state_dict", "net", "model_state_dict" or "student". Of a file with a
-    teacher too (names with "student." and "teacher."), the student's. Raises UsageError where there is none, and where
-    a tensor has a NaN or an infinity.
+    It stands there alone or under "model", "state_dict", "net", "model_state_dict" or "student". Of a file
+    with a teacher too (names with "student." and "teacher."), the student's. Raises UsageError where there is
+    none, and where a tensor has a NaN or an infinity.
     """
     state = read_weights_only(path, flag)
     keys = ("model", "state_dict", "net", "model_state_dict", "student")
     for key in keys:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(tensor) for tensor in state.values()):
+    tensors = state.values() if isinstance(state, dict) else []
+    if not tensors or not all(torch.is_tensor(tensor) for tensor in tensors):
         raise UsageError(f"{flag}: {path} has no state_dict, alone or under one of {', '.join(keys)}")
     for prefix in ("module.", "_orig_mod.", "student."):
-        inside = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        inside = {
+            name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
+        }
         state = inside or state
     for name, tensor in state.items():
         if not tensor.isfinite().all():
-            raise UsageError(f"{flag}: {path} has a NaN or an infinity in {name}; take weights of an earlier epoch")
+            raise UsageError(
+                f"{flag}: {path} has a NaN or an infinity in {name}; take weights of an earlier epoch"
+            )
     return state
 
 
 def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=False):
     """A Classifier with other people's weights, in evaluation mode. Its number of classes is the file's.
 
-    arch, image_size, dropout: as for build_model. mean, std: of the images in [0, 1] that the weights expect, where the
-    file has none of ours. Tensors are matched by their order; num_batches_tracked, which files from before torch 0.4.1
-    lack, is left out. Raises UsageError where `arch` has other tensors, or mean and std another scale.
+    arch, image_size, dropout: as for build_model. mean, std: of the images in [0, 1] that the weights expect,
+    where the file has none of ours. Tensors are matched by our names where the file has them, else by their
+    order; the tensors of .safetensors are sorted by name, and have none. num_batches_tracked, which files
+    from before torch 0.4.1 lack, is left out. Raises UsageError where `arch` has other tensors, or mean and
+    std another scale.
     """
     if max(*mean, *std) > 1 or min(std) <= 0:
-        raise UsageError(f"--mean, --std: {mean}, {std} are not of images in [0, 1]; divide those of 0 to 255 by 255")
-    state = public_state(path, flag)
-    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+        raise UsageError(
+            f"--mean, --std: {mean}, {std} are not of images in [0, 1]; divide those of 0 to 255 by 255"
+        )
+
+    def weights(state):
+        return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+
+    state = weights(public_state(path, flag))
+    with torch.device("meta"):
+        names = weights(build_model(arch, 1, dropout, image_size=image_size).state_dict())
+    names = [name for name in names if name in state or name not in ("mean", "std")]
+    if state.keys() == set(names):  # .safetensors are sorted by name
+        state = {name: state[name] for name in names}
     lengths = [len(tensor) for tensor in state.values() if tensor.dim() > 0] or [1]
     classes = lengths[-1]  # the classifier's bias comes last
     model = build_model(arch, classes, dropout, mean, std, image_size, amp=amp)
     own = model.state_dict()
-    names = [name for name in own if not name.endswith("num_batches_tracked")]
-    names = [name for name in names if name in state or name not in ("mean", "std")]
 
     def described(name, tensors):
         return f"{name} {list(tensors[name].shape)}" if name else "no tensor more"
 
     for name, theirs in itertools.zip_longest(names, state):
-        wanted, found = described(name, own), described(theirs, state)
-        if wanted.split(".")[-1] != found.split(".")[-1]:  # "weight [16, 3, 3, 3]", whatever its layer is called
+        wanted = described(name, own)
+        found = described(theirs, state)
+        # "weight [16, 3, 3, 3]", whatever its layer is called
+        if wanted.split(".")[-1] != found.split(".")[-1]:
             raise UsageError(f"{flag}: {path} is no {arch}: where that has {wanted}, the file has {found}")
     model.load_state_dict(own | dict(zip(names, state.values())))
     return model.eval()
 
 
 def load_module(text, flag, path=None):
-    """The nn.Module that NAME() gives, text being "FILE.py:NAME", with the state_dict in `path`, if there is one.
+    """The nn.Module that NAME() gives, in evaluation mode. text: FILE.py:NAME. path: of its weights, or None.
 
-    It takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. In evaluation mode. The file may import its
-    neighbours. Raises UsageError where there is no such file or name, and for weights of another module.
+    The module takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. The file may be part of a
+    package, and imports its neighbours before other modules of their names. Raises UsageError where there is
+    no such file or name, where an import fails, and for weights of another module.
     """
     file, _, name = text.rpartition(":")
-    if not Path(file).is_file():
+    here = Path(file).resolve()
+    if not here.is_file():
         raise UsageError(f"{flag}: {text} names no file; write FILE.py:NAME")
-    sys.path.insert(0, str(Path(file).resolve().parent))  # as for `python FILE.py`
-    make = runpy.run_path(file).get(name)
-    if not callable(make) or isinstance(make, nn.Module):
-        raise UsageError(f"{flag}: {file} has no function or class {name}")
+    root = here.parent
+    while (root / "__init__.py").exists():
+        root = root.parent
+    sys.path[:0] = [str(here.parent), str(root)]  # as for `python FILE.py`; for the package
+    aside = {}  # modules from elsewhere that have the name of a neighbour, such as our `common`
+    for neighbour in [*here.parent.glob("*.py"), *here.parent.glob("*/__init__.py")]:
+        key = neighbour.parent.name if neighbour.stem == "__init__" else neighbour.stem
+        if key in sys.modules and getattr(sys.modules[key], "__file__", None) != str(neighbour):
+            aside[key] = sys.modules.pop(key)
     try:
-        inspect.signature(make).bind()
-    except TypeError as error:  # missing a required argument: 'num_classes'
-        raise UsageError(f"{flag}: {text} is {error}; name a function that needs none and gives the module") from None
-    model = make()
+        dotted = ".".join(here.relative_to(root).with_suffix("").parts)  # "package.module"
+        make = runpy.run_path(file, run_name=dotted).get(name)
+        if not callable(make) or isinstance(make, nn.Module):
+            raise UsageError(f"{flag}: {file} has no function or class {name}")
+        try:
+            inspect.signature(make).bind()
+        except TypeError as error:  # missing a required argument: 'num_classes'
+            advice = "name a function that needs none and gives the module"
+            raise UsageError(f"{flag}: {text} is {error}; {advice}") from None
+        model = make()
+    except ImportError as error:
+        raise UsageError(f"{flag}: {text}: {error}") from None
+    finally:
+        sys.modules.update(aside)
     if not isinstance(model, nn.Module):
         raise UsageError(f"{flag}: {text} gives {type(model).__name__}, not an nn.Module")
     if path:
@@ -1628,7 +1847,8 @@ def load_module(text, flag, path=None):
         try:
             model.load_state_dict(state)
         except RuntimeError as error:  # names every tensor that is missing, left over or of another shape
-            raise UsageError(f"{flag}: {path} does not fit {text}: {textwrap.shorten(str(error), 300)}") from None
+            why = textwrap.shorten(str(error), 300)
+            raise UsageError(f"{flag}: {path} does not fit {text}: {why}") from None
     return model.eval()
 
 
@@ -1939,7 +2159,7 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
             teacher = load_model(checkpoint, "model", device, args.amp)
         elif args.teacher:
             path = args.teacher
-            mean, std = channel_stats(data.train_images)
+            mean, std = channel_stats(data)
             mean = args.mean or mean
             std = args.std or std
             teacher = load_public(path, "--teacher", arch, mean, std, data.image_size, dropout, args.amp)
@@ -1979,7 +2199,7 @@ def train_teacher(args, device, data, labels, seed, recipe):
     print("training a teacher first, or waiting for a process that does; it stays for later runs", flush=True)
     torch.manual_seed(seed)
     run = Run(args, device, data, wait=True)
-    stats = channel_stats(data.train_images) if args.normalize else ()
+    stats = channel_stats(data) if args.normalize else ()
     model = build_model(
         args.arch, len(data.classes), args.dropout, *stats, image_size=data.image_size, amp=args.amp
     ).to(device)

@@ -663,7 +663,7 @@ def load_foreign(path, args, device, load_dataset):
     if args.model:
         model = common.load_module(args.model, "--model", path)
     else:
-        mean, std = common.channel_stats(data.train_images)
+        mean, std = common.channel_stats(data)
         model = common.load_public(path, "CKPT", args.arch, args.mean or mean, args.std or std, data.image_size)
     logits = predict(model.to(device).requires_grad_(False), data.test_images[:100])
     if logits.shape[1] != len(data.classes):

@@ -193,6 +193,7 @@ def main(args):
         kept = imbalance(data.train_labels, args.imbalance, num_classes)
         images = data.train_images[kept.to(data.train_images.device)]
         data = data._replace(train_images=images, train_labels=data.train_labels[kept])
+        data = data._replace(true_labels=data.true_labels[kept])
     labels = common.noisy_labels(args, data, per_sample=True)
     count = {"one": 3, "dml": 2}.get(method, 1)  # of networks that learn
     nets = []

@@ -54,7 +54,7 @@ def main(args):
     data = common.load_data(args, device)
     num_classes, size = len(data.classes), data.image_size
     labels = common.noisy_labels(args, data, per_sample=True)
-    wrong = (labels != data.train_labels).float().mean().item()
+    wrong = (labels != data.true_labels).float().mean().item()
     print(f"{len(labels):,} training images, {100 * wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
     student = common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -96,7 +96,7 @@ def main(args):
             losses,
             lr=lr,
             **common.test_accuracies(student, data),
-            **common.label_accuracies(predicted, labels, data.train_labels),
+            **common.label_accuracies(predicted, labels, data.true_labels),
         )
     return run.finish()
 

@@ -107,7 +107,7 @@ def main(args):
         return show_source(args, data)
     num_classes = len(data.classes)
     labels = common.noisy_labels(args, data, per_sample=True)
-    stats = common.channel_stats(data.train_images)
+    stats = common.channel_stats(data)
     student = common.build_model(args.student_arch, num_classes, 0.0, *stats, data.image_size, amp=args.amp).to(device)
     optimizer = torch.optim.Adam(student.parameters(), args.lr, weight_decay=args.weight_decay)
     if args.schedule == "plateau":
@@ -333,7 +333,7 @@ def show_source(args, data):
 
     device = data.train_labels.device
     index = torch.arange(64, device=device) % len(data.train_labels)
-    mean, std = torch.tensor(common.channel_stats(data.train_images), device=device).view(2, 3, 1, 1)
+    mean, std = torch.tensor(common.channel_stats(data), device=device).view(2, 3, 1, 1)
     x = samples(args.source, index, data, mean, std).cpu().clamp(0, 1)
     x = F.pad(x, (1, 1, 1, 1), value=1)  # a gap between the samples
     sheet = x.unflatten(0, (8, 8)).permute(0, 3, 1, 4, 2)  # 8, H, 8, W, 3

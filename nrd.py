@@ -100,9 +100,9 @@ def main(args):
     data = common.load_data(args, device)
     num_classes, size = len(data.classes), data.image_size
     labels = common.noisy_labels(args, data)
-    wrong = (labels != data.train_labels).float().mean().item()
+    wrong = (labels != data.true_labels).float().mean().item()
     print(f"{len(labels):,} training images, {100 * wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
-    stats = common.channel_stats(data.train_images)
+    stats = common.channel_stats(data)
     model = common.build_model(args.arch, num_classes, 0.0, *stats, image_size=size, amp=args.amp).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)  # in training mode: BatchNorm normalises by the batch of its views
     decay = args.weight_decay
@@ -158,7 +158,7 @@ def main(args):
             lr=lr,
             **common.test_accuracies(model, data),
             ema_test_acc=accuracy(predict(ema, data.test_images), data.test_labels),
-            **common.label_accuracies(predicted, labels, data.train_labels),
+            **common.label_accuracies(predicted, labels, data.true_labels),
         )
         if run.epoch in args.keep:
             run.save(run.folder / f"checkpoint{run.epoch}.pt")

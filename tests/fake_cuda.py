@@ -88,7 +88,7 @@ def load_data(args, device):
     count, side = 1024, 64 if common.is_photographs(args.dataset) else 32
     images = torch.zeros(count, 3, side, side, dtype=torch.uint8, device=device)
     labels = torch.zeros(count, dtype=torch.int64, device=device)
-    return common.Dataset(images, labels, images[:, :, :32, :32], labels, common.SHAPES_CLASSES)
+    return common.Dataset(images, labels, images[:, :, :32, :32], labels, common.SHAPES_CLASSES, labels)
 
 
 def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
@@ -133,10 +133,9 @@ def fake_cuda():
         patch.setattr(common, "setup", lambda args: torch.device("cuda"))
         patch.setattr(common, "multiplies_bfloat16", lambda device: False)
         patch.setattr(common, "load_data", load_data)
-        patch.setattr(common.Dataset, "digest", "of nothing")
         patch.setattr(common, "load_teacher", load_teacher)
         patch.setattr(common, "corrupt_labels", lambda labels, *args, **kwargs: labels)
-        patch.setattr(common, "channel_stats", lambda images: ((0, 0, 0), (1, 1, 1)))
+        patch.setattr(common, "channel_stats", lambda data: ((0, 0, 0), (1, 1, 1)))
         patch.setattr(sys.modules["torch.optim.optimizer"], "_foreach_supported_types", [FakeTensor])
         patch.setattr(torch.nn.Module, "_apply", assign)
         patch.setattr(FakeTensor, "__deepcopy__", copied, raising=False)

@@ -181,7 +181,7 @@ def test_the_schedules_of_the_supplement(cli, monkeypatch, flags, arch, numbers,
     assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.9, False, 0)
     scheduler = told["scheduler"]
     assert (tuple(scheduler.milestones.elements()), scheduler.gamma) == (drops, gamma)
-    assert built == [(arch, 0.0, *common.channel_stats(data.train_images), args.dataset == "food101")] * 2
+    assert built == [(arch, 0.0, *common.channel_stats(data), args.dataset == "food101")] * 2
     assert args.augment == ("none" if args.dataset == "shapes" else "crop")
     assert (args.noise, args.rate) == (("sym-other", 0.4) if args.dataset == "shapes" else ("none", None))
     if args.dataset == "webvision":
@@ -335,7 +335,8 @@ def test_which_samples_are_held_out_does_not_follow_the_noise(cli, tmp_path, mon
         raise common.UsageError("far enough")
 
     monkeypatch.setattr(common, "channel_stats", stop)
-    write_npz(tmp_path / "many.npz", train_images=np.zeros((9000, 3, 1, 1), np.uint8), train_labels=np.arange(9000) % 3)
+    pixels = {"train_images": np.zeros((9000, 3, 1, 1), np.uint8), "test_images": np.zeros((20, 3, 1, 1), np.uint8)}
+    write_npz(tmp_path / "many.npz", **pixels, train_labels=np.arange(9000) % 3)
     _, out, _ = cli(cmd, *TINY, "--dataset", "many.npz", "--noise", "sym", "--rate", 0.5, "--validation", 0.5)
     share = float(out.partition("images, ")[2].partition(" %")[0]) / 100
     assert out.startswith("4,500 training images") and within(round(share * 4500), 4500, 1 / 3)

@@ -6,13 +6,14 @@ import io
 import json
 import os
 import re
+import shutil
 import types
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import assert_same, saved, write_npz
+from conftest import assert_same, load_script, saved, write_npz
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -30,7 +31,8 @@ def test_shapes_are_the_same_pixels_everywhere():
 def test_npz_arrays_are_read_whatever_their_layout(tmp_path):
     images = np.random.default_rng(1).integers(0, 256, (40, 3, 20, 24), dtype=np.uint8)
     labels = np.uint8(np.arange(40) % 3)
-    path = write_npz(tmp_path / "a.npz", train_images=np.asfortranarray(images), train_labels=labels)
+    changes = {"train_images": np.asfortranarray(images), "train_labels": labels, "test_images": images[:20]}
+    path = write_npz(tmp_path / "a.npz", **changes)
     data, raw = load_dataset(str(path)), np.load(path)
     assert data.train_images.is_contiguous() and data.train_labels.dtype == torch.int64
     assert np.array_equal(data.train_images, images) and np.array_equal(data.train_labels, labels)
@@ -53,12 +55,83 @@ def test_limits_take_evenly_spaced_samples(tmp_path):
     ("train_labels", np.arange(40) % 3 + 0.5, "train_labels is float64 [40], not integer [40]"),
     ("train_labels", np.arange(39) % 3, "train_labels is int64 [39]"),
     ("train_labels", np.arange(40) % 4, "train_labels are 0 to 3, but 3 classes are named"),
+    ("true_labels", np.arange(40) % 3 - 1, "true_labels are -1 to 1, but 3 classes are named"),
+    ("true_labels", np.arange(20) % 3, "true_labels is int64 [20], not integer [40]"),
+    ("test_images", np.zeros((20, 3, 32), np.uint8), "test_images is uint8 [20, 3, 32], not uint8 [N, 3, H, W]"),
+    ("test_images", np.zeros((20, 3, 32, 40), np.uint8), "test_images have another height or width than train_im"),
 ])  # fmt: skip
 def test_wrong_arrays_are_refused_by_name(tmp_path, key, value, says):
     path = write_npz(tmp_path / "bad.npz", **{key: value})
     with pytest.raises(UsageError) as error:
         load_dataset(str(path))
     assert says in str(error.value) and str(error.value).startswith(f"--dataset: {path}")
+
+
+@pytest.mark.parametrize("changes, train, test", [  # which digests differ from those of the file as it is
+    ({}, False, False), ({"limit_train": 40, "limit_test": 20}, False, False), ({"test_only": True}, None, False),
+    ({"limit_train": 39}, True, False), ({"limit_test": 19}, False, True),
+    ({"train_images": -1}, True, False), ({"train_labels": -1}, True, False), ({"true_labels": -1}, True, False),
+    ({"test_images": -1}, False, True), ({"test_labels": -1}, False, True),
+])  # fmt: skip
+def test_digests_are_of_all_that_is_in_a_part(tmp_path, changes, train, test):
+    path = write_npz(tmp_path / "a.npz", true_labels=np.zeros(40, int))
+    before = load_dataset(path)
+    arrays = dict(np.load(path))
+    options = {name: value for name, value in changes.items() if name not in arrays}
+    for name in changes.keys() - options.keys():
+        arrays[name].flat[-1] ^= 1  # one bit of the last label or pixel
+    np.savez(path, **arrays)
+    after = load_dataset(path, **options)
+    assert re.fullmatch("[0-9a-f]{12}", before.train_digest) and before.train_digest != before.test_digest
+    assert train is None or (before.train_digest != after.train_digest) == train
+    assert (before.test_digest != after.test_digest) == test
+
+
+def test_true_labels_are_what_memorisation_is_measured_against(cli, tmp_path):
+    """Label noise that somebody else made. Without true_labels the labels count as they are."""
+    given = np.arange(40) % 3
+    true = np.where(np.arange(40) < 10, (given + 1) % 3, given)
+    path = write_npz(tmp_path / "noisy.npz", true_labels=np.uint8(true))
+    data = load_dataset(path, limit_train=8)
+    assert data.train_labels.tolist() == given[::5].tolist() and data.true_labels.dtype == torch.int64
+    assert data.true_labels.tolist() == true[::5].tolist()
+    without = load_dataset(write_npz(tmp_path / "clean.npz"))
+    assert torch.equal(without.true_labels, without.train_labels)
+    flags = ["--dataset", path, "--noise", "none", "--batch-size", 20, "--epochs", 1, "--device", "cpu"]
+    for name, arch in (("nrd", "--arch"), ("cmd", "--arch"), ("messy_collaboration", "--student-arch")):
+        extra = ["--teacher-arch", "wrn-10-1"] if name == "messy_collaboration" else []
+        status, out, err = cli(load_script(name), *flags, *extra, arch, "wrn-10-1", "--out", name)
+        assert (status, err) == (0, "") and "25.00 % " in out, name
+        (metrics,) = saved(name)["metrics"]
+        assert metrics["train_acc_wrong"] is not None and metrics["train_acc_wrong_true"] is not None
+
+
+def test_a_test_part_alone(tmp_path, folder, capsys):
+    path = write_npz(tmp_path / "test.npz")
+    whole = {"test.npz": load_dataset(path), "shapes": load_dataset("shapes"), "pictures": load(folder)}
+    arrays = np.load(path)
+    np.savez(path, **{name: arrays[name] for name in ("test_images", "test_labels", "classes")})
+    shutil.rmtree(folder / "train")
+    (folder / "test").rename(folder / "val")
+    (folder.parent / "data").rename(folder.parent / "decoded before")
+    capsys.readouterr()
+    alone = {
+        "test.npz": load_dataset(path, limit_train=5, test_only=True),
+        "shapes": load_dataset("shapes", test_only=True),
+        "pictures": load(folder, test_only=True),
+    }
+    assert capsys.readouterr().out.count("decoded ") == 1
+    for name, data in alone.items():
+        assert len(data.train_images) == len(data.train_labels) == len(data.true_labels) == 0
+        assert torch.equal(data.test_images, whole[name].test_images) and data.classes == whole[name].classes
+        assert torch.equal(data.test_labels, whole[name].test_labels)
+        assert data.test_digest == whole[name].test_digest
+    assert common.channel_stats(alone["pictures"])[1] == [0.229, 0.224, 0.225]
+    with pytest.raises(UsageError, match="--mean, --std: are needed"):
+        common.channel_stats(alone["test.npz"])
+    for name in (path, f"imagefolder:{folder}"):
+        with pytest.raises(UsageError, match="--dataset.*train.*README says"):
+            load_dataset(name, folder.parent / "data", resize=36, image_size=32)
 
 
 def test_damaged_files_are_refused(tiny_npz):
@@ -103,8 +176,11 @@ def test_a_download_becomes_a_file(tmp_path, monkeypatch):
 
 
 def test_channel_stats_against_numpy():
-    images = torch.randint(0, 256, (50, 3, 8, 9), dtype=torch.uint8)
-    mean, std = common.channel_stats(images)
+    """Of images of any size, except photographs."""
+    images = torch.randint(0, 256, (5, 3, 130, 140), dtype=torch.uint8)
+    data = common.Dataset(images, torch.zeros(5).long(), images, torch.zeros(5).long(), ["a"])
+    mean, std = common.channel_stats(data)
+    assert common.channel_stats(data._replace(photographs=True))[0] == [0.485, 0.456, 0.406]  # ImageNet's
     pixels = images.numpy().astype(np.float64) / 255
     assert np.allclose(mean, pixels.mean((0, 2, 3))) and np.allclose(std, pixels.std((0, 2, 3)))
 
@@ -144,12 +220,15 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def load(folder):
-    return load_dataset(f"imagefolder:{folder}", folder.parent / "data", resize=36, image_size=32)
+def load(folder, **options):
+    return load_dataset(f"imagefolder:{folder}", folder.parent / "data", resize=36, image_size=32, **options)
 
 
 def test_pictures_become_arrays(folder):
+    """Whatever their endings."""
+    (folder / "train/bat/9.JPG").rename(folder / "train/bat/9.jfif")
     data = load(folder)
+    assert data.photographs
     assert_pictures(data.train_images, sorted(folder.rglob("train/*/*")), 36, 36)
     assert_pictures(data.test_images, sorted(folder.rglob("test/*/*")), 36, 32)
     assert data.train_labels.tolist() == [0, 0, 1, 1] and data.test_labels.tolist() == [0, 1]
@@ -157,7 +236,7 @@ def test_pictures_become_arrays(folder):
     (folder / "test").rename(folder / "val")
     assert torch.equal(load(folder).test_images, data.test_images)
     (folder / "val/bat").rename(folder / "val/cow")
-    with pytest.raises(UsageError, match="train and val have other classes: bat, cow"):
+    with pytest.raises(UsageError, match="train has other classes than the test part: bat, cow"):
         load(folder)
 
 
@@ -232,15 +311,22 @@ def test_a_changed_folder_is_decoded_again(folder):
     picture = folder / "train/ape/2.jpg"
     os.utime(picture, (0, 0))
     size = picture.stat().st_size
-    load(folder)
+    before = load(folder)
+    picture.touch()
+    record = next((folder.parent / "data/decoded").glob("*train*.json"))
+    assert load(folder).train_digest == before.train_digest  # pixels decide, and not the times of the files
+    record.write_text(json.dumps({k: v for k, v in json.loads(record.read_text()).items() if k != "pixels"}))
+    assert load(folder).train_digest == before.train_digest  # a record of an earlier version has no digest
     write_picture(picture, (40, 40), seed=9)
     picture.write_bytes(picture.read_bytes().ljust(size, b"\0"))  # as long as before
     os.utime(picture, (0, 0))  # and as old
-    assert_pictures(load(folder).train_images, sorted(folder.rglob("train/*/*")), 36, 36)
+    changed = load(folder)
+    assert changed.train_digest != before.train_digest and changed.test_digest == before.test_digest
+    assert_pictures(changed.train_images, sorted(folder.rglob("train/*/*")), 36, 36)
     picture.rename(folder / "train/bat/2.jpg")
     after = load(folder)
     assert_pictures(after.train_images, sorted(folder.rglob("train/*/*")), 36, 36)
-    assert after.train_labels.tolist() == [0, 1, 1, 1]
+    assert after.train_labels.tolist() == [0, 1, 1, 1] and after.train_digest != changed.train_digest
 
 
 def test_what_a_killed_decode_left_is_removed_but_not_another_s_work(folder):
@@ -277,7 +363,8 @@ def test_a_file_is_another_by_its_size_and_by_both_times(folder, capsys, monkeyp
 
 
 def test_what_cannot_be_read_is_named_counted_and_left_out(folder, capsys):
-    bad = [folder / "train/ape/1.png", folder / "train/bat/1.png", folder / "train/bat/huge.bmp"]
+    bad = [folder / f"train/{name}" for name in ("ape/1.png", "bat/1.png", "bat/huge.bmp", "bat/notes.txt")]
+    bad[3].write_text("Of bats.")
     bad[0].write_bytes(b"not a picture")
     bad[1].write_bytes(bad[1].read_bytes()[:-40])
     Image.new("L", (8, 8)).save(bad[2])
@@ -290,7 +377,7 @@ def test_what_cannot_be_read_is_named_counted_and_left_out(folder, capsys):
         assert data.train_labels.tolist() == [0, 1]
     out, err = capsys.readouterr()
     assert err.splitlines() == [f"cannot be read and is left out: {path}" for path in bad]
-    assert out.count("decoded 2 pictures, left out 3") == 1
+    assert out.count("decoded 2 pictures, left out 4") == 1
     for file in folder.rglob("test/*/*"):
         file.write_bytes(b"<html>")
     for _ in range(2):

@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 import common
-from common import build_model
+from common import UsageError, build_model
 
 PUBLISHED = {  # (architecture, classes): parameters; in millions where the source rounds
     ("wrn-16-2", 10): 0.69e6, ("wrn-40-2", 10): 2.2e6, ("wrn-28-10", 10): 36.5e6, ("wrn-16-8", 10): 11.0e6,
@@ -107,3 +107,38 @@ def test_predict_is_the_model_in_evaluation_mode_row_by_row():
     assert torch.allclose(half, logits, atol=0.1) and not torch.equal(half, logits)  # bfloat16: to its precision
     with torch.no_grad():
         assert torch.allclose(logits, model.eval()(images / 255), atol=1e-4)
+
+
+class Standardised(torch.nn.Module):
+    """0 / 0 for an image of one colour."""
+
+    def forward(self, x):
+        return (x / x.std((1, 2, 3), keepdim=True)).mean((2, 3))
+
+
+def test_logits_that_are_nan_are_refused_and_not_class_0():
+    """Except where a network diverges in training: its weights are not finite, and the end of the epoch says so."""
+    images = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)
+    images[[3, 17]] = 0
+    for training in (False, True):
+        with pytest.raises(UsageError, match="^Standardised gives NaN for 2 of 30 images$"):
+            common.predict(Standardised().train(training), images)
+    model = build_model("wrn-10-1", 3)
+    model.head[-1].bias.data[0] = torch.nan
+    assert common.predict(model.train(), images).isnan().any()
+    with pytest.raises(UsageError, match="^Classifier gives NaN for 30 of 30 images$"):
+        common.predict(model.eval(), images)
+
+
+@pytest.mark.parametrize("arch, options, says", [
+    ("wrn-17-2", {}, "--arch: unknown 'wrn-17-2'; D is 10, 16, 22, …"),
+    ("resnet19x4", {}, "--arch: unknown 'resnet19x4'; D is 8, 14, 20, …"),
+    ("wrn-10-0", {}, "--arch: unknown 'wrn-10-0'; known are wrn-D-K, resnetD, .*, resnet18, .*, densenet169"),
+    ("resnet18x4", {}, "--arch: unknown 'resnet18x4'; D is 8"),
+    ("resnet8", {"dropout": 0.1}, "--dropout: resnet8 has none; wrn-D-K has"),
+    ("resnet18", {"pretrained": True}, "--pretrained: resnet18 at 32 pixels has none; resnet18, .* at 224 have"),
+    ("shufflenet_v2", {"pretrained": True, "image_size": 224}, "--pretrained: shufflenet_v2 at 224 pixels has none"),
+])  # fmt: skip
+def test_what_does_not_exist_is_refused(arch, options, says):
+    with pytest.raises(UsageError, match=f"^{says}"):
+        build_model(arch, 10, **options)

@@ -277,7 +277,7 @@ def test_the_paper_is_the_preset(cli, monkeypatch, flags, teacher, student, numb
     monkeypatch.setattr(common.Run, "track", track)
     monkeypatch.setattr(common, "load_teacher", begin_teacher)
     cli(dfkd, *flags.split())
-    stats = common.channel_stats(data.train_images)
+    stats = common.channel_stats(data)
     assert built == [(student, 0.0, *stats), (teacher, 0.0, *stats)]
     (its_args, its_optimizer, its_scheduler), (args, optimizer, scheduler) = runs
 
@@ -413,7 +413,7 @@ def test_the_sheet_of_samples(cli, figures, made, source):
     assert cli(dfkd, *SMALL, "--show-source", "--source", source)[::2] == (0, "")
     (_, _, data, mean, std), x = made[0]
     stats = torch.stack([mean, std]).flatten(1)
-    assert torch.allclose(stats, torch.tensor(common.channel_stats(data.train_images)))
+    assert torch.allclose(stats, torch.tensor(common.channel_stats(data)))
     sheet = np.asarray(figures[0].axes[0].images[0].get_array())
     assert sheet.shape == (8 * 34, 8 * 34, 3) and len(x) == 64 and Path(f"runs/{source}.png").exists()
     for i, tile in enumerate(x.clamp(0, 1).permute(0, 2, 3, 1).numpy()):

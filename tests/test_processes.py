@@ -59,7 +59,7 @@ def test_the_first_step_is_that_of_the_mean_gradient_of_the_halves(folder):
     torch.set_num_threads(1)  # as each of the two had: other sums would be rounded otherwise
     data = common.load_dataset("shapes", limit_train=32)
     labels = common.corrupt_labels(data.train_labels, "sym", 0.5, data.classes, 0)
-    model = common.build_model("wrn-10-1", 10, 0.0, *common.channel_stats(data.train_images)).train()
+    model = common.build_model("wrn-10-1", 10, 0.0, *common.channel_stats(data)).train()
     halves, gradients, statistics = torch.randperm(32).view(2, 16), [], []
     for index in halves:
         net = copy.deepcopy(model)

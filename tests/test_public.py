@@ -211,7 +211,7 @@ def test_public_weights_teach(cli):
     status, out, err = cli(kd_zoo, *TINY, *flags)
     assert (status, err) == (0, "")
     data, checkpoint = common.load_dataset("tiny.npz"), saved("run")
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in common.channel_stats(data.train_images))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in common.channel_stats(data))
     expected = common.accuracy(net((data.test_images / 255 - mean) / std), data.test_labels)
     assert checkpoint["teacher"] == "wrn.pth" and checkpoint["teacher_acc"] == expected
     assert f"teacher: wrn.pth, test_acc {expected:.2f} %" in out
@@ -239,6 +239,73 @@ def test_any_module_is_evaluated_and_teaches(cli, monkeypatch):
     assert summary["models"]["weights"]["accuracy (%)"]["mean"] == expected
     flags = ["--teacher-model", "mine.py:net", "--teacher", "weights.pt", "--student-arch", "wrn-10-1"]
     assert cli(kd_zoo, *TINY, *flags)[0] == 0 and saved("run")["teacher_acc"] == expected
+
+
+OTHER_KINDS = {  # file: how it is written, what is said
+    "script.pt": (lambda path: torch.jit.save(torch.jit.trace(nn.Flatten(), torch.rand(1, 3, 4, 4)), path),
+                  'is a TorchScript archive; save its weights alone: torch.save(torch.jit.load("script.pt").state_d'),
+    "net.onnx": (lambda path: Path(path).write_bytes(b"\x08\x07\x12\x07pytorch"), "is an ONNX model; save the state_"),
+    "net.h5": (lambda path: Path(path).write_bytes(b"\x89HDF\r\n"), "is damaged or no checkpoint (UnpicklingError)"),
+    "net.safetensors": (lambda path: Path(path).touch(), "needs the package; pip install safetensors"),
+    "folder": (os.mkdir, "folder/checkpoint.pt; runs/*/checkpoint.pt are checkpoints"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("file", OTHER_KINDS)
+def test_files_of_other_kinds_are_called_by_their_name(file, monkeypatch):
+    write, says = OTHER_KINDS[file]
+    write(file)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UsageError, match=f"^CKPT: .*{re.escape(says)}"):
+        load_public(file, "CKPT", "wrn-16-1", MEAN, STD)
+
+
+def test_safetensors_are_read(monkeypatch):
+    """Their tensors are sorted by name, so that only our names tell their order."""
+
+    package = types.ModuleType("safetensors.torch")
+    package.load_file = lambda path: dict(sorted(torch.load(path.with_suffix(".pt")).items()))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", package)
+    for mean, std in ((MEAN, STD), ((0, 0, 0), (1, 1, 1))):
+        model = common.build_model("wrn-16-1", 3, 0.0, mean, std).eval()
+        state = {name: tensor for name, tensor in model.state_dict().items() if mean == MEAN or "." in name}
+        torch.save(state, "ours.pt")
+        Path("ours.safetensors").touch()
+        loaded = load_public("ours.safetensors", "", "wrn-16-1", (0, 0, 0), (1, 1, 1))
+        images = torch.rand(2, 3, 32, 32)
+        assert torch.equal(loaded(images), model(images))
+    torch.save(public_net().state_dict(), "theirs.pt")
+    Path("theirs.safetensors").touch()
+    with pytest.raises(UsageError, match="theirs.safetensors is no wrn-16-1"):
+        load_public("theirs.safetensors", "", "wrn-16-1", MEAN, STD)
+    Path("mine.py").write_text("from test_public import WideResNet\ndef net(): return WideResNet(3)", "utf-8")
+    assert len(common.load_module("mine.py:net", "--model", "theirs.safetensors").state_dict()) > 30
+
+
+@pytest.mark.parametrize("file, content", [
+    ("own.py", "from common import head\ndef net(): return head()"),
+    ("late.py", "def net():\n    import common\n    return common.head()"),
+    ("pkg/relative.py", "from .common import head\ndef net(): return head()"),
+    ("pkg/own.py", "from common import head\ndef net(): return head()"),
+    ("pkg/sub/above.py", "from ..common import head\ndef net(): return head()"),
+    ("folder/own.py", "from common.nets import head\ndef net(): return head()"),
+    ("folder/our-net.v2.py", "from common.nets import head\nnet = head"),
+])  # fmt: skip
+def test_a_module_s_neighbours_come_before_our_own_files(file, content, monkeypatch):
+    """And our own stay what they are."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder])  # not where the user is
+    head = "import torch.nn as nn\ndef head(): return nn.Sequential(nn.Flatten(), nn.Linear(3072, 3))"
+    files = {"common.py": head, "pkg/__init__.py": "", "pkg/common.py": head, "pkg/sub/__init__.py": ""}
+    files |= {"folder/common/__init__.py": "", "folder/common/nets.py": head, file: content}
+    for path, text in files.items():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(text, "utf-8")
+    assert isinstance(common.load_module(f"{file}:net", "--model")[1], nn.Linear)
+    assert sys.modules["common"] is common
+    Path("mine.py").write_text("import not_there", "utf-8")
+    with pytest.raises(UsageError, match="^--model: mine.py:net: No module named 'not_there'$"):
+        common.load_module("mine.py:net", "--model")
 
 
 STRANGE = """
