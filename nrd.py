@@ -12,10 +12,10 @@ The EMA teaches in training mode, as in the authors' code: BatchNorm normalises 
 Shon, Koh, Jeon, Kim: Neural Vicinal Risk Minimization: Noise-robust Distillation for Noisy Labels, IJCAI-2024
 AISafety Workshop. Equations 19 and 24-27, Algorithm 1.
 
-    python nrd.py                                           # built-in data, half its labels random: 89.4 ± 5.1
-    python nrd.py --loss ce                                 # the same with cross-entropy: 74.1 ± 1.2
-    python nrd.py --dataset cifar10 --noise sym --rate 0.8  # a cell of Table 2; the paper has 85.32
-    python nrd.py --dataset cifar10 --noise human-worse     # the annotators of CIFAR-10N
+    python nrd.py                                          # built-in data, half the labels random: 89.4 ± 5.1
+    python nrd.py --loss ce                                # the same with cross-entropy: 74.1 ± 1.2
+    python nrd.py --dataset cifar10 --noise sym --rate 0.8 # a cell of Table 2; the paper has 85.32
+    python nrd.py --dataset cifar10 --noise human-worse    # the annotators of CIFAR-10N
 
 Test accuracy in %, last epoch, n = 5, CPU; GCE 95.9 ± 0.8, GJS 98.2 ± 1.1. Not yet run at the paper's size.
 
@@ -40,7 +40,7 @@ from common import UsageError, accuracy, count, predict, refuse, share, to_float
 
 
 def js_divergence(distributions, weights):
-    """Jensen-Shannon divergence sum_i pi_i KL(p_i || m), m = sum_i pi_i p_i (equation 19): float [B], in nats.
+    """Jensen-Shannon divergence sum_i pi_i KL(p_i || m), m = sum_i pi_i p_i (equation 19): [B], in nats.
 
     distributions: n tensors [B, C] of probabilities; weights: n floats pi_i that sum to 1.
     """
@@ -50,7 +50,7 @@ def js_divergence(distributions, weights):
 
 
 def student_view(x, augment, size):
-    """The usual augmentation of x, float [B, 3, H, W] in [0, 1]. Larger images, photographs, become `size`."""
+    """The usual augmentation of x, float [B, 3, H, W] in [0, 1]; what is larger is cropped to `size`."""
     if augment == "none":
         return x
     if augment == "crop":
@@ -65,7 +65,7 @@ def student_view(x, augment, size):
 
 
 def teacher_view(x, size):
-    """Another augmentation: AugMix, crop and flip. The crop of photographs (appendix A.2) is a resized one."""
+    """Another augmentation: AugMix, crop, flip. The crop of photographs (appendix A.2) is a resized one."""
     photographs = max(x.shape[2:]) > size
     x = common.aug_mix(x)
     if photographs:
@@ -86,9 +86,8 @@ def main(args):
     num_classes = len(data.classes)
     size = data.image_size
     labels = common.noisy_labels(args, data)
-    wrong = (labels != data.train_labels).float().mean().item()
-    tested = len(data.test_labels)
-    print(f"{len(labels):,} training images, {100 * wrong:.2f} % relabelled; {tested:,} test images")
+    wrong = 100 * (labels != data.train_labels).float().mean().item()
+    print(f"{len(labels):,} training images, {wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
     stats = common.channel_stats(data.train_images)
     model = common.build_model(args.arch, num_classes, 0.0, *stats, image_size=size, amp=args.amp).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)  # stays in training mode
@@ -154,8 +153,8 @@ def main(args):
 
 
 # ----------------------------------------------------------------------------------------------- other losses
-# Those of section 5.1. Each takes logits [B, C], one-hot labels y, float [B, C], and its hyperparameters. It gives
-# the loss of each sample: float [B]. To add one: write it, list it in LOSSES, give it a row in TABLE_5.
+# Those of section 5.1. Each takes logits [B, C], one-hot labels y, float [B, C], and its hyperparameters. It
+# gives the loss of each sample: float [B]. To add one: write it, list it in LOSSES, give it a row in TABLE_5.
 
 
 def log(p):
@@ -488,8 +487,8 @@ A line that begins with NRD or CE has the paper's own figures.
 
 Table 1, Figures 1, 2b  --dataset cifar10 --loss ce --student-augment crop --rate {0.2,0.5,0.8}, then
                         --analyze runs/nrd-cifar10-sym0.5-loss=ce-student_augment=crop-seed0/checkpoint.pt
-                        CE, all samples: 81.93 -> 88.55, 55.11 -> 69.51, 28.10 -> 32.38
-                        CE, mislabelled samples: 0.01 -> 54.72, 0.07 -> 40.58, 0.06 -> 14.82
+                        CE, without -> with views: overall 81.93 -> 88.55, 55.11 -> 69.51, 28.10 -> 32.38;
+                        mislabelled 0.01 -> 54.72, 0.07 -> 40.58, 0.06 -> 14.82
 Figure 2a, Table 6      the same with --rate 0.4 --epochs 200 --keep 40 70 100 150, then --analyze RUN/checkpoint*.pt
 Table 2                 --dataset {cifar10,cifar100} --loss {ce,bs,ls,sce,gce,nce+rce,js,gjs,nrd}
                         --noise sym --rate {0.2,0.4,0.6,0.8}; --noise asym --rate {0.2,0.4}
@@ -505,7 +504,7 @@ Table 5                 the table of settings in this file
 Figure 4                --dataset cifar100 --loss {gjs,nrd} --rate {0.2,0.4,0.6,0.8} --epochs 1000
                         --drops 0.3 0.8
 Figure 5                --dataset cifar10 --loss {ce,nrd} --rate {0.2,0.5,0.8}, then evaluate.py RUN … --ece
-                        NRD: ECE 0.09 0.13 0.13
+                        NRD (the legend says CE+NRD): ECE 0.09 0.13 0.13
 
 From code, not from the paper. NRD's tables take over the settings and results of GJS (Englesson and Azizpour
 2021). The code of both divides the divergence by Z on CIFAR, not on WebVision, has Nesterov momentum, crops
