@@ -1,8 +1,8 @@
 """CMD: two networks that teach each other only what they are confident of, under label noise.
 
-Each network refines the given label q by its own prediction p, which it trusts by eps: q~ = (1 - eps) q + eps p.
-It learns from its own refined label, and from its peer's where the peer is confident of the sample. Confident
-means that the entropy of the peer's prediction is below a threshold, which falls during training:
+Each network refines the given label q by its prediction p, which it trusts by eps: q~ = (1 - eps) q + eps p.
+It learns from its own refined label. Where its peer is confident of a sample, it learns from the peer's label
+too. Confident means that the entropy of the prediction is below a threshold, which falls during training:
 
     L_A = H(q~_A, p_A) + [H(p_B) < chi] H(q~_B, p_A)         L_B = H(q~_B, p_B) + [H(p_A) < chi] H(q~_A, p_B)
     chi = H(u) / eta * 2 h(t / T - 1/2, b2)                  h(x, b) = 1 / (1 + exp(-b x))
@@ -187,7 +187,7 @@ def main(args):
 
 
 def kdcl_teacher(S_A, S_B, y):
-    """KDCL-MinLogit (Guo et al. 2020): the smaller of both networks' logits less the label's: [B, C], detached."""
+    """KDCL-MinLogit (Guo et al. 2020): the smaller of both logits less the label's: [B, C], detached."""
     less_A = S_A - S_A.gather(1, y.unsqueeze(1))
     less_B = S_B - S_B.gather(1, y.unsqueeze(1))
     return torch.minimum(less_A, less_B).detach()
@@ -265,7 +265,7 @@ def parse_args():
     add("--select", choices=SELECT, help="which samples to teach the peer")
     add("--eta", type=float, help="divisor of the threshold")
     add("--b2", type=float, help="steepness of the threshold: below 0 it falls, above 0 it rises")
-    add("--mutual", default="cmd", choices=("cmd", "sync", "async", "kdcl"), help="cmd, or a rival of Table 5")
+    add("--mutual", default="cmd", choices=("cmd", "sync", "async", "kdcl"), help="cmd or a rival of Table 5")
     args = common.parse(parser, preset)
     if args.mutual != "cmd":
         refuse(args, ("self_kd", "select", "b1", "eta", "b2"), f"--mutual {args.mutual} has none")
