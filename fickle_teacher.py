@@ -41,13 +41,12 @@ def fickle(teacher):
         raise UsageError(f"--teacher: the teacher has no dropout module to switch on; {works}")
     for layer in layers:
         layer.train()
-    rates = sorted({layer.p for layer in layers})
-    print(f"the teacher's dropout is on: {len(layers)} layers, p = {rates}", flush=True)
+    print(f"the teacher's dropout is on: p = {sorted({layer.p for layer in layers})}", flush=True)
     return teacher
 
 
 def hinton_loss(S, T, tau):
-    """tau² KL(softmax(T / tau) || softmax(S / tau)), batch mean, of logits [B, C]; the paper's tau² D_KL(S || T)."""
+    """tau² KL(softmax(T/tau) || softmax(S/tau)) of logits [B, C], batch mean: the paper's D_KL(S || T)."""
     log_S, log_T = (S / tau).log_softmax(1), (T / tau).log_softmax(1)
     return tau**2 * F.kl_div(log_S, log_T, log_target=True, reduction="batchmean")
 
@@ -58,9 +57,10 @@ def hinton_loss(S, T, tau):
 def main(args):
     device = common.setup(args)
     data = common.load_data(args, device)
+    num_classes = len(data.classes)
     size = data.image_size
     labels = common.noisy_labels(args, data, per_sample=True)
-    student = common.build_model(args.student_arch, len(data.classes), image_size=size, amp=args.amp).to(device)
+    student = common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     last = 0.8 if args.method == "ft" and args.dropout > 0 else 0.75
     milestones = [round(part * args.epochs) for part in (0.3, 0.6, last)]
@@ -106,7 +106,7 @@ def preset(args):
     """The flags that are left out, from sections 3 and 4.1 of the paper; on shapes, small nets for a CPU.
 
     The more fickle the teacher, the longer the student listens: 200 epochs without dropout, 250 up to a rate
-    of 0.2, 300 up to 0.3, 350 above. The teacher always has 200, or that share of other --epochs; on shapes 100.
+    of 0.2, 300 up to 0.3, 350 above. The teacher always has 200, or in proportion to --epochs; on shapes 100.
     """
     usual = 0.2 if args.dataset == "shapes" else 0.4
     rate = usual if args.dropout is None else args.dropout

@@ -343,9 +343,9 @@ def imbalance(labels, gamma, num_classes):
     """Indices of a class-imbalanced subset of int64 labels [N] (section IV-C), ascending.
 
     Class c = 1 … C keeps its first n_c = a / (b + c^gamma) samples, rounded. a and b are such that the first
-    class keeps as many samples as a balanced class has, the last a twentieth (5000 and 250 on CIFAR-10). So
-    the group's code has it; the printed formula is infinite at c = 1. Prints where a class has fewer samples than
-    that. Raises UsageError for a gamma that is not above 0.
+    class keeps as many samples as a balanced class has, the last a twentieth (5000 and 250 on CIFAR-10). This
+    is the group's code; the printed formula is infinite at c = 1. Prints where a class has fewer samples.
+    Raises UsageError for a gamma that is not above 0.
     """
     if gamma <= 0:
         raise UsageError(f"--imbalance: {gamma} is not above 0; the paper has 0.2, 0.6, 1 and 2")

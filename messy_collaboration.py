@@ -4,12 +4,10 @@ The labels are corrupted once and for all: that is the problem. In each batch a 
 cross-entropy is drawn at random anew: that is the method. Nothing random can be memorised twice. The teacher,
 trained on the same corrupted labels, still tells which classes resemble each other:
 
-    L = (1 - alpha) L_CE(S(x), y') + alpha tau^2 D_KL(S^tau(x) || T^tau(x))
-
-Here y' is y, or with probability r any class. With r = 0 MC is Hinton's method.
+    L = (1 - alpha) L_CE(S(x), y') + alpha tau^2 D_KL(S^tau(x) || T^tau(x))    y' = y, or random at rate r
 
 Arani, Sarfraz, Zonooz: Noise as a Resource for Learning in Knowledge Distillation, WACV 2021. Equation 1,
-section 4.3.
+section 4.3. With r = 0 MC is Hinton's method.
 
     python messy_collaboration.py                    # built-in data, 40 % noise: 67.5 ± 0.7
     python messy_collaboration.py --target-noise 0   # Hinton: 68.1 ± 0.8
@@ -35,7 +33,7 @@ def messy(y, r, num_classes):
 
 
 def hinton_loss(S, T, tau):
-    """tau² KL(softmax(T / tau) || softmax(S / tau)), batch mean, of logits [B, C]; the paper's tau² D_KL(S || T)."""
+    """tau² KL(softmax(T/tau) || softmax(S/tau)) of logits [B, C], batch mean: the paper's D_KL(S || T)."""
     log_S, log_T = (S / tau).log_softmax(1), (T / tau).log_softmax(1)
     return tau**2 * F.kl_div(log_S, log_T, log_target=True, reduction="batchmean")
 

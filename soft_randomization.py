@@ -1,12 +1,13 @@
-"""Soft Randomization (SR): a student on noisy images, a teacher on clean ones. And Gaussian Augmentation (GA).
+"""Soft Randomization (SR): a student on noisy images, its teacher on clean ones. And Gaussian Augmentation.
 
-Training on images with Gaussian noise makes a network more robust and less accurate. A teacher that was trained
-on clean images sees the clean image x. It tells the student, which sees x + delta, how to answer without noise:
+Training on images with Gaussian noise makes a network more robust and less accurate. A teacher that was
+trained on clean images sees the clean image x. It tells the student, which sees x + delta, how to answer:
 
-    L = (1 - alpha) L_CE(S(x + delta), y) + alpha tau^2 D_KL(S^tau(x + delta) || T^tau(x)), delta ~ N(0, sigma^2)
+    L = (1 - alpha) L_CE(S(x + delta), y) + alpha tau^2 D_KL(S^tau(x + delta) || T^tau(x))
+    delta ~ N(0, sigma^2)
 
 Arani, Sarfraz, Zonooz: Noise as a Resource for Learning in Knowledge Distillation, WACV 2021. Equations 1
-and 2, section 4.2. GA is cross-entropy on x + delta alone.
+and 2, section 4.2. Gaussian Augmentation (GA) is cross-entropy on x + delta alone.
 
     python soft_randomization.py                                # built-in data: 89.0 ± 1.8
     python soft_randomization.py --method ga                    # the same without a teacher: 76.0 ± 5.1
@@ -26,7 +27,7 @@ from common import positive, share
 
 
 def hinton_loss(S, T, tau):
-    """tau² KL(softmax(T / tau) || softmax(S / tau)), batch mean, of logits [B, C]; the paper's tau² D_KL(S || T)."""
+    """tau² KL(softmax(T/tau) || softmax(S/tau)) of logits [B, C], batch mean: the paper's D_KL(S || T)."""
     log_S, log_T = (S / tau).log_softmax(1), (T / tau).log_softmax(1)
     return tau**2 * F.kl_div(log_S, log_T, log_target=True, reduction="batchmean")
 
@@ -37,9 +38,10 @@ def hinton_loss(S, T, tau):
 def main(args):
     device = common.setup(args)
     data = common.load_data(args, device)
+    num_classes = len(data.classes)
     size = data.image_size
     labels = common.noisy_labels(args, data, per_sample=True)
-    student = common.build_model(args.student_arch, len(data.classes), image_size=size, amp=args.amp).to(device)
+    student = common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]  # 60, 120, 150 of 200
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.2)
