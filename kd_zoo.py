@@ -366,7 +366,7 @@ def imbalance(labels, gamma, num_classes):
 # ---------------------------------------------------------------------------------------------- configuration
 
 STANDARD = {  # section III; drops: shares of the epochs after which lr is multiplied by the factor
-    "epochs": 200, "batch_size": 128, "lr": 0.1, "drops": (0.3, 0.6, 0.75), "factor": 0.2,
+    "epochs": 200, "batch_size": 128, "lr": 0.1, "drops": [0.3, 0.6, 0.75], "factor": 0.2,
     "weight_decay": 5e-4, "teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2", "init_epochs": 0,
     "noise": "none",
 }  # fmt: skip
@@ -382,7 +382,7 @@ TABLE_I = {
     "rkd-d": {"lambda_d": 25.0},  # block 3
     "rkd-a": {"lambda_a": 50.0},
     "rkd-da": {"lambda_d": 25.0, "lambda_a": 50.0},
-    "one": {"tau": 3.0, "epochs": 300, "drops": (0.5, 0.75), "factor": 0.1},  # three branches
+    "one": {"tau": 3.0, "epochs": 300, "drops": [0.5, 0.75], "factor": 0.1},  # three branches
     "dml": {"tau": 4.0},  # two students
 }
 ALONE = ("baseline", "one", "dml")  # no teacher
