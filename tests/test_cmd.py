@@ -143,70 +143,6 @@ def test_kdcl_by_hand_and_in_numpy(draw):
     assert cmd.hinton_loss(S_A, S_B, 1).item() == pytest.approx((q * np.log(q / p)).sum() / B, abs=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------- configuration
-
-
-@pytest.mark.parametrize("flags, arch, numbers, drops, gamma", [
-    ("--dataset tiny.npz", "resnet34", (100, 128, 0.1, 5e-4), (50, 80), 0.1),
-    ("--dataset tiny.npz --epochs 50", "resnet34", (50, 128, 0.1, 5e-4), (25, 40), 0.1),
-    ("--dataset tiny.npz --arch resnet18", "resnet18", (200, 128, 0.1, 5e-4), (60, 120, 160), 0.2),
-    ("--dataset tiny.npz --arch shufflenet_v2", "shufflenet_v2", (200, 128, 0.1, 5e-4), (60, 120, 160), 0.2),
-    ("--dataset tiny.npz --arch wrn-16-8", "wrn-16-8", (200, 128, 0.1, 5e-4), (60, 120, 160), 0.2),
-    ("--dataset tiny.npz --arch resnet50", "resnet50", (200, 64, 0.01, 1e-3), (40, 80), 0.1),
-    ("--dataset food101", "resnet50", (100, 32, 0.01, 5e-4), (50, 80), 0.1),
-    ("--dataset imagefolder:x", "resnet50", (100, 32, 0.01, 5e-4), (50, 80), 0.1),
-    ("--dataset webvision", "inception_resnet_v2", (80, 32, 0.01, 5e-4), tuple(range(40, 80)), 0.1),
-    ("--dataset shapes", "wrn-10-1", (20, 32, 0.05, 5e-4), (10, 16), 0.1),
-])  # fmt: skip
-def test_the_schedules_of_the_supplement(cli, monkeypatch, flags, arch, numbers, drops, gamma):
-    """As the optimiser and its scheduler have them before the first step; small networks in place of the large ones."""
-    told, built, build, data = {}, [], common.build_model, common.load_dataset("tiny.npz")
-
-    def small(arch, classes, dropout, mean, std, size, pretrained, amp):
-        built.append((arch, dropout, mean, std, pretrained))
-        return build("wrn-10-1", classes)
-
-    def track(run, model, peer, optimizer, scheduler):
-        told.update(args=run.args, optimizer=optimizer, scheduler=scheduler)
-        assert optimizer.param_groups[0]["params"] == [*model.parameters(), *peer.parameters()]
-        raise common.UsageError("far enough")
-
-    monkeypatch.setattr(common, "load_data", lambda *_: data)
-    monkeypatch.setattr(common, "build_model", small)
-    monkeypatch.setattr(common.Run, "track", track)
-    cli(cmd, *flags.split())
-    args, (group,) = told["args"], told["optimizer"].param_groups
-    assert type(told["optimizer"]) is torch.optim.SGD
-    assert (args.epochs, args.batch_size, group["lr"], group["weight_decay"]) == numbers
-    assert (group["momentum"], group["nesterov"], group["dampening"]) == (0.9, False, 0)
-    scheduler = told["scheduler"]
-    assert (tuple(scheduler.milestones.elements()), scheduler.gamma) == (drops, gamma)
-    assert built == [(arch, 0.0, *common.channel_stats(data), args.dataset == "food101")] * 2
-    assert args.augment == ("none" if args.dataset == "shapes" else "crop")
-    assert (args.noise, args.rate) == (("sym-other", 0.4) if args.dataset == "shapes" else ("none", None))
-    if args.dataset == "webvision":
-        assert (args.resize, args.image_size) == (320, 299)
-
-
-@pytest.mark.parametrize("flags, values", [
-    ("", ("proselflc", "progressive", None, 16, 4, -8)),
-    ("--dataset shapes", ("proselflc", "progressive", None, 16, 1, -8)),
-    ("--select static", ("proselflc", "static", None, 16, 4, 0)),
-    ("--dataset shapes --select static", ("proselflc", "static", None, 16, 2, 0)),
-    ("--select zero", ("proselflc", "zero", None, 16, -1, 0)), ("--select all", ("proselflc", "all", None, 16, 1, 0)),
-    ("--self-kd ce", ("ce", "progressive", 0, 16, 4, -8)), ("--self-kd ls", ("ls", "progressive", 0.1, 16, 4, -8)),
-    ("--self-kd cp", ("cp", "progressive", 0.1, 16, 4, -8)),
-    ("--self-kd boot-soft", ("boot-soft", "progressive", 0.05, 16, 4, -8)),
-    ("--self-kd mconf", ("mconf", "progressive", None, 16, 4, -8)),
-    ("--self-kd tf-kd-reg", ("tf-kd-reg", "progressive", 0.1, 16, 4, -8)),
-    *((f"--mutual {mutual}", (None, None, 0.5, None, None, None)) for mutual in ("sync", "async", "kdcl")),
-])  # fmt: skip
-def test_the_presets_of_the_method(monkeypatch, flags, values):
-    monkeypatch.setattr("sys.argv", ["x", "--dataset", "cifar100", *flags.split()])
-    args = cmd.parse_args()
-    assert (args.self_kd, args.select, args.epsilon, args.b1, args.eta, args.b2) == values
-
-
 def test_the_standard_library_keeps_its_cmd():
     """For who imports it in the repository's root, and for Python's debugger, which runs the script nevertheless."""
     code = "import cmd, pdb, sys; print(issubclass(pdb.Pdb, cmd.Cmd), 'torch' in sys.modules)"
@@ -234,6 +170,8 @@ def test_a_run(cli, flags, sent):
     assert [last["test_acc_A"], last["test_acc_B"]] == scores and last["test_acc"] == pytest.approx(sum(scores) / 2)
     assert [net.built_as["arch"] for net in nets] == ["wrn-10-1", "resnet8" if "resnet8" in flags else "wrn-10-1"]
     assert not torch.equal(*(checkpoint[part]["stem.0.weight"] for part in ("model", "peer")))
+    stats = torch.tensor(common.channel_stats(data.train_images))
+    assert all(torch.allclose(torch.stack([net.mean, net.std]).flatten(1), stats) for net in nets)
     assert (last["train_acc_wrong"] is None) == ("--rate 0" in flags) and all(0 <= r <= 1 for r in last["certainty"])
     assert last.get("communication") in sent
 
@@ -350,7 +288,7 @@ def test_an_interrupted_run_continues_to_the_same_bit(cli, flags, epochs):
 
 
 @pytest.mark.parametrize("flags, refused", [
-    ("--eta 0", "--eta"), ("--validation 1", "--validation"),
+    ("--eta 0", "--eta"), ("--validation 1", "--validation"), ("--pretrained", "--pretrained"),
     ("--mutual sync --self-kd ls", "--self-kd"), ("--mutual async --b1 3", "--b1"), ("--mutual kdcl --eta 3", "--eta"),
     ("--mutual kdcl --epsilon 0.1", "--epsilon"), ("--epsilon 0.1", "--epsilon"), ("--self-kd ls --b1 3", "--b1"),
 ])  # fmt: skip

@@ -117,7 +117,7 @@ def robust(name):
     params = nrd.table_5("cifar10", name, "sym", 0.4)[2]
     if name == "nrd":
         return lambda S, T, q: nrd.js_divergence((q, S.softmax(1), T.softmax(1)), params).mean()
-    return lambda S, T, q: nrd.robust_loss(name, torch.cat([S, T]) if name == "gjs" else S, q, params)
+    return lambda S, T, q: nrd.LOSSES[name](torch.cat([S, T]) if name == "gjs" else S, q, *params).mean()
 
 
 def mutual(self_kd):

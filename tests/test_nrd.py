@@ -1,6 +1,5 @@
 """nrd.py: losses against float64 numpy and by hand, what is detached, the EMA, Table 5; calibration."""
 
-import argparse
 import inspect
 import math
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 
 import common
 import nrd
-from nrd import js_divergence, robust_loss
+from nrd import LOSSES, js_divergence
 
 FLOOR = 1e-7
 
@@ -35,10 +34,6 @@ def np_js(distributions, weights):
     return sum(w * np_kl(p, m) for w, p in zip(weights, distributions))
 
 
-def np_z(pi1):
-    return -(1 - pi1) * np.log(1 - pi1)
-
-
 NUMPY = {  # name: (hyperparameters, loss of p and y), each written from its paper
     "ce": ((), lambda p, y: -np.log((p * y).sum(1))),
     "bs": ((0.7,), lambda p, y, t: -((t * p + (1 - t) * y) * np.log(np.maximum(p, FLOOR))).sum(1)),
@@ -51,7 +46,7 @@ NUMPY = {  # name: (hyperparameters, loss of p and y), each written from its pap
             a * -np.log((p * y).sum(1)) / -np.log(p).sum(1) - b * (p * np.log(np.maximum(y, 1e-4))).sum(1)
         ),
     ),
-    "js": ((0.3,), lambda p, y, pi: np_js([y, p], [pi, 1 - pi]) / np_z(pi)),
+    "js": ((0.3,), lambda p, y, pi: np_js([y, p], [pi, 1 - pi])),
 }
 
 
@@ -60,17 +55,14 @@ NUMPY = {  # name: (hyperparameters, loss of p and y), each written from its pap
 def test_loss_equals_numpy(name, scale):
     logits, y, p, y64 = case(scale=scale)
     params, reference = NUMPY[name]
-    assert robust_loss(name, logits, y, params).item() == pytest.approx(reference(p, y64, *params).mean(), rel=1e-4)
+    assert LOSSES[name](logits, y, *params).numpy() == pytest.approx(reference(p, y64, *params), rel=1e-4, abs=1e-6)
 
 
 def test_gjs_equals_numpy():
     first, y, p1, y64 = case()
     second, _, p2, _ = case(seed=5)
-    loss = robust_loss("gjs", torch.cat([first, second]), y, (0.3,))
-    assert loss.item() == pytest.approx(np_js([y64, p1, p2], [0.3, 0.35, 0.35]).mean() / np_z(0.3), rel=1e-4)
-    for name, logits, p in (("gjs", torch.cat([first, second]), [y64, p1, p2]), ("js", first, [y64, p1])):
-        loss = robust_loss(name, logits, y, (0.3,), jsd_scale=False)
-        assert loss.item() == pytest.approx(np_js(p, [0.3, *[0.7 / (len(p) - 1)] * (len(p) - 1)]).mean(), rel=1e-4)
+    loss = nrd.gjs(torch.cat([first, second]), y, 0.3)
+    assert loss.numpy() == pytest.approx(np_js([y64, p1, p2], [0.3, 0.35, 0.35]), rel=1e-4)
 
 
 def test_losses_by_hand():
@@ -84,11 +76,11 @@ def test_losses_by_hand():
         ("sce", (2.0, 1.0)): 2 * log4 + 0.75 * a,
         ("gce", (0.5,)): (1 - 0.5) / 0.5,
         ("nce+rce", (1.0, 2.0)): log4 / (log4 + math.log(4 / 3)) + 1.5 * a,
-        # m = (5/8, 3/8): 1/2 log(8/5) + 1/2 (1/4 log(2/5) + 3/4 log 2), over Z = 1/2 log 2
-        ("js", (0.5,)): (0.5 * math.log(1.6) + 0.5 * (0.25 * math.log(0.4) + 0.75 * math.log(2))) / (0.5 * math.log(2)),
+        # m = (5/8, 3/8): 1/2 log(8/5) + 1/2 (1/4 log(2/5) + 3/4 log 2)
+        ("js", (0.5,)): 0.5 * math.log(1.6) + 0.5 * (0.25 * math.log(0.4) + 0.75 * math.log(2)),
     }
     for (name, params), expected in by_hand.items():
-        assert robust_loss(name, logits, y, params).item() == pytest.approx(expected, rel=1e-5), name
+        assert LOSSES[name](logits, y, *params).item() == pytest.approx(expected, rel=1e-5), name
 
 
 def test_js_divergence():
@@ -115,19 +107,19 @@ def test_losses_and_gradients_stay_finite_at_extremes(name):
     logits = torch.tensor([[200.0, -200, 0], [-200, 200, 0], [0, 0, 0]], requires_grad=True)
     y = F.one_hot(torch.tensor([0, 0, 1]), 3).float()
     if name == "nrd":
-        loss = js_divergence((y, logits.softmax(1), logits.detach().softmax(1)), (0.2, 0.6, 0.2)).mean()
+        loss = js_divergence((y, logits.softmax(1), logits.detach().softmax(1)), (0.2, 0.6, 0.2))
     elif name == "gjs":
-        loss = robust_loss(name, logits.repeat(2, 1), y, (0.3,))
+        loss = nrd.gjs(logits.repeat(2, 1), y, 0.3)
     else:
-        loss = robust_loss(name, logits, y, NUMPY[name][0])
-    loss.backward()
-    assert loss.isfinite() and logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
+        loss = LOSSES[name](logits, y, *NUMPY[name][0])
+    loss.mean().backward()
+    assert loss.isfinite().all() and logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
 
 
 def test_gradient_of_bootstrapping_flows_through_its_target():
     logits, y, _, _ = case()
     logits.requires_grad_()
-    robust_loss("bs", logits, y, (1.0,)).backward()  # pure entropy: with a detached target the gradient would be zero
+    nrd.bs(logits, y, 1.0).mean().backward()  # pure entropy: with a detached target the gradient would be zero
     assert logits.grad.abs().max() > 1e-3
 
 
@@ -159,14 +151,14 @@ def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(train, monke
 
     monkeypatch.setattr(nrd, "js_divergence", spy)
     monkeypatch.setattr(nrd, "teacher_view", lambda x, size: views.append(x) or x.flip(len(views) % 2 + 2))
-    modes, averaged_tensors = [], nrd.averaged_tensors
+    modes, forward = [], common.Classifier.forward
 
-    def watched(model):
+    def watched(model, images):
         if not next(model.parameters()).requires_grad:  # the EMA
-            model.register_forward_pre_hook(lambda module, _: modes.append((torch.is_grad_enabled(), module.training)))
-        return averaged_tensors(model)
+            modes.append((torch.is_grad_enabled(), model.training))
+        return forward(model, images)
 
-    monkeypatch.setattr(nrd, "averaged_tensors", watched)
+    monkeypatch.setattr(common.Classifier, "forward", watched)
     train("--views", "2", epochs=2)
     of_epoch = [(False, True)] * 4 + [(False, False)]  # two steps of two views; then the test images
     assert modes == of_epoch * 2
@@ -228,6 +220,33 @@ def test_jsd_scale_divides_the_loss(train):
     assert plain / scaled == pytest.approx(-0.8 * math.log(0.8), rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["sce", "js", "gjs"])
+def test_the_loop_has_the_loss_that_is_named(train, monkeypatch, loss):
+    """Its mean over the batch, divided by Z where it is a divergence; gjs sees two views, the others one."""
+    steps, function = [], LOSSES[loss]
+    params = inspect.signature(function).parameters
+
+    def watched(logits, y, *given):
+        steps.append((function(logits, y, *given), len(logits) / len(y), len(given)))
+        return steps[-1][0]
+
+    monkeypatch.setitem(LOSSES, loss, watched)
+    last = train("--loss", loss)
+    Z = {"js": -0.3 * math.log(0.3), "gjs": -0.1 * math.log(0.1)}.get(loss, 1)  # pi1 of Table 5 at 50 %: 0.7, 0.9
+    assert last["train_loss"] == pytest.approx(torch.stack([step[0] for step in steps]).mean().item() / Z, rel=1e-5)
+    assert {step[1:] for step in steps} == {(2 if loss == "gjs" else 1, len(params) - 2)} and len(steps) == 2
+
+
+def test_a_loss_without_a_row_has_the_settings_of_cross_entropy(monkeypatch, cli):
+    monkeypatch.setitem(LOSSES, "focal", lambda logits, y, gamma: gamma)
+    monkeypatch.setitem(nrd.HYPERPARAMETERS, "focal", ["gamma"])
+    flags = ["--dataset", "cifar100", "--rate", "0.4", "--loss", "focal"]
+    monkeypatch.setattr("sys.argv", ["nrd.py", *flags, "--loss-params", "2"])
+    args = nrd.parse_args()
+    assert (args.lr, args.weight_decay, args.loss_params, args.jsd_scale) == (0.4, 1e-4, [2], False)
+    assert cli(nrd, *flags)[::2] == (2, "error: --loss-params: focal takes 1 (gamma), not 0\n")
+
+
 def test_two_student_views_share_pi2_on_photographs(train, monkeypatch):
     seen = []
 
@@ -241,91 +260,27 @@ def test_two_student_views_share_pi2_on_photographs(train, monkeypatch):
     assert seen == [(4, pytest.approx([0.1, 0.4, 0.4, 0.1]))] * 2
 
 
-@pytest.mark.parametrize("flags, photographs, schedule", [
-    ((), False, [1, 1, 0.1, 0.01]),
-    (("--drops", "0.25"), False, [1, 0.1, 0.1, 0.1]),
-    (("--loss", "ce"), True, [1, 1, 0.1, 0.01]),
-    (("--loss", "js"), True, [1, 0.97, 0.97**2, 0.97**3]),
-    (("--loss", "gjs"), True, [1, 0.97, 0.97**2, 0.97**3]),
-])  # fmt: skip
-def test_optimiser_and_schedule(train, monkeypatch, flags, photographs, schedule):
-    """SGD with Nesterov momentum 0.9; lr falls to a tenth after the drops, of JS and GJS on photographs by 3 %."""
-    groups, step = [], torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: groups.append(self.param_groups[0]["lr"]) or step(self))
-    monkeypatch.setattr(common, "is_photographs", lambda name: photographs)
-    made, init = [], torch.optim.SGD.__init__
-    monkeypatch.setattr(torch.optim.SGD, "__init__", lambda self, *a, **k: made.append(self) or init(self, *a, **k))
-    train("--lr", "0.01", "--weight-decay", "0.003", "--arch", "wrn-10-1", *flags, epochs=4)
-    (group,) = made[0].param_groups
-    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 0.003)
-    assert groups[::2] == pytest.approx([0.01 * factor for factor in schedule])
-
-
-def test_ema_by_hand_over_two_steps(train, monkeypatch):
-    """Equation 24 in the loop: beta² θ0 + beta (1 - beta) θ1 + (1 - beta) θ2, for weights; for running statistics too,
-    on which the EMA's own forward pass leaves its mark besides."""
-    states, history = [], []
-    original, step = nrd.averaged_tensors, torch.optim.SGD.step
-
-    def remember(model):
-        states.append(original(model))
-        history.append([value.clone() for value in states[-1]])  # θ0, of the EMA and of the model
-        return states[-1]
-
-    def spy(self, *args, **kwargs):
-        step(self, *args, **kwargs)
-        history.append([value.clone() for value in states[1]])
-
-    monkeypatch.setattr(nrd, "averaged_tensors", remember)
-    monkeypatch.setattr(torch.optim.SGD, "step", spy)
-    train("--beta", "0.7")
-    (ema, model), (start, same, first, second) = states, history
-    names = [k for k, value in common.build_model("wrn-10-1", 10).state_dict().items() if value.is_floating_point()]
-    for name, value, theta, t, t0, t1, t2 in zip(names, ema, model, same, start, first, second, strict=True):
-        assert torch.equal(t, t0) and torch.equal(theta, t2)
-        averaged = torch.allclose(value, 0.49 * t0 + 0.21 * t1 + 0.3 * t2, atol=1e-6)
-        assert averaged != ("running" in name), name
-    moved = {name for name, t0, t2 in zip(names, start, second, strict=True) if not torch.equal(t0, t2)}
+def test_ema_by_hand_over_two_steps(train):
+    """Equation 24: beta² θ0 + beta (1 - beta) θ1 + (1 - beta) θ2, for weights. Running statistics are averaged too, but
+    the EMA's own forward pass leaves its mark on them besides. One step per epoch."""
+    train("--beta", "0.7", "--batch-size", "40", "--keep", "1", "2", "--out", "run", epochs=2)
+    first, second = (common.load_checkpoint(f"run/checkpoint{epoch}.pt") for epoch in (1, 2))
+    torch.manual_seed(0)
+    stats = common.channel_stats(common.load_dataset("shapes", limit_train=40, limit_test=10).train_images)
+    start = common.build_model("wrn-10-1", 10, 0.0, *stats).state_dict()
+    moved = set()
+    for name, t0 in start.items():
+        t1, t2 = first["model"][name], second["model"][name]
+        if t0.is_floating_point() and name not in ("mean", "std"):
+            averaged = torch.allclose(second["ema"][name], 0.49 * t0 + 0.21 * t1 + 0.3 * t2, atol=1e-6)
+            assert averaged != ("running" in name), name
+            if not torch.equal(t0, t2):
+                moved.add(name)
     assert moved >= {"stem.0.weight", "blocks.0.0.bn1.running_mean", "blocks.2.0.bn2.running_var", "head.4.bias"}
 
 
-def preset(**flags):
-    defaults = {"dataset": "cifar10", "noise": "sym", "rate": 0.4, "loss": "nrd", "analyze": None}
-    return nrd.preset(argparse.Namespace(**{**defaults, **flags}))
-
-
-@pytest.mark.parametrize("flags, lr, weight_decay, params", [
-    ({"rate": 0.8}, 0.1, 5e-4, [0.25, 0.5, 0.25]),
-    ({"rate": 0.5}, 0.1, 5e-4, [0.2, 0.6, 0.2]),
-    ({"noise": "asym", "rate": 0.4}, 0.1, 1e-3, [0.15, 0.7, 0.15]),
-    ({"noise": "human-worse", "rate": None}, 0.1, 1e-3, [0.15, 0.7, 0.15]),
-    ({"noise": "human-aggre", "rate": None}, 0.1, 1e-3, [0.1, 0.8, 0.1]),
-    ({"noise": "none", "rate": None}, 0.1, 5e-4, [0.2, 0.6, 0.2]),
-    ({"dataset": "cifar100", "rate": 0.8}, 0.2, 5e-5, [0.15, 0.7, 0.15]),
-    ({"dataset": "cifar100", "noise": "asym", "rate": 0.4}, 0.4, 1e-4, [0.4, 0.2, 0.4]),
-    ({"loss": "ce"}, 0.05, 1e-3, []),
-    ({"loss": "sce", "rate": 0.8}, 0.01, 5e-4, [0.1, 1]),
-    ({"loss": "gjs", "dataset": "cifar100", "rate": 0.6}, 0.2, 5e-5, [0.9]),
-])  # fmt: skip
-def test_presets_are_table_5(flags, lr, weight_decay, params):
-    got = preset(**flags)
-    assert (got["lr"], got["weight_decay"], got["loss_params"]) == (lr, weight_decay, params)
-    assert (got["arch"], got["epochs"], got["batch_size"], got["beta"]) == ("preact_resnet34", 400, 128, 0.99)
-    assert (got["student_augment"], got["drops"]) == ("paper", [0.5, 0.75])
-
-
-@pytest.mark.parametrize("loss, lr, batch_size, params", [
-    ("nrd", 0.1, 64, [0.1, 0.8, 0.1]), ("js", 0.2, 64, [0.1]), ("gjs", 0.1, 32, [0.1]), ("ce", 0.1, 64, []),
-])  # fmt: skip
-def test_presets_of_webvision(loss, lr, batch_size, params):
-    got = preset(dataset="webvision", noise=None, rate=None, loss=loss)
-    assert (got["lr"], got["batch_size"], got["loss_params"], got["weight_decay"]) == (lr, batch_size, params, 1e-4)
-    assert (got["epochs"], got["arch"], got["noise"], got["jsd_scale"]) == (300, "resnet50", "none", False)
-    assert got["drops"] == pytest.approx([1 / 3, 2 / 3])
-    assert preset(loss=loss)["jsd_scale"] == (loss in ("nrd", "js", "gjs"))
-
-
 def test_every_row_of_table_5_fits_its_loss():
+    assert nrd.HYPERPARAMETERS["sce"] == ["alpha", "beta"] and nrd.HYPERPARAMETERS["ce"] == []
     for text in nrd.TABLE_5.values():
         header, *rows = [line.split() for line in text.strip().splitlines()]
         assert {row[0] for row in rows} == nrd.HYPERPARAMETERS.keys() and all(len(row) == len(header) for row in rows)
