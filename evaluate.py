@@ -114,8 +114,8 @@ def parse_args():
         raise UsageError("--mean, --std: are of public weights, of --arch; a run and a module have their own")
     if args.curves is not None and (args.arch or args.model):
         raise UsageError("--curves: weights do not hold the metrics of their training; name checkpoints of runs")
-    measures = (args.ece, args.pgd, args.attack, args.cinic, args.transfer, args.plot_by, args.table)
-    if args.memory and (any(measures) or args.cifar_c is not None or args.curves is not None):
+    others = ("ece", "pgd", "attack", "cifar_c", "cinic", "transfer", "plot_by", "curves", "table")
+    if args.memory and any(vars(args)[flag] not in (None, False, []) for flag in others):
         raise UsageError("--memory: looks at training images and measures nothing else; leave the other measures out")
     args.checkpoints = [path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints]
     args.plot_by = [flag.replace("-", "_") for flag in args.plot_by]
@@ -860,17 +860,10 @@ def measure(subject, args, attacks, official, cinic):
 # views of the image on which it was not trained.
 
 
-class Seen(nn.Module):
-    """`model` behind a view of its images: float [B, 3, H, W] -> float [B, 3, H', W'] -> logits [B, C]."""
-
-    def __init__(self, view, model):
-        super().__init__()
-        self.view = view
-        self.model = model
-        self.eval()
-
-    def forward(self, images):
-        return self.model(self.view(images))
+def seen(model, view, images):
+    """Softmax [N, C] of one view of each of the uint8 images [N, 3, H, W]; view: float [B, 3, H, W] -> the same."""
+    with model.register_forward_pre_hook(lambda _, inputs: view(*inputs)):
+        return predict(model, images).softmax(1)
 
 
 def views_of(subject):
@@ -882,9 +875,9 @@ def views_of(subject):
     from torchvision.transforms.functional import center_crop  # a second to import, and only here
 
     size = subject.data.image_size
-    augment = subject.config.get("student_augment")
     plain = functools.partial(center_crop, output_size=list(subject.data.test_images.shape[2:]))
     as_in_training = functools.partial(common.crop_flip, size=size)
+    augment = subject.config.get("student_augment")
     if augment:  # nrd.py or its fork
         script = importlib.import_module(subject.config["script"])
         as_in_training = functools.partial(script.student_view, augment=augment, size=size)
@@ -897,98 +890,92 @@ def training_labels(args, subject, device, load_dataset):
     Raises UsageError where these cannot be told, and where fewer than four of them are right or wrong.
     """
     config = subject.config
-    path = f"--memory: {subject.path}"
+    about = f"--memory: {subject.path}"
     if "noise" not in config:
-        raise UsageError(f"{path} does not tell the labels of its training; name the checkpoint of a run")
+        raise UsageError(f"{about} does not tell the labels of its training; name the checkpoint of a run")
     for flag in ("imbalance", "validation"):
         if config.get(flag):
-            raise UsageError(f"{path} was trained on a part of the images; train it without --{flag}")
+            raise UsageError(f"{about} was trained on a part of the images; train it without --{flag}")
     data = load_data(args, subject.dataset, config, device, load_dataset, config["limit_train"])
     if "train_digest" in config and config["train_digest"] != data.train_digest:
-        raise UsageError(f"{path} was trained on other images or labels than {subject.dataset} has now")
+        raise UsageError(f"{about} was trained on other images or labels than {subject.dataset} has now")
     noise = argparse.Namespace(**config)
     noise.data_dir = args.data_dir or config["data_dir"]
     per_sample = config["script"] == "teacher" or "per_sample=True" in str(subject.source)  # as the script calls it
     given = common.noisy_labels(noise, data, per_sample)
     wrong = int((given != data.true_labels).sum())
     if not 4 <= wrong <= len(given) - 4:
-        raise UsageError(f"{path}: {wrong} of its {len(given)} labels are wrong; train it with --noise")
+        raise UsageError(f"{about}: {wrong} of its {len(given)} labels are wrong; train it with --noise")
     return data, given
 
 
 def report_memory(args, subjects, device, load_dataset):
-    """What each subject says of its training images, as they are and averaged over args.memory unseen views.
+    """Print, record and draw what each subject predicts for its training images: as they are, and the mean of
+    args.memory unseen views, AutoAugment and random erasing (Table 1, Figure 1).
 
-    Unseen views are AutoAugment and random erasing (Table 1, Figure 1); Figure 2a and Table 6 have AutoAugment alone.
-    Draws memory.png, or a numbered one for each of several subjects; of several epochs of one run, confidence.png too.
+    Figure 2a and Table 6 have AutoAugment alone. Of several subjects the pictures are numbered; of several epochs of
+    one run there is confidence.png too.
     """
     from scipy.stats import mannwhitneyu  # a second to import, and only here
 
-    confidence = {}  # {epoch: probability of the true class [4 mislabelled images, 2 kinds of views, 40 views]}
+    confidence = {}  # {epoch: probability of the true class [2 kinds of views, 4 mislabelled images, 40 views]}
     for number, subject in enumerate(subjects, 1):
         torch.manual_seed(args.seed)
         data, given = training_labels(args, subject, device, load_dataset)
+        images = data.train_images
         true = data.true_labels
         wrong = given != true
-        images = data.train_images
         plain, as_in_training, auto_augment = views_of(subject)
-
-        def answers(view, images, subject=subject):
-            return predict(Seen(view, subject.model), images, subject.batch_size).softmax(1)
-
-        def unseen(images, auto_augment=auto_augment):
-            return common.random_erasing(auto_augment(images))
-
-        averaged = sum(answers(unseen, images) for _ in range(args.memory)) / args.memory
-        predictions = {"as they are": answers(plain, images), f"{args.memory} unseen views": averaged}
-        masks = {"clean": ~wrong, "mislabelled": wrong, "overall": wrong | ~wrong}
-        numbers = {}
-        nll = {}  # of the true class of the mislabelled images
-        bins = {}
-        for name, p in predictions.items():
-            numbers[name] = {subset: common.accuracy(p[mask], true[mask]) for subset, mask in masks.items()}
-            numbers[name]["ECE"], *bins[name] = common.calibration(p, true)
+        unseen = [lambda x, augment=auto_augment: common.random_erasing(augment(x))] * args.memory
+        rows = {}  # of Table 1, accuracy for the true label
+        nll = {}  # of the true class, of each mislabelled image
+        bins = {}  # accuracy of each bin of confidence
+        for name, views in (("as they are", [plain]), (f"{args.memory} unseen views", unseen)):
+            p = sum(seen(subject.model, view, images) for view in views) / len(views)
+            masks = {"clean": ~wrong, "mislabelled": wrong, "overall": wrong | ~wrong}
+            rows[name] = {subset: common.accuracy(p[mask], true[mask]) for subset, mask in masks.items()}
+            rows[name]["ECE"], bins[name], *_ = common.calibration(p, true)
             nll[name] = -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu().numpy()
         auroc = float(mannwhitneyu(*nll.values()).statistic) / int(wrong.sum()) ** 2
-        rows = [(name, [f"{value:.2f}" for value in row.values()]) for name, row in numbers.items()]
-        print_table(f"{subject.path}, accuracy for the true label (%)", [*masks, "ECE"], rows)
-        print(f"AUROC {auroc:.4f}")
-        record(args, subject.path, {"memory": numbers, "AUROC": auroc})
+        heading = f"{subject.path}, AUROC {auroc:.4f}, accuracy (%) for the true label"
+        print_table(heading, [*masks, "ECE"], [(name, [f"{v:.2f}" for v in rows[name].values()]) for name in rows])
+        record(args, subject.path, {"memory": rows, "AUROC": auroc})
 
-        chosen = [some.nonzero().squeeze(1) for some in (~wrong, wrong)]
-        chosen = torch.cat([rows[evenly_spaced(len(rows), 4)] for rows in chosen])
-        repeated = images[chosen.to(images.device)].repeat_interleave(40, 0)
-        clouds = [answers(view, repeated).unflatten(0, (8, 40)).cpu() for view in (as_in_training, auto_augment)]
-        of_true = [torch.stack([cloud[k, :, true[chosen[k]]] for cloud in clouds]) for k in range(4, 8)]
+        some = [mask.nonzero().squeeze(1) for mask in (~wrong, wrong)]
+        some = torch.cat([indices[evenly_spaced(len(indices), 4)] for indices in some])
+        repeated = images[some.to(images.device)].repeat_interleave(40, 0)
+        clouds = [seen(subject.model, view, repeated) for view in (as_in_training, auto_augment)]
+        clouds = torch.stack(clouds).unflatten(1, (8, 40)).cpu()
+        given, true = given[some].tolist(), true[some].tolist()
         epoch = subject.metrics[-1]["epoch"]
-        confidence[epoch] = torch.stack(of_true)
-        name = "memory" if len(subjects) == 1 else f"memory{number}"
-        title = f"{subject.path}, epoch {epoch}"
-        with common.picture(args.out / f"{name}.png", 15, 7, args.pdf) as figure:
-            figure.suptitle(title)
+        confidence[epoch] = torch.stack([clouds[:, k, :, true[k]] for k in range(4, 8)], 1)
+        path = args.out / f"memory{number if len(subjects) > 1 else ''}.png"
+        with common.picture(path, 15, 7, args.pdf) as figure:
+            figure.suptitle(f"{subject.path}, epoch {epoch}, AUROC {auroc:.3f}")
             left, right = figure.subfigures(1, 2, width_ratios=(1, 2.5))
-            draw_forgetting(left, nll, auroc, bins, numbers)
-            draw_polygons(right, clouds, given[chosen], true[chosen], data.classes)
+            draw_forgetting(left, nll, bins, rows)
+            draw_polygons(right, clouds, given, true, data.classes)
     if len(confidence) > 1 and len({str(subject.config) for subject in subjects}) == 1:
         draw_confidence(args, confidence)
     return {}
 
 
-def draw_forgetting(figure, nll, auroc, bins, numbers):
-    """Figure 1, histograms, and Figure 2b, calibration against the true labels."""
+VIEWS = {"views as in training": "red", "AutoAugment, unseen": "blue"}
+
+
+def draw_forgetting(figure, nll, bins, rows):
+    """Figure 1, histograms of the mislabelled images, and Figure 2b, calibration of all against the true labels."""
     histogram, calibration = figure.subplots(2, 1)
-    edges = np.linspace(0, max(values.max() for values in nll.values()), 41)
-    for (name, values), colour in zip(nll.items(), ("tab:red", "tab:blue")):
-        histogram.hist(values, edges, density=True, alpha=0.5, color=colour, label=name)
-        accuracy = bins[name][0]
-        left = np.arange(len(accuracy)) / len(accuracy)
-        calibration.bar(left, accuracy, 1 / len(accuracy), align="edge", alpha=0.5, color=colour)
-    histogram.set(title=f"mislabelled images, AUROC {auroc:.3f}", xlabel="-log p(true class)", ylabel="density")
+    edges = np.linspace(0, max(map(max, nll.values())), 41)
+    for name, colour in zip(rows, ("tab:red", "tab:blue")):
+        style = {"color": colour, "alpha": 0.5, "label": f"{name}, ECE {rows[name]['ECE']:.2f}"}
+        histogram.hist(nll[name], edges, density=True, **style)
+        count = len(bins[name])
+        calibration.bar(np.arange(count) / count, bins[name], 1 / count, align="edge", **style)
+    histogram.set(xlabel="-log p(true class), mislabelled images", ylabel="density")
     calibration.plot([0, 1], [0, 1], "k--", lw=1)
-    ece = " and ".join(f"{row['ECE']:.2f}" for row in numbers.values())
-    calibration.set(title=f"all images, true labels, ECE {ece}", xlim=(0, 1), ylim=(0, 1))
-    calibration.set(xlabel="confidence", ylabel="accuracy")
-    figure.legend(*histogram.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    calibration.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy for the true label")
+    figure.legend(*calibration.get_legend_handles_labels(), loc="outside lower center")
 
 
 def draw_polygons(figure, clouds, given, true, classes):
@@ -996,14 +983,14 @@ def draw_polygons(figure, clouds, given, true, classes):
     angles = torch.arange(len(classes)) * (2 * math.pi / len(classes))
     corners = torch.stack([angles.cos(), angles.sin()], 1)  # [C, 2]; a softmax vector p lies at p @ corners
     for k, axes in enumerate(figure.subplots(2, 4).flat):
-        axes.fill(*corners.T, edgecolor="k", facecolor="none", lw=0.8)
-        axes.plot(*corners[given[k]], "s", color="tab:orange", ms=14, label="given label")
+        axes.fill(*corners.T, fill=False)
+        axes.plot(*corners[given[k]], "s", color="tab:orange", ms=14, mfc="none", mew=2, label="given label")
         axes.plot(*corners[true[k]], "*", color="tab:green", ms=14, label="true class")
-        axes.plot(*(clouds[0][k] @ corners).T, "r+", ms=8, label="views as in training")
-        axes.plot(*(clouds[1][k] @ corners).T, "b.", ms=6, alpha=0.6, label="AutoAugment, unseen")
-        label = "" if given[k] == true[k] else f", labelled {classes[given[k]]}"
-        axes.set_title(textwrap.fill(f"{classes[true[k]]}{label}", 28), fontsize="medium")
-        axes.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal")
+        for (label, colour), cloud, marker in zip(VIEWS.items(), clouds, "+."):
+            axes.plot(*(cloud[k] @ corners).T, marker, color=colour, ms=8, alpha=0.6, label=label)
+        names = dict.fromkeys((classes[true[k]], classes[given[k]]))
+        axes.set_title("\nlabelled ".join(names), fontsize="medium")
+        axes.set_aspect("equal")
         axes.axis("off")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
@@ -1011,13 +998,14 @@ def draw_polygons(figure, clouds, given, true, classes):
 def draw_confidence(args, confidence):
     """Table 6, left: probability of the true class of four mislabelled images over the epochs, mean and quartiles."""
     epochs = sorted(confidence)
+    values = torch.stack([confidence[epoch] for epoch in epochs], 2)  # [2, 4, epochs, 40]
     title = "mislabelled images: probability of the true class, mean and quartiles of 40 views"
     with common.panels(args.out / "confidence.png", title, 4, 4, 3, True, args.pdf) as (figure, drawn):
         for k, axes in enumerate(drawn):
-            for kind, (label, colour) in enumerate((("views as in training", "r"), ("AutoAugment, unseen", "b"))):
-                p = torch.stack([confidence[epoch][k, kind] for epoch in epochs])
-                axes.fill_between(epochs, *p.quantile(torch.tensor([0.25, 0.75]), 1), color=colour, alpha=0.2)
-                axes.plot(epochs, p.mean(1), f"{colour}.-", label=label)
+            for (label, colour), p in zip(VIEWS.items(), values[:, k]):
+                low, high = p.quantile(torch.tensor([0.25, 0.75]), 1)
+                axes.fill_between(epochs, low, high, color=colour, alpha=0.2)
+                axes.plot(epochs, p.mean(1), ".-", color=colour, label=label)
             axes.set(xlabel="epoch", ylim=(0, 1))
         legend_below(figure)
 
@@ -1204,8 +1192,7 @@ def legend_below(figure, title=None):
     columns = max(1, letters // (max(map(len, labels)) + 8))
     style = {"loc": "outside lower center", "fontsize": "small", "title_fontsize": "small"}
     figure.legend(handles.values(), labels, title=title, ncols=columns, **style)
-    lines = math.ceil(sum(label.count("\n") + 1 for label in labels) / columns) + 2
-    figure.set_figheight(figure.get_figheight() + 0.18 * lines)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (len(labels) / columns + 1))
 
 
 KEPT_APART = {"script", "dataset", "amp", "train_digest", "test_digest", "torch", "commit"}  # in draw_by
@@ -1229,31 +1216,27 @@ def draw_by(args, subjects, heading):
     groups = grouped(subjects, [flag, *follow])
     if first:
         groups.sort(key=lambda group: order(group[1][0].config.get(first[0])))
-    columns = list(subjects[0].numbers)
-    values = [subject.config[flag] for subject in subjects]
-    numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    values = {subject: subject.config[flag] for subject in subjects}
+    numeric = all(type(value) in (int, float) for value in values.values())
     if not numeric:
-        values = [str(value) for value in values]
-    value_of = dict(zip(subjects, values))
-    across = sorted(set(values))
-    places = {value: value if numeric else i for i, value in enumerate(across)}
-    width = 3 + 0.07 * max(len(name) for name, _ in groups) + 0.4 * len(across) if first else 4.8
-    height = 2 + 0.3 * len(groups) if first else 3.4
+        values = {subject: str(value) for subject, value in values.items()}
+    across = sorted(set(values.values()))
+    places = across if numeric else range(len(across))
+    columns = list(subjects[0].numbers)
     path = args.out / f"by-{'-'.join(args.plot_by)}.png"
-    with common.panels(path, heading, len(columns), width, height, bool(first), args.pdf) as (figure, drawn):
+    height = max(3.4, 0.3 * len(groups))
+    with common.panels(path, heading, len(columns), 4.8, height, bool(first), args.pdf) as (figure, drawn):
         for axes, column in zip(drawn, columns):
             means = []
             numbers = []  # of seeds
             for i, (name, members) in enumerate(groups):
-                stats = {}
-                for value in across:
-                    of = [subject for subject in members if value_of[subject] == value]
-                    if of:
-                        stats[value] = statistic(of, column)
-                        numbers.append(len(of))
-                means.append([stats[value]["mean"] if value in stats else math.nan for value in across])
+                seeds = [[subject for subject in members if values[subject] == value] for value in across]
+                stats = [statistic(of, column) if of else None for of in seeds]
+                means.append([s["mean"] if s else math.nan for s in stats])
+                numbers += [len(of) for of in seeds if of]
                 if not first:
-                    draw_means(axes, [places[value] for value in stats], stats.values(), line_style(i, name))
+                    points = [(place, s) for place, s in zip(places, stats) if s]
+                    draw_means(axes, *zip(*points), line_style(i, name))
             if first:
                 heat_map(axes, means, [name for name, _ in groups], across, column)
                 axes.set(xlabel=flag)
@@ -1262,7 +1245,7 @@ def draw_by(args, subjects, heading):
             if numeric and min(across) > 0 and max(across) >= 20 * min(across):
                 axes.set_xscale("log")
                 axes.minorticks_off()
-            axes.set_xticks(list(places.values()), across)
+            axes.set_xticks(places, across)
         if not first:
             legend_below(figure, spread(numbers))
 
@@ -1303,8 +1286,7 @@ def draw_corruptions(args, groups, title):
             for i, (kind, values) in enumerate(means.items()):
                 axes.barh(np.arange(len(rows)) + 0.4 * i, [value for (value,) in values], 0.4, label=kind)
             axes.set_yticks(np.arange(len(rows)) + 0.2, rows)
-            axes.set(xlim=(0, 100), xlabel="%", ylim=(len(rows), -0.6))
-            axes.grid(axis="x", alpha=0.3)
+            axes.set(xlabel="%", ylim=(len(rows), -0.6))
             legend_below(figure)
         return
     with common.panels(path, title, 2, 2.5 + 0.8 * max(3, len(groups)), 9, True, args.pdf) as (_, drawn):
