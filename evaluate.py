@@ -930,7 +930,7 @@ def report_memory(args, subjects, device, load_dataset):
         rows = {}  # of Table 1, accuracy for the true label
         nll = {}  # of the true class, of each mislabelled image
         bins = {}  # accuracy of each bin of confidence
-        for name, views in (("as they are", [plain]), (f"{args.memory} unseen views", unseen)):
+        for name, views in (("images as they are", [plain]), (f"{args.memory} unseen views", unseen)):
             p = sum(seen(subject.model, view, images) for view in views) / len(views)
             masks = {"clean": ~wrong, "mislabelled": wrong, "overall": wrong | ~wrong}
             rows[name] = {subset: common.accuracy(p[mask], true[mask]) for subset, mask in masks.items()}
@@ -1178,7 +1178,7 @@ def spread(numbers):
     few = min(numbers)
     many = max(numbers)
     if many > 1:
-        return f"mean ± standard deviation, n = {many if few == many else f'{few} to {many}'}"
+        return f"mean ± standard deviation of {many if few == many else f'{few} to {many}'} seeds"
 
 
 def legend_below(figure, title=None):
@@ -1361,17 +1361,20 @@ def draw_curves(args, groups):
 
 def show_corruptions(args, images):
     """A contact sheet: a corruption per row, clean and severity 1 … 5 of the images uint8 [N, 3, H, W], one or two."""
-    side = images.shape[3] + 2
-    rows = []
+    from torchvision.utils import make_grid  # a second to import, and only here
+
+    cells = []
     for name in CORRUPTIONS:
-        row = torch.stack([images, *(corrupt(images, name, severity, args.seed) for severity in range(1, 6))], 1)
-        framed = F.pad(row.flatten(0, 1), (1, 1, 1, 1), value=255)  # [6 N, 3, H + 2, W + 2]
-        rows.append(torch.cat(list(framed), 2))
+        row = [images, *(corrupt(images, name, severity, args.seed) for severity in range(1, 6))]
+        cells.append(torch.stack(row, 1).flatten(0, 1))
+    columns = 6 * len(images)
+    sheet = make_grid(torch.cat(cells), columns, padding=2, pad_value=255)
+    side = images.shape[3] + 2
     with common.picture(args.out / "corruptions.png", 13, 19.5, args.pdf) as figure:
         axes = figure.subplots()
-        axes.imshow(torch.cat(rows, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axes.imshow(sheet.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axes.set_yticks([(i + 0.5) * side for i in range(len(CORRUPTIONS))], list(CORRUPTIONS))
-        axes.set_xticks([(i + 0.5) * side for i in range(6 * len(images))], ["clean", *"12345"] * len(images))
+        axes.set_xticks([(i + 0.5) * side for i in range(columns)], ["clean", *"12345"] * len(images))
         axes.xaxis.tick_top()
         axes.spines[:].set_visible(False)
 

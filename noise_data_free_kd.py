@@ -314,17 +314,16 @@ def dead_leaves(n, size, generator, device):
 
 def show_source(args, data):
     """SOURCE.png: 64 of the inputs that the student would see, clipped to [0, 1] to be drawn."""
+    from torchvision.utils import make_grid  # a second to import, and only here
     device = data.train_labels.device
     index = torch.arange(64, device=device) % len(data.train_labels)
     mean, std = torch.tensor(common.channel_stats(data.train_images), device=device).view(2, 3, 1, 1)
     x = samples(args.source, index, data, mean, std).cpu().clamp(0, 1)
-    x = F.pad(x, (1, 1, 1, 1), value=1)  # a gap between the samples
-    sheet = x.unflatten(0, (8, 8)).permute(0, 3, 1, 4, 2)  # 8, H, 8, W, 3
-    sheet = sheet.flatten(0, 1).flatten(1, 2)
+    sheet = make_grid(x, 8, padding=2, pad_value=1)
     with common.picture((args.out or Path("runs")) / f"{args.source}.png", 6, 6.3) as figure:
         axes = figure.subplots()
-        axes.imshow(sheet.numpy())
-        axes.set_title(f"{args.source}, {x.shape[2] - 2}×{x.shape[3] - 2}", fontsize="medium")
+        axes.imshow(sheet.permute(1, 2, 0).numpy())
+        axes.set_title(f"{args.source}, {x.shape[2]}×{x.shape[3]}", fontsize="medium")
         axes.axis("off")
 
 
@@ -439,11 +438,11 @@ def toy(args):
         left.set(title="circles, on which the perceptron is trained", aspect="equal")
         middle.scatter(*noise.T.numpy(), s=4, color="grey")
         middle.set(title="Gaussian noise", aspect="equal")
+        far = 1.05 * max(e.max().item() for e in cases.values())
         for axes, (label, e) in zip(right, cases.items()):
             axes.scatter(*e.T.numpy(), s=4, color="grey")
             axes.set_title(f"embeddings: {label}", fontsize="medium")
-            axes.sharex(right[0])
-            axes.sharey(right[0])
+            axes.set(xlim=(-0.05 * far, far), ylim=(-0.05 * far, far), aspect="equal")
 
 
 # ---------------------------------------------------------------------------------------------------------------- notes
