@@ -1953,11 +1953,11 @@ def progress(items, label):
 
 @contextlib.contextmanager
 def picture(path, width, height, pdf=False, quiet=False):
-    """Yield an empty matplotlib Figure of that size in inches. At the end of the block it is written to `path`, a .png.
+    """Yield an empty matplotlib Figure of that size in inches, which is written to `path` after the block.
 
-    pdf: write a .pdf beside it too. quiet: do not print what is written. Text is drawn as it is: `$` and usetex of the
-    user's settings mean nothing, and a log axis needs a formatter without them. No picture ends a program: what cannot
-    be drawn or written becomes one line.
+    path: a .png. pdf: write a .pdf beside it too. quiet: do not print what is written. Text is drawn as it
+    is: `$` and usetex of the user's settings mean nothing, and a log axis needs ticks or a formatter without
+    `$`. No picture ends a program: what cannot be drawn or written becomes one line.
     """
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own cannot be imported elsewhere
     import matplotlib  # half a second, and only here
@@ -1982,7 +1982,7 @@ def picture(path, width, height, pdf=False, quiet=False):
 def panels(path, title, count, width, height, sharey=False, pdf=False, quiet=False):
     """As `picture`, with a title and `count` panels of that size in inches, at most three side by side.
 
-    sharey: whether they have one y-axis. Yields the figure and a list of the panels' axes.
+    title: "" for none. sharey: whether the panels have one y-axis. Yields the figure and a list of its axes.
     """
     columns = 2 if count == 4 else min(3, count)
     rows = math.ceil(count / columns)
@@ -1996,9 +1996,9 @@ def panels(path, title, count, width, height, sharey=False, pdf=False, quiet=Fal
 
 
 def plot_curves(path, metrics, title, teacher_acc=None):
-    """Draw the numbers of `metrics`, a dict per epoch, over the epochs to `path` (PNG), and the teacher's accuracy."""
-    names = {key: None for record in metrics for key, value in record.items() if isinstance(value, (int, float))}
-    names = [key for key in names if key not in ("epoch", "seconds", "images_per_second")]
+    """Draw the numbers of `metrics`, a dict per epoch, and the teacher's accuracy, to `path`, a .png."""
+    numbers = [key for record in metrics for key, value in record.items() if isinstance(value, (int, float))]
+    names = [key for key in dict.fromkeys(numbers) if key not in ("epoch", "seconds", "images_per_second")]
     names.sort(key=lambda key: key == "lr")
     keys_of = {}  # {label of a panel: metrics}
     for key in names:

@@ -10,8 +10,8 @@
     python evaluate.py CKPT … --curves              # training, seeds as a band: CMD's Figures 3, 4, NRD's Figure 4
     python evaluate.py CKPT … --transfer --teacher  # Figure 1 of KD Beyond Model Compression
     python evaluate.py CKPT … --ece                 # Figure 5 of Neural Vicinal Risk Minimization
-    python evaluate.py CKPT … --memory              # its Table 1, Figures 1 and 2; of several epochs, Table 6
-    python evaluate.py CKPT … --plot-by batch-size  # Figure 3b of Noise-engineered Data-free Knowledge Distillation
+    python evaluate.py CKPT … --memory              # its Table 1, Figures 1 and 2; of several epochs Table 6
+    python evaluate.py CKPT … --plot-by batch-size  # Figure 3b of Noise-engineered Data-free KD
     python evaluate.py --show-corruptions --dataset cifar10    # what --cifar-c does without a folder
     python evaluate.py wrn_40_2.pth --arch wrn-40-2 --dataset cifar100       # public weights, as RepDistiller's
     python evaluate.py weights.pt --model mine.py:net --dataset cifar10      # any module: net() gives it
@@ -84,8 +84,8 @@ def parse_args():
     add("--cinic", type=Path, metavar="DIR", help="the ImageNet images of CINIC-10, 2,100 a class")
     add("--transfer", action="store_true", help="PGD-20 images of each checkpoint on each other, of the smallest --eps")
     add("--teacher", nargs="?", const="", metavar="CKPT", help="--transfer from it too; no CKPT: whom students name")
-    ten = "what the network has memorised of wrong labels, on K unseen views of each image; K: 10"
-    add("--memory", type=common.count, nargs="?", const=10, metavar="K", help=ten)
+    memory = "what was memorised of wrong labels, by K unseen views of each image, or 10"
+    add("--memory", type=common.count, nargs="?", const=10, metavar="K", help=memory)
     add("--plot-by", nargs="+", default=[], metavar="FLAG", help="curves over a flag of training, as sigma; two: maps")
     add("--curves", nargs="*", metavar="METRIC", help="write training.png: these metrics by epoch, or all")
     add("--show-corruptions", action="store_true", help="write corruptions.png, a contact sheet")
@@ -116,7 +116,7 @@ def parse_args():
         raise UsageError("--curves: weights do not hold the metrics of their training; name checkpoints of runs")
     others = ("ece", "pgd", "attack", "cifar_c", "cinic", "transfer", "plot_by", "curves", "table")
     if args.memory and any(vars(args)[flag] not in (None, False, []) for flag in others):
-        raise UsageError("--memory: looks at training images and measures nothing else; leave the other measures out")
+        raise UsageError("--memory: looks at training images alone; leave the other measures out")
     args.checkpoints = [path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints]
     args.plot_by = [flag.replace("-", "_") for flag in args.plot_by]
     if args.table and args.table.suffix not in (".csv", ".md", ".tex"):
@@ -856,21 +856,25 @@ def measure(subject, args, attacks, official, cinic):
 
 
 # ---------------------------------------------------------------------------------------------- memory of wrong labels
-# Neural Vicinal Risk Minimization, section 3.5 and appendix B: a network forgets a wrong label that it has memorised on
-# views of the image on which it was not trained.
+# Neural Vicinal Risk Minimization, section 3.5 and appendix B. A network that has memorised a wrong label
+# forgets it on views of the image on which it was not trained.
 
 
 def seen(model, view, images):
-    """Softmax [N, C] of one view of each of the uint8 images [N, 3, H, W]; view: float [B, 3, H, W] -> the same."""
+    """Softmax [N, C] of a view of each of the uint8 images [N, 3, H, W].
+
+    view: a function of float [B, 3, H, W], which gives the same.
+    """
     with model.register_forward_pre_hook(lambda _, inputs: view(*inputs)):
         return predict(model, images).softmax(1)
 
 
 def views_of(subject):
-    """Three views of training images, float [B, 3, H, W] -> the same: as they are, as in training, and AutoAugment.
+    """Three views of images, functions of float [B, 3, H, W]: as they are, as in training, AutoAugment.
 
-    Photographs are cut to the size in which the subject saw them, in the first and last view to their middle. Views as
-    in training are those of the script's student_view, or crops and flips where it has none.
+    Photographs are cut to the size in which the subject saw them; in the first and last view to their middle.
+    The view as in training is the script's student_view, where the run has --student-augment, else a crop and
+    a flip.
     """
     from torchvision.transforms.functional import center_crop  # a second to import, and only here
 
@@ -885,7 +889,7 @@ def views_of(subject):
 
 
 def training_labels(args, subject, device, load_dataset):
-    """The Dataset on which a subject was trained, and its labels as they were given to training, int64 [N].
+    """The Dataset on which a subject was trained, and the labels that training was given, int64 [N].
 
     Raises UsageError where these cannot be told, and where fewer than four of them are right or wrong.
     """
@@ -901,7 +905,8 @@ def training_labels(args, subject, device, load_dataset):
         raise UsageError(f"{about} was trained on other images or labels than {subject.dataset} has now")
     noise = argparse.Namespace(**config)
     noise.data_dir = args.data_dir or config["data_dir"]
-    per_sample = config["script"] == "teacher" or "per_sample=True" in str(subject.source)  # as the script calls it
+    # as the script calls noisy_labels; a teacher is given the labels of a script that has per_sample
+    per_sample = config["script"] == "teacher" or "per_sample=True" in str(subject.source)
     given = common.noisy_labels(noise, data, per_sample)
     wrong = int((given != data.true_labels).sum())
     if not 4 <= wrong <= len(given) - 4:
@@ -910,15 +915,15 @@ def training_labels(args, subject, device, load_dataset):
 
 
 def report_memory(args, subjects, device, load_dataset):
-    """Print, record and draw what each subject predicts for its training images: as they are, and the mean of
-    args.memory unseen views, AutoAugment and random erasing (Table 1, Figure 1).
+    """Print, record and draw what each subject predicts for its training images.
 
-    Figure 2a and Table 6 have AutoAugment alone. Of several subjects the pictures are numbered; of several epochs of
-    one run there is confidence.png too.
+    For the images as they are, and the mean over args.memory views of each: AutoAugment and random erasing,
+    as in Table 1 and Figure 1. Figure 2a and Table 6 have AutoAugment alone. The pictures of several subjects
+    are numbered. Of several epochs of one run there is confidence.png too.
     """
     from scipy.stats import mannwhitneyu  # a second to import, and only here
 
-    confidence = {}  # {epoch: probability of the true class [2 kinds of views, 4 mislabelled images, 40 views]}
+    confidence = {}  # {epoch: p(true class) [2 kinds of views, 4 mislabelled images, 40 views]}
     for number, subject in enumerate(subjects, 1):
         torch.manual_seed(args.seed)
         data, given = training_labels(args, subject, device, load_dataset)
@@ -926,27 +931,29 @@ def report_memory(args, subjects, device, load_dataset):
         true = data.true_labels
         wrong = given != true
         plain, as_in_training, auto_augment = views_of(subject)
-        unseen = [lambda x, augment=auto_augment: common.random_erasing(augment(x))] * args.memory
-        rows = {}  # of Table 1, accuracy for the true label
+        unseen = [lambda x, view=auto_augment: common.random_erasing(view(x))] * args.memory
+        masks = {"clean": ~wrong, "mislabelled": wrong, "overall": wrong | ~wrong}
+        rows = {}  # of Table 1
         nll = {}  # of the true class, of each mislabelled image
-        bins = {}  # accuracy of each bin of confidence
+        bins = {}  # the accuracy of each bin of confidence
         for name, views in (("images as they are", [plain]), (f"{args.memory} unseen views", unseen)):
             p = sum(seen(subject.model, view, images) for view in views) / len(views)
-            masks = {"clean": ~wrong, "mislabelled": wrong, "overall": wrong | ~wrong}
             rows[name] = {subset: common.accuracy(p[mask], true[mask]) for subset, mask in masks.items()}
             rows[name]["ECE"], bins[name], *_ = common.calibration(p, true)
             nll[name] = -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu().numpy()
         auroc = float(mannwhitneyu(*nll.values()).statistic) / int(wrong.sum()) ** 2
-        heading = f"{subject.path}, AUROC {auroc:.4f}, accuracy (%) for the true label"
-        print_table(heading, [*masks, "ECE"], [(name, [f"{v:.2f}" for v in rows[name].values()]) for name in rows])
         record(args, subject.path, {"memory": rows, "AUROC": auroc})
+        heading = f"{subject.path}, AUROC {auroc:.4f}, accuracy (%) for the true label"
+        texts = [(name, [f"{value:.2f}" for value in row.values()]) for name, row in rows.items()]
+        print_table(heading, [*masks, "ECE"], texts)
 
         some = [mask.nonzero().squeeze(1) for mask in (~wrong, wrong)]
         some = torch.cat([indices[evenly_spaced(len(indices), 4)] for indices in some])
         repeated = images[some.to(images.device)].repeat_interleave(40, 0)
         clouds = [seen(subject.model, view, repeated) for view in (as_in_training, auto_augment)]
         clouds = torch.stack(clouds).unflatten(1, (8, 40)).cpu()
-        given, true = given[some].tolist(), true[some].tolist()
+        given = given[some].tolist()
+        true = true[some].tolist()
         epoch = subject.metrics[-1]["epoch"]
         confidence[epoch] = torch.stack([clouds[:, k, :, true[k]] for k in range(4, 8)], 1)
         path = args.out / f"memory{number if len(subjects) > 1 else ''}.png"
@@ -957,14 +964,13 @@ def report_memory(args, subjects, device, load_dataset):
             draw_polygons(right, clouds, given, true, data.classes)
     if len(confidence) > 1 and len({str(subject.config) for subject in subjects}) == 1:
         draw_confidence(args, confidence)
-    return {}
 
 
 VIEWS = {"views as in training": "red", "AutoAugment, unseen": "blue"}
 
 
 def draw_forgetting(figure, nll, bins, rows):
-    """Figure 1, histograms of the mislabelled images, and Figure 2b, calibration of all against the true labels."""
+    """Figure 1, histograms of the mislabelled images; Figure 2b, calibration of all for the true labels."""
     histogram, calibration = figure.subplots(2, 1)
     edges = np.linspace(0, max(map(max, nll.values())), 41)
     for name, colour in zip(rows, ("tab:red", "tab:blue")):
@@ -979,7 +985,10 @@ def draw_forgetting(figure, nll, bins, rows):
 
 
 def draw_polygons(figure, clouds, given, true, classes):
-    """Figure 2a: softmax vectors in the polygon of the classes (equiradial projection), a panel per image."""
+    """Figure 2a: softmax vectors in the polygon of classes (equiradial projection), a panel per image.
+
+    clouds: [2 kinds of views, 8 images, 40 views, C]. given, true: the classes of the images.
+    """
     angles = torch.arange(len(classes)) * (2 * math.pi / len(classes))
     corners = torch.stack([angles.cos(), angles.sin()], 1)  # [C, 2]; a softmax vector p lies at p @ corners
     for k, axes in enumerate(figure.subplots(2, 4).flat):
@@ -996,10 +1005,10 @@ def draw_polygons(figure, clouds, given, true, classes):
 
 
 def draw_confidence(args, confidence):
-    """Table 6, left: probability of the true class of four mislabelled images over the epochs, mean and quartiles."""
+    """Table 6, left: p(true class) of four mislabelled images over the epochs, mean and quartiles."""
     epochs = sorted(confidence)
     values = torch.stack([confidence[epoch] for epoch in epochs], 2)  # [2, 4, epochs, 40]
-    title = "mislabelled images: probability of the true class, mean and quartiles of 40 views"
+    title = "four mislabelled images: p(true class), mean and quartiles of 40 views"
     with common.panels(args.out / "confidence.png", title, 4, 4, 3, True, args.pdf) as (figure, drawn):
         for k, axes in enumerate(drawn):
             for (label, colour), p in zip(VIEWS.items(), values[:, k]):
@@ -1134,7 +1143,8 @@ def report_transfer(args, groups, teacher):
     columns = [*(str(i) for i in range(1, len(names) + 1)), "mean", *("teacher" for _ in teacher)]
     heading = f"{subjects[0].test_set}: success rate (%), source → / target ↓"
     print_table(heading, columns, [(name, [f"{v:.2f}" for v in row]) for name, row in zip(rows, values)])
-    with common.picture(args.out / "transfer.png", 6 + 0.8 * len(columns), 2.5 + 0.45 * len(rows), args.pdf) as figure:
+    size = 6 + 0.8 * len(columns), 2.5 + 0.45 * len(rows)
+    with common.picture(args.out / "transfer.png", *size, args.pdf) as figure:
         axes = figure.subplots()
         heat_map(axes, values, rows, columns, f"success rate (%), PGD-20, ε = {eps_name(args.eps[0])}")
         blank = "; blank: no image that both classify correctly" if np.isnan(values).any() else ""
@@ -1199,11 +1209,10 @@ KEPT_APART = {"script", "dataset", "amp", "train_digest", "test_digest", "torch"
 
 
 def draw_by(args, subjects, heading):
-    """Each column of the tables over one flag of training: mean ± standard deviation, a curve for each value of the
-    other flags that were given. Over two flags: a heat map of the means, the second flag across, the first and all
-    others down.
+    """Each column of the tables over a flag of training: a curve for each value of the other flags given.
 
-    Runs without the last flag are left out, as a teacher without sigma.
+    Over two flags: a heat map of the means, the second flag across, the first and all others down. Runs
+    without the last flag are left out, as a teacher without sigma.
     """
 
     def order(value):
@@ -1251,8 +1260,9 @@ def draw_by(args, subjects, heading):
 
 
 def draw_reliability(args, groups):
-    """Reliability diagrams, one per group, the bins of its seeds pooled. Bins of less than 1 % of samples are pale."""
-    with common.panels(args.out / "reliability.png", "", len(groups), 4, 4.2, True, args.pdf) as (figure, drawn):
+    """A reliability diagram per group, the bins of its seeds pooled. Bins of less than 1 % are pale."""
+    path = args.out / "reliability.png"
+    with common.panels(path, "", len(groups), 4, 4.2, True, args.pdf) as (figure, drawn):
         for axes, (name, members) in zip(drawn, groups):
             shares = np.array([subject.bins["share"] for subject in members])  # [seeds, bins]
             weights = shares / shares.sum(0).clip(1e-12)
@@ -1277,9 +1287,9 @@ def draw_corruptions(args, groups, title):
     """Figure 3: corruption by model; of one model, bars."""
     rows = (*CORRUPTIONS, "mean")
     names = [name for name, _ in groups]
-    means = {}  # {kind: the mean over seeds of each group in each row}
-    for kind in ("accuracy", "natural robustness"):
-        means[kind] = [[statistics.fmean(s.corruptions[kind][row] for s in of) for _, of in groups] for row in rows]
+    means = {"accuracy": [], "natural robustness": []}  # of each row: of each group, the mean over seeds
+    for kind, row in itertools.product(means, rows):
+        means[kind].append([statistics.fmean(s.corruptions[kind][row] for s in of) for _, of in groups])
     path = args.out / "cifar-c.png"
     if len(groups) == 1:
         with common.panels(path, f"{names[0]}; {title}", 1, 6.5, 8, pdf=args.pdf) as (figure, (axes,)):
@@ -1307,10 +1317,12 @@ def draw_pgd(args, groups, heading):
             for i, (name, members) in enumerate(groups):
                 stats = [statistic(members, column) for column in columns]
                 draw_means(axes, values, stats, line_style(i, name))
-            axes.set_xscale("symlog", linthresh=values[1])
+            first = min(value for value in values if value > 0)
+            axes.set_xscale("symlog", linthresh=first)
             axes.set_xticks(values, names, rotation=45)
             axes.minorticks_off()
-            axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(0, None), xlim=(-values[1] / 10, values[-1] * 1.05))
+            axes.set(xlabel=label, xlim=(-first / 10, values[-1] * 1.05))
+            axes.set(ylabel="accuracy (%)", ylim=(0, None))
         legend_below(figure, spread([len(members) for _, members in groups]))
 
 
@@ -1324,19 +1336,20 @@ LABELS = {  # of the metrics whose names do not say it
 
 def metric_label(name):
     """ema_test_acc -> ema test accuracy (%)."""
-    label = LABELS.get(name, name.replace("acc", "accuracy").replace("top5", "top-5 accuracy").replace("_", " "))
-    return f"{label} (%)" if "accuracy" in label else label
+    words = name.replace("acc", "accuracy").replace("top5", "top-5 accuracy").replace("_", " ")
+    return LABELS.get(name, f"{words} (%)" if "accuracy" in words else words)
 
 
 def draw_curves(args, groups):
-    """The metrics of training over its epochs: a line per group, the mean of its seeds, ± standard deviation a band.
+    """The metrics of training over its epochs: the mean of a group's seeds, ± standard deviation as a band.
 
-    args.curves: names of metrics; empty: all except learning rate and speed. A group without a metric is left out.
+    args.curves: names of metrics; empty: all except learning rate and speed. A group that lacks a metric is
+    not in its panel.
     """
     every = [record for _, members in groups for subject in members for record in subject.metrics]
-    names = {key: 0 for record in every for key, value in record.items() if isinstance(value, (int, float))}
+    numbers = [key for record in every for key, value in record.items() if isinstance(value, (int, float))]
     unseen = ("epoch", "lr", "seconds", "images_per_second")
-    names = args.curves or [key for key in names if key not in unseen]
+    names = args.curves or [key for key in dict.fromkeys(numbers) if key not in unseen]
     with common.panels(args.out / "training.png", "", len(names), 5, 3.4, pdf=args.pdf) as (figure, drawn):
         for key, axes in zip(names, drawn):
             for i, (name, members) in enumerate(groups):
@@ -1350,9 +1363,8 @@ def draw_curves(args, groups):
                 axes.plot(epochs, mean, **style)
                 if len(members) > 1:
                     deviation = values.std(0, ddof=1)
-                    axes.fill_between(
-                        epochs, mean - deviation, mean + deviation, color=style["color"], alpha=0.2, lw=0
-                    )
+                    band = {"color": style["color"], "alpha": 0.2, "lw": 0}
+                    axes.fill_between(epochs, mean - deviation, mean + deviation, **band)
             axes.set(xlabel="epoch", ylabel=metric_label(key))
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
@@ -1360,7 +1372,7 @@ def draw_curves(args, groups):
 
 
 def show_corruptions(args, images):
-    """A contact sheet: a corruption per row, clean and severity 1 … 5 of the images uint8 [N, 3, H, W], one or two."""
+    """A contact sheet of one or two images uint8 [N, 3, H, W]: a row per corruption, clean, severity 1-5."""
     from torchvision.utils import make_grid  # a second to import, and only here
 
     cells = []

@@ -339,7 +339,8 @@ def plot_activations(args, device):
     adjust.png: accuracy by the number of batches that statistics are re-estimated on (Figure 3a)."""
     checkpoint = common.load_checkpoint(args.plot_activations, "--plot-activations")
     if checkpoint["script"] != "noise_data_free_kd":
-        raise UsageError(f"--plot-activations: {args.plot_activations} is no student of this script; name one")
+        path = args.plot_activations
+        raise UsageError(f"--plot-activations: {path} is no student of this script; name one")
     config, folder = checkpoint["config"], args.out or args.plot_activations.parent
     limits, sizes = (args.limit_train or 1000, args.limit_test), (config["resize"], config["image_size"])
     data = common.load_dataset(config["dataset"], args.data_dir, *limits, device, *sizes)
@@ -372,21 +373,21 @@ def plot_activations(args, device):
         for i, axes in enumerate(upper.subplots(1, len(teacher.blocks) + 1)):
             for (label, layers), colour in zip(by_layer.items(), ("red", "blue", "black")):
                 axes.hist(layers[i].mean(1).numpy(), color=colour, label=label, **style)
-            axes.set(title=f"block {i}" if i else "stem", xlabel="mean activation", ylabel="density", yscale="log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("")
             axes.locator_params(axis="x", nbins=5)
+            axes.set(title=f"block {i}" if i else "stem", xlabel="mean activation", ylabel="density")
         upper.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
         scatter, density = lower.subplots(1, 2)
         trained = last_block["as in training, running statistics"].mean(0).numpy()
         for (label, values), colour in zip(last_block.items(), ("red", "blue", "black")):
             scatter.plot(trained, values.mean(0).numpy(), ".", color=colour, label=label)
             density.hist(values.flatten().numpy(), color=colour, **style)
-        scatter.set(xlabel="mean activation of a neuron as in training", ylabel="mean activation of the neuron")
+        scatter.set(xlabel="mean activation of a neuron as in training", ylabel="mean activation of it")
         scatter.legend(fontsize="small")
-        density.set(xlabel="activation of a neuron for an image", ylabel="density", yscale="log")
-        density.yaxis.set_major_formatter("{x:g}")
-        density.yaxis.set_minor_formatter("")
+        density.set(xlabel="activation of a neuron for an image", ylabel="density")
+        for axes in (*upper.axes, density):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
 
     size = args.eval_batch_size
     most = max(1, round(len(data.test_labels) / size))
@@ -407,7 +408,10 @@ def plot_activations(args, device):
 
 
 def toy(args):
-    """toy.png (Figure 1): two circles, Gaussian noise, and a perceptron's two-dimensional embeddings of both."""
+    """toy.png (Figure 1): two circles, Gaussian noise, and a perceptron's two-dimensional embeddings of both.
+
+    Prints how far the embeddings are from those of the circles.
+    """
     y = torch.arange(1000) % 2
     angle = 2 * math.pi * torch.rand(1000)
     radius = 0.5 + 0.5 * y
@@ -433,13 +437,14 @@ def toy(args):
         root = torch.linalg.eigvals(e.T.cov() @ true.T.cov()).sqrt().real.sum()
         frechet = (e.mean(0) - true.mean(0)).square().sum() + (e.T.cov() + true.T.cov()).trace() - 2 * root
         print(f"{label}: Fréchet distance to the embeddings of the circles {frechet.clamp(min=0):.3f}")
-    with common.panels((args.out or Path("runs")) / "toy.png", "", 5, 4.2, 4.2) as (_, (left, middle, *right)):
+    far = 1.05 * max(e.max().item() for e in cases.values())
+    path = (args.out or Path("runs")) / "toy.png"
+    with common.panels(path, "", 5, 4.2, 4.2) as (_, (left, middle, *of_embeddings)):
         left.scatter(*circles.T.numpy(), c=y.numpy(), s=4, cmap="coolwarm")
         left.set(title="circles, on which the perceptron is trained", aspect="equal")
         middle.scatter(*noise.T.numpy(), s=4, color="grey")
         middle.set(title="Gaussian noise", aspect="equal")
-        far = 1.05 * max(e.max().item() for e in cases.values())
-        for axes, (label, e) in zip(right, cases.items()):
+        for axes, (label, e) in zip(of_embeddings, cases.items()):
             axes.scatter(*e.T.numpy(), s=4, color="grey")
             axes.set_title(f"embeddings: {label}", fontsize="medium")
             axes.set(xlim=(-0.05 * far, far), ylim=(-0.05 * far, far), aspect="equal")
