@@ -883,7 +883,11 @@ def views_of(subject):
     as_in_training = functools.partial(common.crop_flip, size=size)
     augment = subject.config.get("student_augment")
     if augment:  # nrd.py or its fork
-        script = importlib.import_module(subject.config["script"])
+        name = subject.config["script"]
+        try:
+            script = importlib.import_module(name)
+        except ImportError:
+            raise UsageError(f"--memory: {subject.path} needs the views of {name}.py beside evaluate.py") from None
         as_in_training = functools.partial(script.student_view, augment=augment, size=size)
     return plain, as_in_training, lambda images: common.auto_augment(plain(images))
 
@@ -1226,7 +1230,7 @@ def draw_by(args, subjects, heading):
     if first:
         groups.sort(key=lambda group: order(group[1][0].config.get(first[0])))
     values = {subject: subject.config[flag] for subject in subjects}
-    numeric = all(type(value) in (int, float) for value in values.values())
+    numeric = all(isinstance(value, (int, float)) for value in values.values())
     if not numeric:
         values = {subject: str(value) for subject, value in values.items()}
     across = sorted(set(values.values()))
