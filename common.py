@@ -1964,7 +1964,8 @@ def picture(path, width, height, pdf=False, quiet=False):
     from matplotlib.figure import Figure
 
     try:
-        with matplotlib.rc_context({"text.usetex": False, "text.parse_math": False}):
+        plain = {"text.usetex": False, "text.parse_math": False, "axes.formatter.use_mathtext": False}
+        with matplotlib.rc_context(plain):
             figure = Figure(figsize=(width, height), layout="constrained")
             yield figure
             for file in [path, path.with_suffix(".pdf")] if pdf else [path]:

@@ -1224,8 +1224,8 @@ def draw_by(args, subjects, heading):
 
     *first, flag = args.plot_by
     subjects = [subject for subject in subjects if subject.config.get(flag) is not None]
-    given = {name for subject in subjects for name in subject.config["given"]}
-    follow = {name for subject in subjects for name in subject.config} - given - KEPT_APART  # set by presets
+    apart = KEPT_APART.union(first, *(subject.config["given"] for subject in subjects))
+    follow = {name for subject in subjects for name in subject.config} - apart  # what presets set
     groups = grouped(subjects, [flag, *follow])
     if first:
         groups.sort(key=lambda group: order(group[1][0].config.get(first[0])))
@@ -1275,11 +1275,12 @@ def draw_reliability(args, groups):
             share = shares.mean(0)
             edges = np.linspace(0, 1, len(share) + 1)
             for some, alpha in ((share >= 0.01, 1), (share < 0.01, 0.3)):
-                left, acc, gap = edges[:-1][some], accuracy[some], (confidence - accuracy)[some]
+                left = edges[:-1][some]
+                acc = accuracy[some]
                 bar = {"width": 1 / len(share), "align": "edge", "alpha": alpha}
                 axes.bar(left, acc, color="tab:blue", edgecolor="w", label="accuracy", **bar)
-                hatched = {"color": "none", "edgecolor": "tab:red", "hatch": "////"}
-                axes.bar(left, gap, bottom=acc, label="gap to confidence", **hatched, **bar)
+                bar |= {"color": "none", "edgecolor": "tab:red", "hatch": "////"}
+                axes.bar(left, confidence[some] - acc, bottom=acc, label="gap to confidence", **bar)
             axes.stairs(share, edges, color="k", label="share of samples")
             axes.plot([0, 1], [0, 1], "k--", lw=1)
             axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")

@@ -335,19 +335,25 @@ def activations(model, images):
 
 
 def plot_activations(args, device):
-    """activations.png: mean activation of the teacher's layers (Figures 5-8) and of the student's neurons (Figure 2);
-    adjust.png: accuracy by the number of batches that statistics are re-estimated on (Figure 3a)."""
+    """Draw activations.png and adjust.png of a student.
+
+    activations.png: mean activation of the teacher's layers (Figures 5-8), of the student's neurons (Figure 2).
+    adjust.png: accuracy by the number of batches on which statistics are re-estimated (Figure 3a).
+    """
     checkpoint = common.load_checkpoint(args.plot_activations, "--plot-activations")
     if checkpoint["script"] != "noise_data_free_kd":
         path = args.plot_activations
         raise UsageError(f"--plot-activations: {path} is no student of this script; name one")
-    config, folder = checkpoint["config"], args.out or args.plot_activations.parent
-    limits, sizes = (args.limit_train or 1000, args.limit_test), (config["resize"], config["image_size"])
+    config = checkpoint["config"]
+    folder = args.out or args.plot_activations.parent
+    limits = args.limit_train or 1000, args.limit_test
+    sizes = config["resize"], config["image_size"]
     data = common.load_dataset(config["dataset"], args.data_dir, *limits, device, *sizes)
     of_teacher = common.load_checkpoint(args.teacher or Path(checkpoint["teacher"]), "--teacher")
     teacher = common.load_model(of_teacher, "model", device)
     student = common.load_model(checkpoint, "model", device)
-    teacher_current, student_current = copy.deepcopy(teacher), copy.deepcopy(student)
+    teacher_current = copy.deepcopy(teacher)
+    student_current = copy.deepcopy(student)
     use_current_statistics(batch_norms(teacher_current) + batch_norms(student_current))
 
     source = "gaussian" if config["source"] == "data" else config["source"]
@@ -381,7 +387,7 @@ def plot_activations(args, device):
         for (label, values), colour in zip(last_block.items(), ("red", "blue", "black")):
             scatter.plot(trained, values.mean(0).numpy(), ".", color=colour, label=label)
             density.hist(values.flatten().numpy(), color=colour, **style)
-        scatter.set(xlabel="mean activation of a neuron as in training", ylabel="mean activation of it")
+        scatter.set(xlabel="a neuron's mean activation as in training", ylabel="its mean activation")
         scatter.legend(fontsize="small")
         density.set(xlabel="activation of a neuron for an image", ylabel="density")
         for axes in (*upper.axes, density):

@@ -603,6 +603,13 @@ BY = [(0.2, 0.5, 0), (0.2, 0.5, 1), (0.1, 0.0, 0), (0.1, 0.5, 0), (None, 0.5, 0)
 
 def test_plot_by_flags(figures):
     """One flag: a curve of means for each value of the others. Two: a cell for each pair of values."""
+    args = SimpleNamespace(plot_by=["untyped", "sigma"], out=Path("."), pdf=False)
+    subjects = [drawn_subject(numbers={"NLL": 1.0}, flags={"sigma": 1}) for _ in range(2)]
+    for i, subject in enumerate(subjects):
+        subject.config["untyped"] = i
+    evaluate.draw_by(args, subjects, "heading")
+    assert figures["by-untyped-sigma"].axes[0].images[0].get_array().shape == (2, 1)
+
     subjects = []
     for i, (sigma, rate, seed) in enumerate(BY):
         given = {"rate": rate} | ({"sigma": sigma} if sigma else {})
