@@ -2261,49 +2261,70 @@ def progress(items, label):
 
 
 @contextlib.contextmanager
-def picture(path, width, height, pdf=False):
-    """Yield an empty matplotlib Figure of that size in inches. At the end of the block it is written to `path`, a .png.
+def picture(path, width, height, pdf=False, quiet=False):
+    """Yield an empty matplotlib Figure of that size in inches, which is written to `path` after the block.
 
-    pdf: write a .pdf beside it too. Text is drawn as it is: `$` and usetex of the user's settings mean nothing. No
-    picture ends a program: what cannot be drawn or written becomes one line.
+    path: a .png. pdf: write a .pdf beside it too. quiet: do not print what is written. Text is drawn as it
+    is: `$` and usetex of the user's settings mean nothing, and a log axis needs ticks or a formatter without
+    `$`. No picture ends a program: what cannot be drawn or written becomes one line.
     """
     os.environ["MPLBACKEND"] = "agg"  # a notebook's own cannot be imported elsewhere
     import matplotlib  # half a second, and only here
     from matplotlib.figure import Figure
 
     try:
-        with matplotlib.rc_context({"text.usetex": False, "text.parse_math": False}):
+        plain = {"text.usetex": False, "text.parse_math": False, "axes.formatter.use_mathtext": False}
+        with matplotlib.rc_context(plain):
             figure = Figure(figsize=(width, height), layout="constrained")
             yield figure
             for file in [path, path.with_suffix(".pdf")] if pdf else [path]:
                 with atomic_write(file) as partial:
                     figure.savefig(partial, dpi=110)
+                if not quiet:
+                    print(f"wrote {file}")
     except UsageError:
         raise
     except Exception as error:  # whatever fonts, settings or a full disk make matplotlib raise
         print(f"{path} is not drawn: {error}", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def panels(path, title, count, width, height, sharey=False, pdf=False, quiet=False):
+    """As `picture`, with a title and `count` panels of that size in inches, at most three side by side.
+
+    title: "" for none. sharey: whether the panels have one y-axis. Yields the figure and a list of its axes.
+    """
+    columns = 2 if count == 4 else min(3, count)
+    rows = math.ceil(count / columns)
+    with picture(path, width * columns, height * rows, pdf, quiet) as figure:
+        if title:
+            figure.suptitle(textwrap.fill(title, round(8 * width * columns)))
+        axes = figure.subplots(rows, columns, sharey=sharey, squeeze=False).flatten()
+        for unused in axes[count:]:
+            unused.remove()
+        yield figure, list(axes[:count])
+
+
 def plot_curves(path, metrics, title, teacher_acc=None):
-    """Draw the numbers of `metrics`, a dict an epoch, over the epochs to `path` (PNG), and the teacher's accuracy."""
-    panels = {}
-    names = [key for key in metrics[-1] if key not in ("epoch", "seconds", "images_per_second", "lr")]
-    for key in [*names, "lr"]:
-        if isinstance(metrics[-1][key], (int, float)):
-            of_training = "training labels (%)" if key.startswith("train_acc") else "accuracy (%)"
-            panel = key
-            if "acc" in key or "top5" in key:
-                panel = of_training
-            elif "loss" in key:
-                panel = "loss"
-            panels.setdefault(panel, []).append(key)
+    """Draw the numbers of `metrics`, a dict per epoch, and the teacher's accuracy, to `path`, a .png."""
+    numbers = [key for record in metrics for key, value in record.items() if isinstance(value, (int, float))]
+    names = [key for key in dict.fromkeys(numbers) if key not in ("epoch", "seconds", "images_per_second")]
+    names.sort(key=lambda key: key == "lr")
+    keys_of = {}  # {label of a panel: metrics}
+    for key in names:
+        panel = key
+        if "acc" in key or "top5" in key:
+            panel = "training labels (%)" if key.startswith("train_acc") else "accuracy (%)"
+        elif "loss" in key:
+            panel = "loss"
+        keys_of.setdefault(panel, []).append(key)
     epochs = [record["epoch"] for record in metrics]
-    with picture(path, 4 * len(panels), 3.6) as figure:
-        figure.suptitle(title)
-        for axes, (panel, keys) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items()):
+    with panels(path, title, len(keys_of), 4, 3, quiet=True) as (_, drawn):
+        for axes, (panel, keys) in zip(drawn, keys_of.items()):
             for i, key in enumerate(keys):  # ever thinner, so that no curve hides another
                 width = 1 + 1.5 * (len(keys) - 1 - i)
-                axes.plot(epochs, [record[key] for record in metrics], ".-", lw=width, ms=4 + width, label=key)
+                values = [record.get(key) for record in metrics]
+                axes.plot(epochs, values, ".-", lw=width, ms=4 + width, label=key)
             if panel == "accuracy (%)" and teacher_acc is not None:
                 axes.axhline(teacher_acc, color="k", linestyle=":", label="teacher")
             axes.set(xlabel="epoch", ylabel=panel)

@@ -10,6 +10,8 @@
     python evaluate.py CKPT … --curves              # training, seeds as a band: CMD's Figures 3, 4, NRD's Figure 4
     python evaluate.py CKPT … --transfer --teacher  # Figure 1 of KD Beyond Model Compression
     python evaluate.py CKPT … --ece                 # Figure 5 of Neural Vicinal Risk Minimization
+    python evaluate.py CKPT … --memory              # its Table 1, Figures 1 and 2; of several epochs Table 6
+    python evaluate.py CKPT … --plot-by batch-size  # Figure 3b of Noise-engineered Data-free KD
     python evaluate.py --show-corruptions --dataset cifar10    # what --cifar-c does without a folder
     python evaluate.py wrn_40_2.pth --arch wrn-40-2 --dataset cifar100       # public weights, as RepDistiller's
     python evaluate.py weights.pt --model mine.py:net --dataset cifar10      # any module: net() gives it
@@ -25,11 +27,11 @@ with deterministic convolutions, on CUDA as on the CPU.
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import fractions
 import functools
+import importlib
 import inspect
 import io
 import itertools
@@ -82,6 +84,8 @@ def parse_args():
     add("--cinic", type=Path, metavar="DIR", help="the ImageNet images of CINIC-10, 2,100 a class")
     add("--transfer", action="store_true", help="PGD-20 images of each checkpoint on each other, of the smallest --eps")
     add("--teacher", nargs="?", const="", metavar="CKPT", help="--transfer from it too; no CKPT: whom students name")
+    memory = "what was memorised of wrong labels, by K unseen views of each image, or 10"
+    add("--memory", type=common.count, nargs="?", const=10, metavar="K", help=memory)
     add("--plot-by", nargs="+", default=[], metavar="FLAG", help="curves over a flag of training, as sigma; two: maps")
     add("--curves", nargs="*", metavar="METRIC", help="write training.png: these metrics by epoch, or all")
     add("--show-corruptions", action="store_true", help="write corruptions.png, a contact sheet")
@@ -110,6 +114,9 @@ def parse_args():
         raise UsageError("--mean, --std: are of public weights, of --arch; a run and a module have their own")
     if args.curves is not None and (args.arch or args.model):
         raise UsageError("--curves: weights do not hold the metrics of their training; name checkpoints of runs")
+    others = ("ece", "pgd", "attack", "cifar_c", "cinic", "transfer", "plot_by", "curves", "table")
+    if args.memory and any(vars(args)[flag] not in (None, False, []) for flag in others):
+        raise UsageError("--memory: looks at training images alone; leave the other measures out")
     args.checkpoints = [path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints]
     args.plot_by = [flag.replace("-", "_") for flag in args.plot_by]
     if args.table and args.table.suffix not in (".csv", ".md", ".tex"):
@@ -848,6 +855,181 @@ def measure(subject, args, attacks, official, cinic):
         numbers["natural robustness (%)"] = subject.corruptions["natural robustness"]["mean"]
 
 
+# ---------------------------------------------------------------------------------------------- memory of wrong labels
+# Neural Vicinal Risk Minimization, section 3.5 and appendix B. A network that has memorised a wrong label
+# forgets it on views of the image on which it was not trained.
+
+
+def seen(model, view, images):
+    """Softmax [N, C] of a view of each of the uint8 images [N, 3, H, W].
+
+    view: a function of float [B, 3, H, W], which gives the same.
+    """
+    with model.register_forward_pre_hook(lambda _, inputs: view(*inputs)):
+        return predict(model, images).softmax(1)
+
+
+def views_of(subject):
+    """Three views of images, functions of float [B, 3, H, W]: as they are, as in training, AutoAugment.
+
+    Photographs are cut to the size in which the subject saw them; in the first and last view to their middle.
+    The view as in training is the script's student_view, where the run has --student-augment, else a crop and
+    a flip.
+    """
+    from torchvision.transforms.functional import center_crop  # a second to import, and only here
+
+    size = subject.data.image_size
+    plain = functools.partial(center_crop, output_size=list(subject.data.test_images.shape[2:]))
+    as_in_training = functools.partial(common.crop_flip, size=size)
+    augment = subject.config.get("student_augment")
+    if augment:  # nrd.py or its fork
+        name = subject.config["script"]
+        try:
+            script = importlib.import_module(name)
+        except ImportError:
+            raise UsageError(f"--memory: {subject.path} needs the views of {name}.py beside evaluate.py") from None
+        as_in_training = functools.partial(script.student_view, augment=augment, size=size)
+    return plain, as_in_training, lambda images: common.auto_augment(plain(images))
+
+
+def training_labels(args, subject, device, load_dataset):
+    """The Dataset on which a subject was trained, and the labels that training was given, int64 [N].
+
+    Raises UsageError where these cannot be told, and where fewer than four of them are right or wrong.
+    """
+    config = subject.config
+    about = f"--memory: {subject.path}"
+    if "noise" not in config:
+        raise UsageError(f"{about} does not tell the labels of its training; name the checkpoint of a run")
+    for flag in ("imbalance", "validation"):
+        if config.get(flag):
+            raise UsageError(f"{about} was trained on a part of the images; train it without --{flag}")
+    data = load_data(args, subject.dataset, config, device, load_dataset, config["limit_train"])
+    if "train_digest" in config and config["train_digest"] != data.train_digest:
+        raise UsageError(f"{about} was trained on other images or labels than {subject.dataset} has now")
+    noise = argparse.Namespace(**config)
+    noise.data_dir = args.data_dir or config["data_dir"]
+    # as the script calls noisy_labels; a teacher is given the labels of a script that has per_sample
+    per_sample = config["script"] == "teacher" or "per_sample=True" in str(subject.source)
+    given = common.noisy_labels(noise, data, per_sample)
+    wrong = int((given != data.true_labels).sum())
+    if not 4 <= wrong <= len(given) - 4:
+        raise UsageError(f"{about}: {wrong} of its {len(given)} labels are wrong; train it with --noise")
+    return data, given
+
+
+def report_memory(args, subjects, device, load_dataset):
+    """Print, record and draw what each subject predicts for its training images.
+
+    For the images as they are, and the mean over args.memory views of each: AutoAugment and random erasing,
+    as in Table 1 and Figure 1. Figure 2a and Table 6 have AutoAugment alone. The pictures of several subjects
+    are numbered. Of several epochs of one run there is confidence.png too.
+    """
+    from scipy.stats import mannwhitneyu  # a second to import, and only here
+
+    confidence = {}  # {epoch: p(true class) [2 kinds of views, 4 mislabelled images, 40 views]}
+    for number, subject in enumerate(subjects, 1):
+        torch.manual_seed(args.seed)
+        data, given = training_labels(args, subject, device, load_dataset)
+        images = data.train_images
+        true = data.true_labels
+        wrong = given != true
+        plain, as_in_training, auto_augment = views_of(subject)
+        unseen = [lambda x, view=auto_augment: common.random_erasing(view(x))] * args.memory
+        masks = {"clean": ~wrong, "mislabelled": wrong, "overall": wrong | ~wrong}
+        rows = {}  # of Table 1
+        nll = {}  # of the true class, of each mislabelled image
+        bins = {}  # the accuracy of each bin of confidence
+        for name, views in (("images as they are", [plain]), (f"{args.memory} unseen views", unseen)):
+            p = sum(seen(subject.model, view, images) for view in views) / len(views)
+            rows[name] = {subset: common.accuracy(p[mask], true[mask]) for subset, mask in masks.items()}
+            rows[name]["ECE"], bins[name], *_ = common.calibration(p, true)
+            nll[name] = -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu().numpy()
+        auroc = float(mannwhitneyu(*nll.values()).statistic) / int(wrong.sum()) ** 2
+        record(args, subject.path, {"memory": rows, "AUROC": auroc})
+        heading = f"{subject.path}, AUROC {auroc:.4f}, accuracy (%) for the true label"
+        texts = [(name, [f"{value:.2f}" for value in row.values()]) for name, row in rows.items()]
+        print_table(heading, [*masks, "ECE"], texts)
+
+        some = [mask.nonzero().squeeze(1) for mask in (~wrong, wrong)]
+        some = torch.cat([indices[evenly_spaced(len(indices), 4)] for indices in some])
+        repeated = images[some.to(images.device)].repeat_interleave(40, 0)
+        clouds = [seen(subject.model, view, repeated) for view in (as_in_training, auto_augment)]
+        clouds = torch.stack(clouds).unflatten(1, (8, 40)).cpu()
+        given = given[some].tolist()
+        true = true[some].tolist()
+        epoch = subject.metrics[-1]["epoch"]
+        confidence[epoch] = torch.stack([clouds[:, k, :, true[k]] for k in range(4, 8)], 1)
+        path = args.out / f"memory{number if len(subjects) > 1 else ''}.png"
+        with common.picture(path, 15, 7, args.pdf) as figure:
+            figure.suptitle(f"{subject.path}, epoch {epoch}, AUROC {auroc:.3f}")
+            left, right = figure.subfigures(1, 2, width_ratios=(1, 2.5))
+            draw_forgetting(left, nll, bins, rows)
+            draw_polygons(right, clouds, given, true, data.classes)
+    if len(confidence) > 1 and len({str(subject.config) for subject in subjects}) == 1:
+        draw_confidence(args, confidence)
+
+
+VIEWS = {"views as in training": "red", "AutoAugment, unseen": "blue"}
+
+
+def draw_forgetting(figure, nll, bins, rows):
+    """Figure 1, histograms of the mislabelled images; Figure 2b, calibration of all for the true labels."""
+    histogram, calibration = figure.subplots(2, 1)
+    edges = np.linspace(0, max(map(max, nll.values())), 41)
+    for name, colour in zip(rows, ("tab:red", "tab:blue")):
+        style = {"color": colour, "alpha": 0.5, "label": f"{name}, ECE {rows[name]['ECE']:.2f}"}
+        histogram.hist(nll[name], edges, density=True, **style)
+        count = len(bins[name])
+        calibration.bar(np.arange(count) / count, bins[name], 1 / count, align="edge", **style)
+    histogram.set(xlabel="-log p(true class), mislabelled images", ylabel="density")
+    calibration.plot([0, 1], [0, 1], "k--", lw=1)
+    calibration.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy for the true label")
+    figure.legend(*calibration.get_legend_handles_labels(), loc="outside lower center")
+
+
+def draw_polygons(figure, clouds, given, true, classes):
+    """Figure 2a: softmax vectors in the polygon of classes (equiradial projection), a panel per image.
+
+    clouds: [2 kinds of views, 8 images, 40 views, C]. given, true: the classes of the images.
+    """
+    angles = torch.arange(len(classes)) * (2 * math.pi / len(classes))
+    corners = torch.stack([angles.cos(), angles.sin()], 1)  # [C, 2]; a softmax vector p lies at p @ corners
+    for k, axes in enumerate(figure.subplots(2, 4).flat):
+        axes.fill(*corners.T, fill=False)
+        axes.plot(*corners[given[k]], "s", color="tab:orange", ms=14, mfc="none", mew=2, label="given label")
+        axes.plot(*corners[true[k]], "*", color="tab:green", ms=14, label="true class")
+        for (label, colour), cloud, marker in zip(VIEWS.items(), clouds, "+."):
+            axes.plot(*(cloud[k] @ corners).T, marker, color=colour, ms=8, alpha=0.6, label=label)
+        names = dict.fromkeys((classes[true[k]], classes[given[k]]))
+        axes.set_title("\nlabelled ".join(names), fontsize="medium")
+        axes.set_aspect("equal")
+        axes.axis("off")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+
+
+def draw_confidence(args, confidence):
+    """Table 6, left: p(true class) of four mislabelled images over the epochs, mean and quartiles."""
+    epochs = sorted(confidence)
+    values = torch.stack([confidence[epoch] for epoch in epochs], 2)  # [2, 4, epochs, 40]
+    title = "four mislabelled images: p(true class), mean and quartiles of 40 views"
+    with common.panels(args.out / "confidence.png", title, 4, 4, 3, True, args.pdf) as (figure, drawn):
+        for k, axes in enumerate(drawn):
+            for (label, colour), p in zip(VIEWS.items(), values[:, k]):
+                low, high = p.quantile(torch.tensor([0.25, 0.75]), 1)
+                axes.fill_between(epochs, low, high, color=colour, alpha=0.2)
+                axes.plot(epochs, p.mean(1), ".-", color=colour, label=label)
+            axes.set(xlabel="epoch", ylim=(0, 1))
+        legend_below(figure)
+
+
+def record(args, path, numbers):
+    """Add a line to evaluation.jsonl: what was measured of the checkpoint `path`."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / "evaluation.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"checkpoint": path, **numbers}) + "\n")
+
+
 # ------------------------------------------------------------------------------------------------------------ reporting
 
 
@@ -965,26 +1147,16 @@ def report_transfer(args, groups, teacher):
     columns = [*(str(i) for i in range(1, len(names) + 1)), "mean", *("teacher" for _ in teacher)]
     heading = f"{subjects[0].test_set}: success rate (%), source → / target ↓"
     print_table(heading, columns, [(name, [f"{v:.2f}" for v in row]) for name, row in zip(rows, values)])
-    with picture(args, "transfer.png", 6 + 0.8 * len(columns), 2.5 + 0.45 * len(rows)) as figure:
+    size = 6 + 0.8 * len(columns), 2.5 + 0.45 * len(rows)
+    with common.picture(args.out / "transfer.png", *size, args.pdf) as figure:
         axes = figure.subplots()
         heat_map(axes, values, rows, columns, f"success rate (%), PGD-20, ε = {eps_name(args.eps[0])}")
-        axes.set(xlabel="source", ylabel="target")
+        blank = "; blank: no image that both classify correctly" if np.isnan(values).any() else ""
+        axes.set(xlabel=f"source{blank}", ylabel="target")
     return {"rows are targets": rows, "columns are sources": columns, "success_rate": values}
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
-
-
-@contextlib.contextmanager
-def picture(args, name, width, height):
-    """Yield an empty figure of that size in inches. At the end of the block it is written to args.out / name."""
-    from matplotlib.figure import Figure  # half a second to import, and only here
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    yield figure
-    png = args.out / name
-    for path in [png, png.with_suffix(".pdf")] if args.pdf else [png]:
-        write(path, lambda partial: figure.savefig(partial, dpi=110))
 
 
 def heat_map(axes, values, rows, columns, title, low=None, high=None):
@@ -994,40 +1166,57 @@ def heat_map(axes, values, rows, columns, title, low=None, high=None):
     middle = (np.nanmin(values) + np.nanmax(values) if low is None else low + high) / 2
     for (i, j), v in np.ndenumerate(values):
         if not math.isnan(v):
-            axes.text(j, i, f"{v:.3g}", ha="center", va="center", color="w" if v < middle else "k")
-    axes.set_title(title, parse_math=False)
-    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+            axes.text(j, i, f"{v:.3g}", ha="center", va="center", color="w" if v <= middle else "k")
+    axes.set_title(title)
+    axes.set_yticks(range(len(rows)), rows)
     names = [textwrap.fill(str(name), 45) for name in columns]
-    axes.set_xticks(range(len(columns)), names, parse_math=False, rotation=90, fontsize="small")
+    axes.set_xticks(range(len(columns)), names, rotation=90, fontsize="small")
 
 
-def draw_means(axes, places, stats, **style):
+def draw_means(axes, places, stats, style):
     """A curve of means with ± standard deviation; stats: dicts of `statistic`."""
     means = [s["mean"] for s in stats]
-    deviations = [s["std"] or 0 for s in stats]
+    deviations = [s["std"] or math.nan for s in stats]
     axes.errorbar(places, means, deviations, marker=".", capsize=3, **style)
+    axes.grid(alpha=0.3)
 
 
-def line_style(i):
-    """Of the group i: ten colours, then the same ones dashed."""
-    return {"color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10 % 2]}
+def line_style(i, name):
+    """How the row i is drawn: ten colours, then the same ones dashed; and its label."""
+    label = f" {name}" if name.startswith("_") else name  # matplotlib leaves out what begins with _
+    return {"color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10 % 2], "label": label}
 
 
-def legend_below(figure):
-    """One legend for all panels, off the drawing."""
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    columns = 2 if max(map(len, labels)) < 45 else 1
-    labels = [textwrap.fill(label, 85) for label in labels]
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize="small")
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+def spread(numbers):
+    """What error bars and bands are; numbers: of seeds. None where there is one seed everywhere."""
+    few = min(numbers)
+    many = max(numbers)
+    if many > 1:
+        return f"mean ± standard deviation of {many if few == many else f'{few} to {many}'} seeds"
+
+
+def legend_below(figure, title=None):
+    """One legend for all panels, in as many columns as fit. The figure grows by its height."""
+    handles = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels()):
+            handles.setdefault(label, handle)
+    letters = round(13 * figure.get_figwidth())  # that fit beside one another
+    labels = [textwrap.fill(label, letters - 8) for label in handles]
+    columns = max(1, letters // (max(map(len, labels)) + 8))
+    style = {"loc": "outside lower center", "fontsize": "small", "title_fontsize": "small"}
+    figure.legend(handles.values(), labels, title=title, ncols=columns, **style)
+    figure.set_figheight(figure.get_figheight() + 0.2 * (len(labels) / columns + 1))
+
+
+KEPT_APART = {"script", "dataset", "amp", "train_digest", "test_digest", "torch", "commit"}  # in draw_by
 
 
 def draw_by(args, subjects, heading):
-    """Each column of the tables over one flag of training: mean ± standard deviation, a curve for each value of the
-    other flags. Over two flags: a heat map of the means, the second flag across, the first and all others down.
+    """Each column of the tables over a flag of training: a curve for each value of the other flags given.
 
-    Runs without the last flag are left out, as a teacher without sigma.
+    Over two flags: a heat map of the means, the second flag across, the first and all others down. Runs
+    without the last flag are left out, as a teacher without sigma.
     """
 
     def order(value):
@@ -1035,71 +1224,89 @@ def draw_by(args, subjects, heading):
 
     *first, flag = args.plot_by
     subjects = [subject for subject in subjects if subject.config.get(flag) is not None]
-    groups = grouped(subjects, [flag])
+    apart = KEPT_APART.union(first, *(subject.config["given"] for subject in subjects))
+    follow = {name for subject in subjects for name in subject.config} - apart  # what presets set
+    groups = grouped(subjects, [flag, *follow])
     if first:
         groups.sort(key=lambda group: order(group[1][0].config.get(first[0])))
+    values = {subject: subject.config[flag] for subject in subjects}
+    numeric = all(isinstance(value, (int, float)) for value in values.values())
+    if not numeric:
+        values = {subject: str(value) for subject, value in values.items()}
+    across = sorted(set(values.values()))
+    places = across if numeric else range(len(across))
     columns = list(subjects[0].numbers)
-    across = sorted({subject.config[flag] for subject in subjects}, key=order)
-    height = 1.5 + 0.35 * len(groups) if first else 4.5
-    with picture(args, f"by-{'-'.join(args.plot_by)}.png", 9, height * len(columns)) as figure:
-        figure.suptitle(heading, parse_math=False)
-        for axes, column in zip(figure.subplots(len(columns), squeeze=False).flat, columns):
+    path = args.out / f"by-{'-'.join(args.plot_by)}.png"
+    height = max(3.4, 0.3 * len(groups))
+    with common.panels(path, heading, len(columns), 4.8, height, bool(first), args.pdf) as (figure, drawn):
+        for axes, column in zip(drawn, columns):
             means = []
-            for name, members in groups:
-                seeds = [[subject for subject in members if subject.config[flag] == value] for value in across]
-                places = [i for i, of in enumerate(seeds) if of]
-                stats = [statistic(of, column) for of in seeds if of]
-                means.append([statistic(of, column)["mean"] if of else math.nan for of in seeds])
+            numbers = []  # of seeds
+            for i, (name, members) in enumerate(groups):
+                seeds = [[subject for subject in members if values[subject] == value] for value in across]
+                stats = [statistic(of, column) if of else None for of in seeds]
+                means.append([s["mean"] if s else math.nan for s in stats])
+                numbers += [len(of) for of in seeds if of]
                 if not first:
-                    draw_means(axes, places, stats, label=name)
+                    points = [(place, s) for place, s in zip(places, stats) if s]
+                    draw_means(axes, *zip(*points), line_style(i, name))
             if first:
                 heat_map(axes, means, [name for name, _ in groups], across, column)
                 axes.set(xlabel=flag)
-            else:
-                axes.set_xticks(range(len(across)), across)
-                axes.set(xlabel=flag, ylabel=column)
-                axes.legend(fontsize="small")
+                continue
+            axes.set(xlabel=flag, ylabel=column)
+            if numeric and min(across) > 0 and max(across) >= 20 * min(across):
+                axes.set_xscale("log")
+                axes.minorticks_off()
+            axes.set_xticks(places, across)
+        if not first:
+            legend_below(figure, spread(numbers))
 
 
 def draw_reliability(args, groups):
-    """Reliability diagrams, one a group, the bins of its seeds pooled. Bins of less than 1 % of samples are pale."""
-    columns = min(4, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    with picture(args, "reliability.png", 4 * columns, 4.2 * rows + 0.5) as figure:
-        panels = figure.subplots(rows, columns, squeeze=False).flat
-        for axes, (name, members) in zip(panels, groups):
+    """A reliability diagram per group, the bins of its seeds pooled. Bins of less than 1 % are pale."""
+    path = args.out / "reliability.png"
+    with common.panels(path, "", len(groups), 4, 4.2, True, args.pdf) as (figure, drawn):
+        for axes, (name, members) in zip(drawn, groups):
             shares = np.array([subject.bins["share"] for subject in members])  # [seeds, bins]
             weights = shares / shares.sum(0).clip(1e-12)
             accuracy = (weights * [subject.bins["accuracy"] for subject in members]).sum(0)
             confidence = (weights * [subject.bins["confidence"] for subject in members]).sum(0)
             share = shares.mean(0)
             edges = np.linspace(0, 1, len(share) + 1)
-            for some, alpha, of in ((share >= 0.01, 1, ""), (share < 0.01, 0.3, ", bins of less than 1 %")):
-                left, acc, gap = edges[:-1][some], accuracy[some], (confidence - accuracy)[some]
+            for some, alpha in ((share >= 0.01, 1), (share < 0.01, 0.3)):
+                left = edges[:-1][some]
+                acc = accuracy[some]
                 bar = {"width": 1 / len(share), "align": "edge", "alpha": alpha}
-                axes.bar(left, acc, color="tab:blue", edgecolor="w", label=f"accuracy{of}", **bar)
-                hatched = {"color": "none", "edgecolor": "tab:red", "hatch": "////"}
-                axes.bar(left, gap, bottom=acc, label=f"gap to confidence{of}", **hatched, **bar)
+                axes.bar(left, acc, color="tab:blue", edgecolor="w", label="accuracy", **bar)
+                bar |= {"color": "none", "edgecolor": "tab:red", "hatch": "////"}
+                axes.bar(left, confidence[some] - acc, bottom=acc, label="gap to confidence", **bar)
             axes.stairs(share, edges, color="k", label="share of samples")
             axes.plot([0, 1], [0, 1], "k--", lw=1)
             axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-            title = f"{name}, ECE {cell(members, 'ECE')}"
-            axes.set_title(textwrap.fill(title, 45), fontsize="medium", parse_math=False)
-        legend_below(figure)
-        for axes in panels[len(groups) :]:
-            axes.axis("off")
+            axes.set_title(textwrap.fill(f"{name}, ECE {cell(members, 'ECE')}", 45), fontsize="medium")
+        legend_below(figure, "pale: bins of less than 1 % of samples")
 
 
 def draw_corruptions(args, groups, title):
-    """Figure 3: corruption by model."""
+    """Figure 3: corruption by model; of one model, bars."""
+    rows = (*CORRUPTIONS, "mean")
     names = [name for name, _ in groups]
-    with picture(args, "cifar-c.png", 5 + 1.6 * max(5, len(groups)), 9) as figure:
-        figure.suptitle(title, parse_math=False)
-        for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("accuracy", "natural robustness")):
-            rows = {}  # {corruption: the mean over seeds of each group}
-            for row in (*CORRUPTIONS, "mean"):
-                rows[row] = [statistics.fmean(s.corruptions[kind][row] for s in members) for _, members in groups]
-            heat_map(axes, list(rows.values()), list(rows), names, f"{kind} (%)", 0, 100)
+    means = {"accuracy": [], "natural robustness": []}  # of each row: of each group, the mean over seeds
+    for kind, row in itertools.product(means, rows):
+        means[kind].append([statistics.fmean(s.corruptions[kind][row] for s in of) for _, of in groups])
+    path = args.out / "cifar-c.png"
+    if len(groups) == 1:
+        with common.panels(path, f"{names[0]}; {title}", 1, 6.5, 8, pdf=args.pdf) as (figure, (axes,)):
+            for i, (kind, values) in enumerate(means.items()):
+                axes.barh(np.arange(len(rows)) + 0.4 * i, [value for (value,) in values], 0.4, label=kind)
+            axes.set_yticks(np.arange(len(rows)) + 0.2, rows)
+            axes.set(xlabel="%", ylim=(len(rows), -0.6))
+            legend_below(figure)
+        return
+    with common.panels(path, title, 2, 2.5 + 0.8 * max(3, len(groups)), 9, True, args.pdf) as (_, drawn):
+        for axes, (kind, values) in zip(drawn, means.items()):
+            heat_map(axes, values, rows, names, f"{kind} (%)", 0, 100)
 
 
 def draw_pgd(args, groups, heading):
@@ -1109,66 +1316,82 @@ def draw_pgd(args, groups, heading):
         f"ε of PGD-{args.pgd[-1]}": [(eps, eps_name(eps), pgd_column(args.pgd[-1], eps)) for eps in args.eps],
     }
     sweeps = {label: points for label, points in sweeps.items() if len(points) > 1}
-    with picture(args, "pgd.png", 7 * len(sweeps), 4.5 + 0.4 * len(groups)) as figure:
-        figure.suptitle(heading, parse_math=False)
-        for axes, (label, points) in zip(figure.subplots(1, len(sweeps), squeeze=False).flat, sweeps.items()):
+    with common.panels(args.out / "pgd.png", heading, len(sweeps), 6, 4.2, pdf=args.pdf) as (figure, drawn):
+        for axes, (label, points) in zip(drawn, sweeps.items()):
             values, names, columns = zip((0, "0", "accuracy (%)"), *points)
             for i, (name, members) in enumerate(groups):
                 stats = [statistic(members, column) for column in columns]
-                draw_means(axes, values, stats, label=name, **line_style(i))
-            axes.set_xscale("symlog", linthresh=values[1])
+                draw_means(axes, values, stats, line_style(i, name))
+            first = min(value for value in values if value > 0)
+            axes.set_xscale("symlog", linthresh=first)
             axes.set_xticks(values, names, rotation=45)
             axes.minorticks_off()
-            axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(0, None), xlim=(0, values[-1] * 1.05))
-            axes.grid(alpha=0.3)
-        legend_below(figure)
+            axes.set(xlabel=label, xlim=(-first / 10, values[-1] * 1.05))
+            axes.set(ylabel="accuracy (%)", ylim=(0, None))
+        legend_below(figure, spread([len(members) for _, members in groups]))
+
+
+LABELS = {  # of the metrics whose names do not say it
+    "lr": "learning rate",
+    "train_acc_right": "right labels that are predicted (%)",
+    "train_acc_wrong": "wrong labels that are predicted (%)",
+    "train_acc_wrong_true": "wrongly labelled, true class predicted (%)",
+}
+
+
+def metric_label(name):
+    """ema_test_acc -> ema test accuracy (%)."""
+    words = name.replace("acc", "accuracy").replace("top5", "top-5 accuracy").replace("_", " ")
+    return LABELS.get(name, f"{words} (%)" if "accuracy" in words else words)
 
 
 def draw_curves(args, groups):
-    """The metrics of training over its epochs: a line a group, the mean of its seeds, ± standard deviation a band."""
-    last = groups[0][1][0].metrics[-1]
-    unseen = ("lr", "seconds", "images_per_second")
-    names = [key for key, value in last.items() if isinstance(value, float) and key not in unseen]
-    if args.curves:
-        names = [key for key in names if key in args.curves]
-    if not names:
-        raise UsageError(f"--curves: none of {', '.join(args.curves)} was recorded; known are {', '.join(last)}")
-    rows = math.ceil(len(names) / 3)
-    columns = min(3, len(names))
-    with picture(args, "training.png", 5.5 * columns, 3.6 * rows + 0.3 * len(groups)) as figure:
-        panels = figure.subplots(rows, columns, squeeze=False).flat
-        for key, axes in zip(names, panels):
+    """The metrics of training over its epochs: the mean of a group's seeds, ± standard deviation as a band.
+
+    args.curves: names of metrics; empty: all except learning rate and speed. A group that lacks a metric is
+    not in its panel.
+    """
+    every = [record for _, members in groups for subject in members for record in subject.metrics]
+    numbers = [key for record in every for key, value in record.items() if isinstance(value, (int, float))]
+    unseen = ("epoch", "lr", "seconds", "images_per_second")
+    names = args.curves or [key for key in dict.fromkeys(numbers) if key not in unseen]
+    with common.panels(args.out / "training.png", "", len(names), 5, 3.4, pdf=args.pdf) as (figure, drawn):
+        for key, axes in zip(names, drawn):
             for i, (name, members) in enumerate(groups):
                 runs = [[record.get(key) for record in subject.metrics] for subject in members]
                 values = np.array(runs, dtype=float)  # [seeds, epochs], NaN where there is no number
-                epochs = range(1, values.shape[1] + 1)
+                if np.isnan(values).all():
+                    continue
+                epochs = [record["epoch"] for record in members[0].metrics]
                 mean = values.mean(0)
-                axes.plot(epochs, mean, label=name, **line_style(i))
+                style = line_style(i, name)
+                axes.plot(epochs, mean, **style)
                 if len(members) > 1:
                     deviation = values.std(0, ddof=1)
-                    color = line_style(i)["color"]
-                    axes.fill_between(epochs, mean - deviation, mean + deviation, color=color, alpha=0.2, lw=0)
-            axes.set(xlabel="epoch", ylabel=key)
+                    band = {"color": style["color"], "alpha": 0.2, "lw": 0}
+                    axes.fill_between(epochs, mean - deviation, mean + deviation, **band)
+            axes.set(xlabel="epoch", ylabel=metric_label(key))
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
-        for axes in panels[len(names) :]:
-            axes.axis("off")
-        legend_below(figure)
+        legend_below(figure, spread([len(members) for _, members in groups]))
 
 
 def show_corruptions(args, images):
-    """A contact sheet: a corruption a row, clean and severity 1 … 5 of the images uint8 [N, 3, H, W], one or two."""
-    side = images.shape[3] + 2
-    rows = []
+    """A contact sheet of one or two images uint8 [N, 3, H, W]: a row per corruption, clean, severity 1-5."""
+    from torchvision.utils import make_grid  # a second to import, and only here
+
+    cells = []
     for name in CORRUPTIONS:
-        row = torch.stack([images, *(corrupt(images, name, severity, args.seed) for severity in range(1, 6))], 1)
-        framed = F.pad(row.flatten(0, 1), (1, 1, 1, 1), value=255)  # [6 N, 3, H + 2, W + 2]
-        rows.append(torch.cat(list(framed), 2))
-    with picture(args, "corruptions.png", 13, 19.5) as figure:
+        row = [images, *(corrupt(images, name, severity, args.seed) for severity in range(1, 6))]
+        cells.append(torch.stack(row, 1).flatten(0, 1))
+    columns = 6 * len(images)
+    sheet = make_grid(torch.cat(cells), columns, padding=2, pad_value=255)
+    side = images.shape[3] + 2
+    with common.picture(args.out / "corruptions.png", 13, 19.5, args.pdf) as figure:
         axes = figure.subplots()
-        axes.imshow(torch.cat(rows, 1).permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        axes.imshow(sheet.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         axes.set_yticks([(i + 0.5) * side for i in range(len(CORRUPTIONS))], list(CORRUPTIONS))
-        axes.set_xticks([(i + 0.5) * side for i in range(6 * len(images))], ["clean", *"12345"] * len(images))
+        axes.set_xticks([(i + 0.5) * side for i in range(columns)], ["clean", *"12345"] * len(images))
         axes.xaxis.tick_top()
         axes.spines[:].set_visible(False)
 
@@ -1189,6 +1412,8 @@ def main(args):
     else:
         subjects = [load_run(path, args.part, args, device, load_dataset) for path in args.checkpoints]
     subjects = [subject for _, members in grouped(subjects) for subject in members]
+    if args.memory:
+        return report_memory(args, subjects, device, load_dataset)
     if args.plot_by and (len(args.plot_by) > 2 or all(s.config.get(args.plot_by[-1]) is None for s in subjects)):
         raise UsageError(f"--plot-by: name one or two flags of the runs' config.json, not {' '.join(args.plot_by)}")
     teacher = []

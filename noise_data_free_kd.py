@@ -69,8 +69,6 @@ def main(args):
     device = common.setup(args)
     if args.toy:
         return toy(args)
-    if args.plot_batch_size:
-        return plot_batch_size(args)
     if args.plot_activations:
         return plot_activations(args, device)
     data = common.load_data(args, device)
@@ -311,7 +309,6 @@ def parse_args():
     add = parser.add_argument_group("pictures, without training").add_argument
     add("--show-source", action="store_true", help="write a sheet of samples, SOURCE.png")
     add("--plot-activations", type=Path, metavar="CKPT", help="of a student and its teacher, and Figure 3a")
-    add("--plot-batch-size", type=Path, nargs="+", metavar="CKPT", help="accuracy of these runs by batch size")
     add("--toy", action="store_true", help="concentric circles and a perceptron with two BatchNorm layers")
     args = common.parse(parser, preset)
     if args.bn and args.running_fraction not in (0, 1):
@@ -322,36 +319,19 @@ def parse_args():
 # ------------------------------------------------------------------------------------------------------------- pictures
 
 
-def save(figure, path):
-    with common.atomic_write(path) as partial:
-        figure.savefig(partial, dpi=110)
-    print(f"wrote {path}")
-
-
-def load_run(path, flag):
-    checkpoint = common.load_checkpoint(path, flag)
-    if checkpoint["script"] != "noise_data_free_kd":
-        raise UsageError(f"{flag}: {path} is no student of this script; name one")
-    return checkpoint
-
-
 def show_source(args, data):
     """SOURCE.png: 64 of the inputs that the student would see, clipped to [0, 1] to be drawn."""
-    from matplotlib.figure import Figure
-
+    from torchvision.utils import make_grid  # a second to import, and only here
     device = data.train_labels.device
     index = torch.arange(64, device=device) % len(data.train_labels)
     mean, std = torch.tensor(common.channel_stats(data), device=device).view(2, 3, 1, 1)
     x = samples(args.source, index, data, mean, std).cpu().clamp(0, 1)
-    x = F.pad(x, (1, 1, 1, 1), value=1)  # a gap between the samples
-    sheet = x.unflatten(0, (8, 8)).permute(0, 3, 1, 4, 2)  # 8, H, 8, W, 3
-    sheet = sheet.flatten(0, 1).flatten(1, 2)
-    figure = Figure(figsize=(6, 6))
-    axes = figure.add_axes((0, 0, 1, 0.95))
-    axes.imshow(sheet.numpy())
-    axes.set_title(f"{args.source}, {x.shape[2] - 2}×{x.shape[3] - 2}", fontsize="medium")
-    axes.axis("off")
-    save(figure, (args.out or Path("runs")) / f"{args.source}.png")
+    sheet = make_grid(x, 8, padding=2, pad_value=1)
+    with common.picture((args.out or Path("runs")) / f"{args.source}.png", 6, 6.3) as figure:
+        axes = figure.subplots()
+        axes.imshow(sheet.permute(1, 2, 0).numpy())
+        axes.set_title(f"{args.source}, {x.shape[2]}×{x.shape[3]}", fontsize="medium")
+        axes.axis("off")
 
 
 @torch.no_grad()
@@ -362,18 +342,25 @@ def activations(model, images):
 
 
 def plot_activations(args, device):
-    """activations.png: mean activation of the teacher's layers (Figures 5-8) and of the student's neurons (Figure 2);
-    adjust.png: accuracy by the number of batches that statistics are re-estimated on (Figure 3a)."""
-    from matplotlib.figure import Figure
+    """Draw activations.png and adjust.png of a student.
 
-    checkpoint = load_run(args.plot_activations, "--plot-activations")
-    config, folder = checkpoint["config"], args.out or args.plot_activations.parent
-    limits, sizes = (args.limit_train or 1000, args.limit_test), (config["resize"], config["image_size"])
+    activations.png: mean activation of the teacher's layers (Figures 5-8), of the student's neurons (Figure 2).
+    adjust.png: accuracy by the number of batches on which statistics are re-estimated (Figure 3a).
+    """
+    checkpoint = common.load_checkpoint(args.plot_activations, "--plot-activations")
+    if checkpoint["script"] != "noise_data_free_kd":
+        path = args.plot_activations
+        raise UsageError(f"--plot-activations: {path} is no student of this script; name one")
+    config = checkpoint["config"]
+    folder = args.out or args.plot_activations.parent
+    limits = args.limit_train or 1000, args.limit_test
+    sizes = config["resize"], config["image_size"]
     data = common.load_dataset(config["dataset"], args.data_dir, *limits, device, *sizes)
     of_teacher = common.load_checkpoint(args.teacher or Path(checkpoint["teacher"]), "--teacher")
     teacher = common.load_model(of_teacher, "model", device)
     student = common.load_model(checkpoint, "model", device)
-    teacher_current, student_current = copy.deepcopy(teacher), copy.deepcopy(student)
+    teacher_current = copy.deepcopy(teacher)
+    student_current = copy.deepcopy(student)
     use_current_statistics(batch_norms(teacher_current) + batch_norms(student_current))
 
     source = "gaussian" if config["source"] == "data" else config["source"]
@@ -391,25 +378,29 @@ def plot_activations(args, device):
         "as in training, running statistics": activations(student, seen)[-1],
         "original data, current statistics": activations(student_current, real)[-1],
     }
-    figure = Figure(figsize=(4 * len(teacher.blocks) + 4, 8), layout="constrained")
-    upper, lower = figure.subfigures(2, 1)
-    upper.suptitle(f"teacher {of_teacher['config']['arch']}: mean activation of an image, by layer", parse_math=False)
-    lower.suptitle(f"student {config['student_arch']}, last block, trained on {config['source']}", parse_math=False)
     style = {"bins": 80, "density": True, "histtype": "step"}
-    for i, axes in enumerate(upper.subplots(1, len(teacher.blocks) + 1)):
-        for (label, layers), colour in zip(by_layer.items(), ("red", "blue", "black")):
-            axes.hist(layers[i].mean(1).numpy(), color=colour, label=label, **style)
-        axes.set(title=f"block {i}" if i else "stem", xlabel="mean activation", ylabel="density", yscale="log")
-    upper.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    scatter, density = lower.subplots(1, 2)
-    trained = last_block["as in training, running statistics"].mean(0).numpy()
-    for (label, values), colour in zip(last_block.items(), ("red", "blue", "black")):
-        scatter.plot(trained, values.mean(0).numpy(), ".", color=colour, label=label)
-        density.hist(values.flatten().numpy(), color=colour, **style)
-    scatter.set(xlabel="mean activation of a neuron as in training", ylabel="mean activation of the neuron")
-    scatter.legend(fontsize="small")
-    density.set(xlabel="activation of a neuron for an image", ylabel="density", yscale="log")
-    save(figure, folder / "activations.png")
+    with common.picture(folder / "activations.png", 4 * len(teacher.blocks) + 4, 8) as figure:
+        upper, lower = figure.subfigures(2, 1)
+        upper.suptitle(f"teacher {of_teacher['config']['arch']}: mean activation of an image, by layer")
+        lower.suptitle(f"student {config['student_arch']}, last block, trained on {config['source']}")
+        for i, axes in enumerate(upper.subplots(1, len(teacher.blocks) + 1)):
+            for (label, layers), colour in zip(by_layer.items(), ("red", "blue", "black")):
+                axes.hist(layers[i].mean(1).numpy(), color=colour, label=label, **style)
+            axes.locator_params(axis="x", nbins=5)
+            axes.set(title=f"block {i}" if i else "stem", xlabel="mean activation", ylabel="density")
+        upper.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        scatter, density = lower.subplots(1, 2)
+        trained = last_block["as in training, running statistics"].mean(0).numpy()
+        for (label, values), colour in zip(last_block.items(), ("red", "blue", "black")):
+            scatter.plot(trained, values.mean(0).numpy(), ".", color=colour, label=label)
+            density.hist(values.flatten().numpy(), color=colour, **style)
+        scatter.set(xlabel="a neuron's mean activation as in training", ylabel="its mean activation")
+        scatter.legend(fontsize="small")
+        density.set(xlabel="activation of a neuron for an image", ylabel="density")
+        for axes in (*upper.axes, density):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
 
     size = args.eval_batch_size
     most = max(1, round(len(data.test_labels) / size))
@@ -418,44 +409,22 @@ def plot_activations(args, device):
     for number in numbers:
         for name, logits in logits_by_statistics(student, data.test_images, size, number).items():
             scores[name].append(accuracy(logits, data.test_labels))
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name, values in scores.items():
-        axes.plot(numbers, values, "o-" if name == "adjusted" else "--", label=f"{name} statistics")
-    axes.set(xlabel=f"batches of {size}", ylabel="test accuracy (%)")
-    axes.set_xscale("log", base=2)
-    axes.legend()
-    save(figure, folder / "adjust.png")
+    with common.picture(folder / "adjust.png", 6, 4) as figure:
+        axes = figure.subplots()
+        for name, values in scores.items():
+            axes.plot(numbers, values, "o-" if name == "adjusted" else "--", label=f"{name} statistics")
+        axes.set(xlabel=f"batches of {size}", ylabel="test accuracy (%)", xscale="log")
+        axes.set_xticks(numbers, numbers)
+        axes.minorticks_off()
+        axes.legend()
     print(f"batches of {size}: " + ", ".join(f"{k}: {score:.2f} %" for k, score in zip(numbers, scores["adjusted"])))
 
 
-def plot_batch_size(args):
-    """batch-size.png: final test accuracy of several runs by their batch size, a line a source (Figure 3b)."""
-    from matplotlib.figure import Figure
-
-    lines, sizes = {}, set()
-    for path in args.plot_batch_size:
-        run = load_run(path, "--plot-batch-size")
-        point = run["config"]["batch_size"], run["metrics"][-1]["test_acc"]
-        lines.setdefault(run["config"]["source"], []).append(point)
-        sizes.add(point[0])
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for source, points in lines.items():
-        points.sort()
-        axes.plot(*zip(*points), "o-", label=source)
-        print(f"{source}: " + ", ".join(f"{size}: {acc:.2f} %" for size, acc in points))
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(sizes), sorted(sizes))
-    axes.set(xlabel="batch size", ylabel="test accuracy, last epoch (%)")
-    axes.legend()
-    save(figure, (args.out or Path("runs")) / "batch-size.png")
-
-
 def toy(args):
-    """toy.png (Figure 1): two circles, Gaussian noise, and a perceptron's two-dimensional embeddings of both."""
-    from matplotlib.figure import Figure
+    """toy.png (Figure 1): two circles, Gaussian noise, and a perceptron's two-dimensional embeddings of both.
 
+    Prints how far the embeddings are from those of the circles.
+    """
     y = torch.arange(1000) % 2
     angle = 2 * math.pi * torch.rand(1000)
     radius = 0.5 + 0.5 * y
@@ -475,23 +444,23 @@ def toy(args):
         cases = {"circles, running statistics": embed(circles), "noise, running statistics": embed(noise)}
         use_current_statistics(batch_norms(embed))
         cases["noise, current statistics"] = embed(noise)
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    left.scatter(*circles.T.numpy(), c=y.numpy(), s=4, cmap="coolwarm")
-    left.set(title="circles, on which the perceptron is trained", aspect="equal")
-    middle.scatter(*noise.T.numpy(), s=4, color="grey")
-    middle.set(title="Gaussian noise", aspect="equal")
-    styles = (("tab:red", 3, 3), ("tab:blue", 12, 1), ("black", 40, 2))  # colour, size, order: they lie on one another
     true = cases["circles, running statistics"].double()
-    for (label, e), (colour, dot, order) in zip(cases.items(), styles):
-        right.scatter(*e.T.numpy(), s=dot, color=colour, zorder=order, label=label)
+    for label, e in cases.items():
         e = e.double()
         root = torch.linalg.eigvals(e.T.cov() @ true.T.cov()).sqrt().real.sum()
         frechet = (e.mean(0) - true.mean(0)).square().sum() + (e.T.cov() + true.T.cov()).trace() - 2 * root
         print(f"{label}: Fréchet distance to the embeddings of the circles {frechet.clamp(min=0):.3f}")
-    right.set(title="embeddings")
-    right.legend(fontsize="small")
-    save(figure, (args.out or Path("runs")) / "toy.png")
+    far = 1.05 * max(e.max().item() for e in cases.values())
+    path = (args.out or Path("runs")) / "toy.png"
+    with common.panels(path, "", 5, 4.2, 4.2) as (_, (left, middle, *of_embeddings)):
+        left.scatter(*circles.T.numpy(), c=y.numpy(), s=4, cmap="coolwarm")
+        left.set(title="circles, on which the perceptron is trained", aspect="equal")
+        middle.scatter(*noise.T.numpy(), s=4, color="grey")
+        middle.set(title="Gaussian noise", aspect="equal")
+        for axes, (label, e) in zip(of_embeddings, cases.items()):
+            axes.scatter(*e.T.numpy(), s=4, color="grey")
+            axes.set_title(f"embeddings: {label}", fontsize="medium")
+            axes.set(xlim=(-0.05 * far, far), ylim=(-0.05 * far, far), aspect="equal")
 
 
 # ------------------------------------------------------------------------------------------------------ notes
@@ -514,7 +483,7 @@ Table 3             the same with --teacher-arch densenet169 --student-arch dens
 Figure 1            --toy
 Figures 2, 3a, 5-8  --dataset {cifar10,svhn,food101,cifar100} --source gaussian, then --plot-activations CKPT
 Figure 3b           --dataset cifar10 --source {gaussian,dead-leaves} --batch-size {16,32,64,128,256,512}, then
-                    --plot-batch-size CKPT CKPT …
+                    evaluate.py RUN RUN … --plot-by batch-size
                     dead-leaves, from 32: 88.09 88.21 89.35 89.4 89.19
 Figure 4            --show-source
 

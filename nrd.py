@@ -24,9 +24,7 @@ In this order: the method; main, the loop; the other losses; settings and flags;
 
 import argparse
 import copy
-import functools
 import inspect
-import json
 import math
 from pathlib import Path
 
@@ -34,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from common import UsageError, accuracy, count, predict, refuse, share, to_float
+from common import UsageError, accuracy, count, predict, refuse, share
 
 # ------------------------------------------------------------------------------------------------- the method
 
@@ -79,9 +77,6 @@ def teacher_view(x, size):
 
 def main(args):
     device = common.setup(args)
-    if args.analyze:
-        return analyze(args, device)
-
     data = common.load_data(args, device)
     num_classes = len(data.classes)
     size = data.image_size
@@ -295,7 +290,7 @@ def preset(args):
     table = "cifar100" if Path(args.dataset).stem == "cifar100" else "cifar10"
     lr, weight_decay, params = table_5(table, args.loss, noise, column)
     values = {"noise": noise, "rate": rate, "lr": lr, "weight_decay": weight_decay, "loss_params": params}
-    values |= {"views": 10 if args.analyze else 1, "student_views": 2 if args.loss == "gjs" else 1}
+    values |= {"views": 1, "student_views": 2 if args.loss == "gjs" else 1}
     values["jsd_scale"] = args.loss in ("nrd", "js", "gjs")
     if common.is_photographs(args.dataset):
         return values | SETTINGS["photographs"] | PHOTOGRAPHS.get(args.loss, {})
@@ -312,15 +307,13 @@ def parse_args():
     add("--loss-params", nargs="*", type=float, metavar="P", help=f"its hyperparameters: {params}")
     add("--arch", help="network: wrn-D-K, resnetD, preact_resnet18, …")
     add("--beta", type=share, help="decay of the EMA, equation 24")
-    add("--views", type=count, metavar="K", help="views averaged in equation 27, and by --analyze")
+    add("--views", type=count, metavar="K", help="views averaged in equation 27")
     add("--student-augment", choices=("paper", "crop", "none"), help="student's views; crop: crops and flips")
     drops = "shares of the epochs after which lr falls to a tenth; None: it falls by 3 %% per epoch"
     add("--drops", nargs="*", type=share, metavar="SHARE", help=drops)
     scale = "divide nrd, js and gjs by Z = -(1 - pi1) log(1 - pi1)"
     add("--jsd-scale", action=argparse.BooleanOptionalAction, help=scale)
     add("--keep", nargs="+", type=int, default=[], metavar="EPOCH", help="epochs whose checkpoint is kept")
-    analyze = "Table 1, Figures 1 and 2 of trained models, of several Table 6; no training"
-    add("--analyze", nargs="+", type=Path, metavar="CKPT", help=analyze)
     args = common.parse(parser, preset)
     names = HYPERPARAMETERS[args.loss]
     if len(args.loss_params) != len(names):
@@ -334,162 +327,22 @@ def parse_args():
         raise UsageError(f"--loss-params: pi1 is {args.loss_params[0]:g}, where Z is 0; 0 < pi1 < 1 works")
     if args.loss == "gce" and not args.loss_params[0] > 0:
         raise UsageError(f"--loss-params: q is {args.loss_params[0]:g}; gce needs q above 0")
-    if args.loss != "nrd" and not args.analyze:
+    if args.loss != "nrd":
         refuse(args, ("views",), f"{args.loss} has no teacher's views")
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------- analysis
-
-
-def analyze(args, device):
-    """The paper's look inside models that have memorised noise (section 3.5, appendix B): checkpoints of this script.
-
-    Predictions on the training images as they are, and averaged over --views views that the model has not trained on:
-    AutoAugment and random erasing. Figure 2a and Table 6 have AutoAugment alone. Writes analysis.json and analysis.png
-    beside each checkpoint; of several epochs of one run, also confidence.png.
-    """
-    from scipy.stats import mannwhitneyu  # a second to import, and only here
-
-    confidence = {}  # epoch: of the true class, float [2 kinds of views, 4 mislabelled samples, 40 views]
-    for path in args.analyze:
-        checkpoint = common.load_checkpoint(path, "--analyze")
-        config, noise = checkpoint["config"], checkpoint["noise"]
-        data = common.load_dataset(config["dataset"], args.data_dir, config["limit_train"], 1, device)
-        kind, rate, seed = noise["kind"], noise["rate"], noise["seed"]
-        true, classes = data.train_labels, data.classes
-        given = common.corrupt_labels(true, kind, rate, classes, seed, args.data_dir)
-        wrong = given != true
-        if min(wrong.sum(), (~wrong).sum()) < 4:
-            raise UsageError(f"--analyze: {path}: {wrong.sum()} of its labels are wrong; train it with --noise")
-        model = common.load_model(checkpoint, "model", device)
-
-        views = [predict_views(model, data.train_images, unseen_view) for _ in range(args.views)]
-        predictions = {
-            "not transformed": predict(model, data.train_images).softmax(1),
-            "transformed": sum(views) / args.views,
-        }
-        table, nll, reliability = {}, {}, {}
-        for name, p in predictions.items():
-            # Table 1: accuracy for the true label
-            masks = {"clean": ~wrong, "mislabelled": wrong, "overall": torch.ones_like(wrong)}
-            table[name] = {subset: accuracy(p[mask], true[mask]) for subset, mask in masks.items()}
-            # Figure 1: cross-entropy with the true label of the mislabelled samples
-            nll[name] = -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu().numpy()
-            # Figure 2b
-            reliability[name] = common.calibration(p, true)
-            accuracies = "  ".join(f"{subset} {value:.2f} %" for subset, value in table[name].items())
-            print(f"{name:>15}: {accuracies}  ECE {reliability[name][0]:.3f}")
-        pairs = int(wrong.sum()) ** 2
-        auroc = float(mannwhitneyu(nll["not transformed"], nll["transformed"]).statistic) / pairs
-        print(f"AUROC {auroc:.4f}")
-
-        # Figure 2a and Table 6: four clean and four mislabelled samples, 40 views of each
-        rows = [mask.nonzero().squeeze(1) for mask in (~wrong, wrong)]
-        chosen = torch.cat([some[common.evenly_spaced(len(some), 4)] for some in rows])
-        repeated = data.train_images[chosen].repeat_interleave(40, 0)
-        as_in_training = functools.partial(student_view, augment=config["student_augment"], size=data.image_size)
-        clouds = [predict_views(model, repeated, view) for view in (as_in_training, common.auto_augment)]
-        clouds = torch.stack(clouds).unflatten(1, (8, 40)).cpu()
-        of_true = true[chosen].cpu().view(1, -1, 1, 1).expand(2, -1, 40, 1)  # class indices for gather
-        confidence[checkpoint["epoch"]] = clouds.gather(3, of_true).squeeze(3)[:, 4:]
-
-        folder, name = args.out or path.parent, path.stem.replace("checkpoint", "analysis")
-        ece = {name: values[0] for name, values in reliability.items()}
-        result = {"views": args.views, "accuracy_for_true_label": table, "auroc": auroc, "ece": ece}
-        with common.atomic_write(folder / f"{name}.json") as partial:
-            partial.write_text(json.dumps(result, indent=2) + "\n")
-        draw_analysis(folder / f"{name}.png", nll, auroc, reliability, clouds, given[chosen], true[chosen], classes)
-        print(f"wrote {folder / name}.json and {name}.png")
-    if len(confidence) > 1:
-        draw_confidence(folder / "confidence.png", confidence)
-        print(f"wrote {folder / 'confidence.png'}")
-
-
-def unseen_view(x):
-    """The views of Table 1 and Figure 1, on which the model has not trained: AutoAugment and random erasing."""
-    return common.random_erasing(common.auto_augment(x))
-
-
-@torch.no_grad()
-def predict_views(model, images, view):
-    """Softmax [N, C] of one view of each of the uint8 images [N, 3, H, W]; view: float [B, 3, H, W] -> the same."""
-    parts = images.split(common.EVAL_BATCH[images.device.type])
-    return torch.cat([model(view(to_float(part))).softmax(1) for part in parts])
-
-
-def draw_confidence(path, confidence):
-    """Table 6, left: probability of the true class of four mislabelled samples over the epochs, mean and quartiles."""
-    from matplotlib.figure import Figure
-
-    epochs = sorted(confidence)
-    figure = Figure(figsize=(14, 3.4), layout="constrained")
-    for k, axes in enumerate(figure.subplots(1, 4, sharey=True)):
-        for kind, (label, colour) in enumerate((("views as in training", "r"), ("AutoAugment", "b"))):
-            p = torch.stack([confidence[epoch][kind, k] for epoch in epochs])
-            low, high = p.quantile(torch.tensor([0.25, 0.75]), 1)
-            axes.fill_between(epochs, low, high, color=colour, alpha=0.2)
-            axes.plot(epochs, p.mean(1), f"{colour}.-", label=label)
-        axes.set(title=f"mislabelled sample {k + 1}", xlabel="epoch", ylim=(0, 1))
-    axes.legend()
-    figure.supylabel("probability of the true class")
-    with common.atomic_write(path) as partial:
-        figure.savefig(partial, dpi=100)
-
-
-def draw_analysis(path, nll, auroc, reliability, clouds, given, true, classes):
-    """Figure 1 (histogram), 2b (calibration), 2a (softmax vectors in the polygon of classes: equiradial projection)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(18, 8), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 2.4))
-    histogram, calibration = left.subplots(2, 1)
-    for name, colour in (("not transformed", "tab:red"), ("transformed", "tab:blue")):
-        histogram.hist(nll[name], bins=60, range=(0, 30), density=True, alpha=0.6, color=colour, label=name)
-        ece, acc, _, _ = reliability[name]
-        edges = [i / len(acc) for i in range(len(acc))]
-        label = f"{name}, ECE {ece:.2f}"
-        calibration.bar(edges, acc, 1 / len(acc), align="edge", alpha=0.5, color=colour, label=label)
-    histogram.set(title=f"mislabelled training samples, AUROC {auroc:.4f}", xlabel="-log p(true class)")
-    calibration.plot([0, 1], [0, 1], "k--")
-    calibration.set(title="against the true labels", xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-    histogram.legend()
-    calibration.legend(loc="upper left")
-
-    angles = torch.arange(len(classes)) * (2 * math.pi / len(classes))
-    corners = torch.stack([angles.cos(), angles.sin()], 1)  # [C, 2]; a softmax vector p lies at p @ corners
-    outline = torch.cat([corners, corners[:1]])
-    for k, axes in enumerate(right.subplots(2, 4).flat):
-        axes.plot(*outline.T, "k-", lw=0.8)
-        axes.plot(*(clouds[0][k] @ corners).T, "r+", ms=9, label="views as in training")
-        axes.plot(*(clouds[1][k] @ corners).T, "b.", ms=7, alpha=0.6, label="unseen: AutoAugment")
-        marks = {int(given[k]): "label", int(true[k]): "true" if given[k] != true[k] else "label, true"}
-        for c, name in enumerate(classes):
-            if c in marks or c % max(1, len(classes) // 20) == 0:
-                x, y = (1.1 * corners[c]).tolist()
-                text = f"{name}\n({marks[c]})" if c in marks else name
-                style = {"fontsize": 8, "weight": "bold" if c in marks else "normal"}
-                style["ha"] = "left" if x > 0.01 else "right" if x < -0.01 else "center"
-                style["va"] = "bottom" if y > 0.9 else "top" if y < -0.9 else "center"
-                axes.text(x, y, text, parse_math=False, **style)
-        kind = "clean" if given[k] == true[k] else "mislabelled"
-        axes.set(title=kind, xlim=(-2, 2), ylim=(-1.5, 1.6), aspect="equal")
-        axes.axis("off")
-    right.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    with common.atomic_write(path) as partial:
-        figure.savefig(partial, dpi=100)
-
-
-# ------------------------------------------------------------------------------------------------------ notes
+# --------------------------------------------------------------------------------------------------------------- notes
 
 NOTES = """
 A line that begins with NRD or CE has the paper's own figures.
 
 Table 1, Figures 1, 2b  --dataset cifar10 --loss ce --student-augment crop --rate {0.2,0.5,0.8}, then
-                        --analyze runs/nrd-cifar10-sym0.5-loss=ce-student_augment=crop-seed0/checkpoint.pt
+                        evaluate.py RUN … --memory
                         CE, without -> with views: overall 81.93 -> 88.55, 55.11 -> 69.51, 28.10 -> 32.38;
                         mislabelled 0.01 -> 54.72, 0.07 -> 40.58, 0.06 -> 14.82
-Figure 2a, Table 6      the same with --rate 0.4 --epochs 200 --keep 40 70 100 150, then --analyze RUN/checkpoint*.pt
+Figure 2a, Table 6      the same with --rate 0.4 --epochs 200 --keep 40 70 100 150, then
+                        evaluate.py RUN/checkpoint*.pt --memory
 Table 2                 --dataset {cifar10,cifar100} --loss {ce,bs,ls,sce,gce,nce+rce,js,gjs,nrd}
                         --noise sym --rate {0.2,0.4,0.6,0.8}; --noise asym --rate {0.2,0.4}
                         each of the five runs draws new wrong labels: --seed 0 --noise-seed 0, …, --seed 4

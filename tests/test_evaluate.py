@@ -1,6 +1,7 @@
 """evaluate.py: attacks and measures against closed forms and naive versions, then the script as a user runs it."""
 
 import csv
+import importlib
 import json
 import math
 import statistics
@@ -286,7 +287,8 @@ def test_what_cannot_be_written_is_printed_all_the_same(run, capsys):
     nll = run("a.pt", "--out", "tiny.npz/below", "--ece")["models"]["nrd"]["NLL"]["mean"]
     out, err = capsys.readouterr()
     assert f"{nll:.4f}" in out and "wrote" not in out
-    assert err.splitlines() == ["[Errno 20] Not a directory: 'tiny.npz/below'"] * 2  # summary.json, reliability.png
+    no_folder = "[Errno 20] Not a directory: 'tiny.npz/below'"
+    assert err.splitlines() == [no_folder, f"tiny.npz/below/reliability.png is not drawn: {no_folder}"]
 
 
 MINE = """
@@ -393,9 +395,21 @@ def drawn_subject(path="a.pt", seed=0, flags=(), **fields):
 
 
 def curve(container):
-    """The points (x, y) of an errorbar, and the ends (low, high) of its bars."""
+    """The points (x, y) of an errorbar, and the ends (low, high) of its bars, where there is one."""
     line, _, (bars,) = container
-    return line.get_xydata().tolist(), [segment[:, 1].tolist() for segment in bars.get_segments()]
+    segments = [segment for segment in bars.get_segments() if len(segment)]
+    return line.get_xydata().tolist(), [segment[:, 1].tolist() for segment in segments]
+
+
+def legend(figure):
+    """The title and the labels of a figure's one legend, of which nothing is cut off."""
+    (found,) = figure.legends
+    figure.draw_without_rendering()
+    box = found.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width and box.y0 >= 0
+    assert all(axes.get_window_extent().y0 > box.y1 for axes in figure.axes)
+    title = found.get_title().get_text()
+    return title, [text.get_text() for text in found.get_texts()]
 
 
 def test_reliability_diagram(figures):
@@ -417,6 +431,8 @@ def test_reliability_diagram(figures):
     assert [{bar.get_alpha() for bar in of} for of in axes.containers] == [{1}, {1}, {0.3}, {0.3}]
     assert axes.patches[-1].get_data().values.tolist() == pytest.approx([0.5, 0.494, 0, 0.006])
     assert axes.get_title() == "nrd, ECE 0.0500 ± 0.0707 (2)"
+    title, labels = legend(figures["reliability"])
+    assert title == "pale: bins of less than 1 % of samples" and len(labels) == 3
 
 
 def test_picture_of_pgd(figures):
@@ -426,7 +442,7 @@ def test_picture_of_pgd(figures):
     members = [drawn_subject(numbers={k: v + i * spread for k, v in numbers.items()})
                for i, spread in ((-1, 1), (1, 1))]  # fmt: skip
     args = SimpleNamespace(out=Path("."), pdf=False, pgd=[1, 5], eps=[1 / 255, 2 / 255])
-    evaluate.draw_pgd(args, [("nrd", members)], "heading")
+    evaluate.draw_pgd(args, [("nrd", members), ("_a long name" * 20, members[:1])], "heading")
     steps, radii = figures["pgd"].axes
     points, bars = curve(steps.containers[0])
     assert points == [[0, 90], [1, 80], [5, 70]]
@@ -434,6 +450,9 @@ def test_picture_of_pgd(figures):
     points, _ = curve(radii.containers[0])
     assert points == [pytest.approx(point) for point in ([0, 90], [1 / 255, 70], [2 / 255, 50])]
     assert [text.get_text() for text in radii.get_xticklabels()] == ["0", "1/255", "2/255"]
+    title, labels = legend(figures["pgd"])
+    assert title == "mean ± standard deviation of 1 to 2 seeds"
+    assert labels[0] == "nrd" and labels[1].replace("\n", " ") == " " + "_a long name" * 20
 
 
 def test_picture_of_training(figures):
@@ -441,6 +460,7 @@ def test_picture_of_training(figures):
     runs = [[{"epoch": 1, "test_acc": 10.0, "loss": 0.1}, {"epoch": 2, "test_acc": 20.0, "loss": 0.1}],
             [{"epoch": 1, "test_acc": 14.0, "loss": 0.1}, {"epoch": 2, "test_acc": 30.0, "loss": 0.1}]]  # fmt: skip
     groups = [("two", [drawn_subject(metrics=run) for run in runs]), ("one", [drawn_subject(metrics=runs[1])])]
+    groups.append(("without", [drawn_subject(metrics=[{"epoch": 1, "test_acc": None}, {"epoch": 2}])]))
     evaluate.draw_curves(SimpleNamespace(out=Path("."), pdf=False, curves=["test_acc"]), groups)
     (axes,) = figures["training"].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
@@ -449,6 +469,58 @@ def test_picture_of_training(figures):
     spread = [statistics.stdev([10, 14]), statistics.stdev([20, 30])]
     edges = {(x, round(y, 6)) for x, y in band.get_paths()[0].vertices.tolist()}
     assert edges == {(x, round(mean + sign * s, 6)) for x, mean, s in zip((1, 2), (12, 25), spread) for sign in (-1, 1)}
+    assert axes.get_ylabel() == "test accuracy (%)"
+    assert legend(figures["training"]) == ("mean ± standard deviation of 1 to 2 seeds", ["two", "one"])
+
+
+def test_curves_are_of_every_metric_that_a_run_has(figures):
+    """A row stands in the legend once, whatever panel has it. The learning rate is drawn on request."""
+    groups = [("a", [drawn_subject(metrics=[{"epoch": 1, "lr": 0.1, "loss": 1.0, "train_acc_wrong": None}])]),
+              ("b", [drawn_subject(metrics=[{"epoch": 1, "lr": 0.2, "seconds": 3, "train_acc_wrong": 7.0}])]),
+              ("c", [drawn_subject(metrics=[{"epoch": 1, "communication": 5}])])]  # fmt: skip
+    args = SimpleNamespace(out=Path("."), pdf=False, curves=[])
+    evaluate.draw_curves(args, groups)
+    panels = figures["training"].axes
+    found = {axes.get_ylabel(): [line.get_label() for line in axes.lines] for axes in panels}
+    assert found == {"loss": ["a"], "wrong labels that are predicted (%)": ["b"], "communication": ["c"]}
+    assert legend(figures["training"])[1] == ["a", "b", "c"]
+    args.curves = ["lr"]
+    evaluate.draw_curves(args, groups)
+    (axes,) = figures["training"].axes
+    assert axes.get_ylabel() == "learning rate" and [line.get_label() for line in axes.lines] == ["a", "b"]
+
+
+def test_curves_of_one_run(figures):
+    """A metric that comes late, that goes, that is None; lists and texts are not drawn."""
+    metrics = [{"epoch": 1, "lr": 0.1, "test_acc": 10.0, "gone": 1, "train_acc_wrong": None},
+               {"epoch": 2, "lr": 0.1, "test_acc": 20.0, "new": 2, "train_acc_wrong": 5.0, "two": [1, 2]}]
+    common.plot_curves(Path("curves.png"), metrics, "a $title$", teacher_acc=90)
+    figure = figures["curves"]
+    panels = {axes.get_ylabel(): [line.get_label() for line in axes.lines] for axes in figure.axes}
+    assert panels == {"accuracy (%)": ["test_acc", "teacher"], "gone": ["gone"], "new": ["new"], "lr": ["lr"],
+                      "training labels (%)": ["train_acc_wrong"]}  # fmt: skip
+    late = figure.axes[list(panels).index("new")].lines[0].get_xydata()
+    assert np.array_equal(late, [[1, math.nan], [2, 2]], equal_nan=True)
+    assert max(figure.get_size_inches()) <= 12
+
+
+@pytest.mark.parametrize("drawing, says", [
+    (lambda figure: figure.suptitle("$x_"), ""),
+    (lambda figure: 1 / 0, "a.png is not drawn: division by zero\n"),
+], ids=["text", "error"])  # fmt: skip
+def test_no_picture_ends_a_program(monkeypatch, capsys, drawing, says):
+    """LaTeX that is not there, a notebook's backend, a name with $, and what nobody has thought of."""
+    import matplotlib
+
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    with matplotlib.rc_context({"text.usetex": True}), common.picture(Path("a.png"), 2, 2) as figure:
+        figure.subplots().set(xscale="symlog", ylabel="$")
+        drawing(figure)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", says) if says else ("wrote a.png\n", "")
+    assert Path("a.png").exists() == (not says) and not list(Path().glob("*.partial*"))
+    with pytest.raises(common.UsageError), common.picture(Path("a.png"), 2, 2):
+        raise common.UsageError("--curves")
 
 
 def test_picture_of_corruptions(figures, monkeypatch):
@@ -467,6 +539,19 @@ def test_picture_of_corruptions(figures, monkeypatch):
     assert right.images[0].get_array().tolist() == [[11, 36], [21, 46], [16, 41]]
     assert [text.get_text() for text in left.get_yticklabels()] == ["fog", "snow", "mean"]
     assert [text.get_text() for text in left.texts] == ["10", "35", "20", "45", "15", "40"]
+    evaluate.draw_corruptions(SimpleNamespace(out=Path("."), pdf=False), groups[1:], "title")
+    (axes,) = figures["cifar-c"].axes  # of one model, bars
+    assert [[bar.get_width() for bar in bars] for bars in axes.containers] == [[35, 45, 40], [36, 46, 41]]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["fog", "snow", "mean"]
+    assert legend(figures["cifar-c"])[1] == ["accuracy", "natural robustness"]
+
+
+def test_numbers_on_a_heat_map_can_be_read(figures):
+    """White on dark cells, also where all cells have the one dark colour of the scale's end."""
+    for values, colours in ([[5, 5]], "ww"), ([[0, 100]], "wk"), ([[math.nan, 7]], "w"):
+        with common.picture(Path("map.png"), 2, 2) as figure:
+            evaluate.heat_map(figure.subplots(), values, ["_row"], range(len(values[0])), "$")
+        assert "".join(text.get_color() for text in figures["map"].axes[0].texts) == colours
 
 
 def test_picture_of_transfer(figures, monkeypatch):
@@ -486,6 +571,10 @@ def test_picture_of_transfer(figures, monkeypatch):
     assert axes.images[0].get_array().tolist() == expected
     assert [text.get_text() for text in axes.get_yticklabels()] == ["1: a seed 0", "2: a seed 1", "3: c seed 0", "mean"]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "3", "mean", "teacher"]
+    assert axes.get_xlabel() == "source"
+    rates["c"][1] = math.nan
+    evaluate.report_transfer(args, groups, [drawn_subject("t")])
+    assert figures["transfer"].axes[0].get_xlabel() == "source; blank: no image that both classify correctly"
 
 
 def test_contact_sheet(figures, monkeypatch):
@@ -495,7 +584,7 @@ def test_contact_sheet(figures, monkeypatch):
     evaluate.show_corruptions(SimpleNamespace(out=Path("."), pdf=False, seed=0), images)
     (axes,) = figures["corruptions"].axes
     sheet = torch.from_numpy(np.array(axes.images[0].get_array())).permute(2, 0, 1)
-    assert sheet.shape == (3, 2 * 34, 12 * 34)
+    assert sheet.shape == (3, 2 + 2 * 34, 2 + 12 * 34)
     assert [text.get_text() for text in axes.get_yticklabels()] == ["contrast", "brightness"]
     for i, name in enumerate(("contrast", "brightness")):
         top = round(axes.get_yticks()[i]) - 17
@@ -503,7 +592,7 @@ def test_contact_sheet(figures, monkeypatch):
             for severity in range(6):
                 column = 6 * k + severity
                 left = round(axes.get_xticks()[column]) - 17
-                shown = sheet[:, top + 1 : top + 33, left + 1 : left + 33]
+                shown = sheet[:, top + 2 : top + 34, left + 2 : left + 34]
                 clean = image[None]
                 assert torch.equal(shown, (evaluate.corrupt(clean, name, severity) if severity else clean)[0])
                 assert axes.get_xticklabels()[column].get_text() == (str(severity) if severity else "clean")
@@ -514,6 +603,13 @@ BY = [(0.2, 0.5, 0), (0.2, 0.5, 1), (0.1, 0.0, 0), (0.1, 0.5, 0), (None, 0.5, 0)
 
 def test_plot_by_flags(figures):
     """One flag: a curve of means for each value of the others. Two: a cell for each pair of values."""
+    args = SimpleNamespace(plot_by=["untyped", "sigma"], out=Path("."), pdf=False)
+    subjects = [drawn_subject(numbers={"NLL": 1.0}, flags={"sigma": 1}) for _ in range(2)]
+    for i, subject in enumerate(subjects):
+        subject.config["untyped"] = i
+    evaluate.draw_by(args, subjects, "heading")
+    assert figures["by-untyped-sigma"].axes[0].images[0].get_array().shape == (2, 1)
+
     subjects = []
     for i, (sigma, rate, seed) in enumerate(BY):
         given = {"rate": rate} | ({"sigma": sigma} if sigma else {})
@@ -530,9 +626,128 @@ def test_plot_by_flags(figures):
     (axes,) = figures["by-sigma"].axes
     found = {container.get_label(): curve(container) for container in axes.containers}
     half, none = found["sr rate=0.5"], found["sr rate=0.0"]
-    assert half[0] == [[0, 30], [1, 5]] and none[0] == [[0, 20]]
-    assert half[1] == [[30, 30], pytest.approx([5 - 50**0.5, 5 + 50**0.5])]
+    assert half[0] == [[0.1, 30], [0.2, 5]] and none[0] == [[0.1, 20]]
+    assert half[1] == [pytest.approx([5 - 50**0.5, 5 + 50**0.5])] and none[1] == []
     assert [text.get_text() for text in axes.get_xticklabels()] == ["0.1", "0.2"]
+    assert legend(figures["by-sigma"])[0] == "mean ± standard deviation of 1 to 2 seeds"
+
+
+@pytest.mark.parametrize("values, places, labels, scale", [
+    ([16, 512, 64], [16, 64, 512], "16 64 512", "log"), ([0, 0.5, 10], [0, 0.5, 10], "0 0.5 10", "linear"),
+    ([3, 1, 2], [1, 2, 3], "1 2 3", "linear"), (["sgd", "adam"], [0, 1], "adam sgd", "linear"),
+    ([True, False], [0, 1], "False True", "linear"), ([[0.3], [0.2]], [0, 1], "[0.2] [0.3]", "linear"),
+], ids=str)  # fmt: skip
+def test_axes_of_numbers_are_numeric(figures, values, places, labels, scale):
+    """One curve, though a preset sets another flag by this one."""
+    subjects = []
+    for i, value in enumerate(values):
+        config = {"script": "sr", "flag": value, "follows": i, "seed": 0, "given": {"flag": value}}
+        numbers = {"accuracy (%)": 10.0 * i}
+        subjects.append(evaluate.Subject(f"{i}.pt", config, None, "some", None, 1, numbers=numbers))
+    evaluate.draw_by(SimpleNamespace(plot_by=["flag"], out=Path("."), pdf=False), subjects, "heading")
+    (axes,) = figures["by-flag"].axes
+    (container,) = axes.containers
+    assert container.get_label() == "sr" and axes.get_xscale() == scale
+    assert [x for x, _ in curve(container)[0]] == places == list(axes.get_xticks())
+    assert " ".join(text.get_text() for text in axes.get_xticklabels()) == labels
+
+
+# ----------------------------------------------------------------------------------------------- memory of wrong labels
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("script, per_sample", [
+    ("nrd", False), ("cmd", False), ("kd_zoo", True), ("teacher", True),
+])  # fmt: skip
+def test_memory_is_measured_on_the_labels_of_training(run, figures, script, per_sample):
+    """By hand for the images as they are; wrong labels are drawn anew as the script has drawn them."""
+    data = common.load_dataset("tiny.npz")
+    flags = {"noise": "sym", "rate": 0.5, "noise_seed": 3, "limit_train": 30, "script": script}
+    true = data.train_labels[common.evenly_spaced(40, 30)]
+    given = common.corrupt_labels(true, "sym", 0.5, CLASSES, 3, per_sample=per_sample)
+    call = ", per_sample=True" if script == "kd_zoo" else ""  # a teacher has no script
+    source = f"labels = common.noisy_labels(args, data{call})"
+    checkpoint = write_checkpoint("a.pt", changes={"source": source}, **flags)
+    run("a.pt", "--memory", 2, "--out", "ev")
+    (line,) = lines_of("ev/evaluation.jsonl")
+    wrong = given != true
+    images = data.train_images[common.evenly_spaced(40, 30)]
+    p = common.predict(common.load_model(checkpoint), images).softmax(1)
+    plain = line["memory"]["images as they are"]
+    for subset, mask in (("clean", ~wrong), ("mislabelled", wrong), ("overall", wrong | ~wrong)):
+        assert plain[subset] == pytest.approx(common.accuracy(p[mask], true[mask]))
+    assert plain["ECE"] == pytest.approx(common.calibration(p, true)[0], abs=1e-6)
+    assert list(line["memory"]) == ["images as they are", "2 unseen views"] and 0 <= line["AUROC"] <= 1
+    histogram, _, *polygons = [axes for part in figures["memory"].subfigs for axes in part.axes]
+    assert -p[wrong, true[wrong]].log().max() < histogram.get_xlim()[1] < 3  # an untrained net: about log 3
+    assert len(polygons) == 8 and all("\nlabelled " not in axes.get_title() for axes in polygons[:4])
+    for axes in polygons[4:]:
+        name, label = axes.get_title().split("\nlabelled ")
+        assert name != label and {name, label} < set(CLASSES)
+
+
+def test_what_has_memorised_is_told_from_what_has_not(cli, run, figures):
+    """Cross-entropy fitted to 64 images: views on which it was not trained bring the true class nearer."""
+    flags = "--loss ce --limit-train 64 --limit-test 10 --epochs 40 --batch-size 16 --lr 0.05"
+    flags += " --student-augment none --keep 20 --device cpu --out run"
+    assert cli(importlib.import_module("nrd"), *flags.split())[0] == 0
+    run("run/checkpoint20.pt", "run", "--memory", 4)
+    first, last = lines_of("run/evaluation.jsonl")
+    assert [line["checkpoint"] for line in (first, last)] == ["run/checkpoint20.pt", "run/checkpoint.pt"]
+    plain, unseen = last["memory"].values()
+    assert plain["mislabelled"] < 20 and plain["clean"] > 80 and unseen["clean"] > 40
+    assert 0.5 < last["AUROC"] <= 1 and unseen["ECE"] < plain["ECE"]
+    assert {"memory1", "memory2", "confidence"} <= figures.keys()
+    clouds = [line.get_xydata().round(5) for line in figures["memory2"].subfigs[1].axes[7].lines[2:]]
+    in_training, auto_augment = [len({tuple(point) for point in cloud}) for cloud in clouds]
+    assert list(map(len, clouds)) == [40, 40]
+    assert in_training == 1 and auto_augment > 4  # it was trained on the images themselves
+    red, blue = figures["confidence"].axes[3].lines
+    assert red.get_xdata().tolist() == [20, 40]
+    true = figures["memory2"].subfigs[1].axes[7].lines[1].get_xydata()[0]
+    model = common.load_model(common.load_checkpoint("run/checkpoint.pt"))
+    data = common.load_dataset("shapes", limit_train=64)
+    wrong = common.corrupt_labels(data.train_labels, "sym", 0.5, data.classes, 0) != data.train_labels
+    last_wrong = wrong.nonzero().squeeze(1)[common.evenly_spaced(int(wrong.sum()), 4)][3]
+    label = data.train_labels[last_wrong]
+    p = common.predict(model, data.train_images[last_wrong, None]).softmax(1)[0, label].item()
+    assert red.get_ydata()[1] == pytest.approx(p, rel=1e-4)
+    angle = 2 * math.pi * label.item() / 10
+    assert true == pytest.approx([math.cos(angle), math.sin(angle)], abs=1e-6)
+
+
+def test_photographs_are_seen_in_the_size_of_training():
+    """As they are and under AutoAugment their middle, as in training a crop from anywhere."""
+    train, test = torch.randint(0, 256, (200, 3, 40, 40), dtype=torch.uint8), numbered(2).repeat(1, 1, 2, 2)
+    data = common.Dataset(train, torch.zeros(200).long(), test, torch.zeros(2).long(), CLASSES)
+    subject = evaluate.Subject("a.pt", {"student_augment": "crop", "script": "nrd"}, None, "pics", data, 1)
+    plain, as_in_training, auto_augment = evaluate.views_of(subject)
+    x = common.to_float(train)
+    middle = x[:, :, 4:36, 4:36]
+    assert torch.equal(plain(x), middle)
+    assert as_in_training(x).shape == auto_augment(x).shape == middle.shape
+    assert (auto_augment(x) == middle).flatten(1).all(1).any()  # no operation applied
+    crops = as_in_training(x)
+    assert not any(torch.equal(crop, x) for crop, x in zip(crops, middle))
+    places = {(top, left) for crop, x in zip(crops, x) for top in range(9) for left in range(9)
+              if torch.equal(crop, x[:, top : top + 32, left : left + 32])}  # fmt: skip
+    assert len(places) > 20  # of the half that is not flipped
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"noise": "none", "rate": None}, ": 0 of its 40 labels are wrong; train it with --noise"),
+    ({"imbalance": 0.2}, " was trained on a part of the images; train it without --imbalance"),
+    ({"validation": 0.1}, " was trained on a part of the images; train it without --validation"),
+    ({"student_augment": "crop", "script": "lost"}, " needs the views of lost.py beside evaluate.py"),
+])  # fmt: skip
+def test_memory_that_cannot_be_measured_is_one_line(run, changes, says):
+    write_checkpoint("a.pt", **{"noise": "sym", "rate": 0.5, "noise_seed": 0, "limit_train": None} | changes)
+    with pytest.raises(common.UsageError, match=f"^--memory: a.pt{says}$"):
+        run("a.pt", "--memory")
+    assert not Path("evaluation.jsonl").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -743,6 +958,8 @@ BAD = [
     ("--model soft.py:net --dataset tiny.npz --resize 40", "--resize: the images of tiny.npz keep their size"),
     ("--model soft.py:net --dataset tiny.npz", "--model: soft.py:net gives probabilities, not logits"),
     ("--model soft.py:net --dataset tiny.npz --curves", "--curves: weights do not hold the metrics"),
+    ("a.pt --memory --pgd 1", "--memory: looks at training images alone"),
+    ("weights.pt --arch wrn-10-1 --dataset tiny.npz --memory", "--memory: weights.pt does not tell"),
     ("a.pt --plot-by sigma", "--plot-by: name one or two flags of the runs' config.json, not sigma"),
     ("a.pt --transfer --teacher", "--teacher: the checkpoints name no teacher; add the path of one"),
     ("taught.pt other.pt --transfer --teacher", "--teacher: the checkpoints name t1.pt, t2.pt; add the path of one"),

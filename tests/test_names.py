@@ -69,7 +69,7 @@ def test_every_flag_that_changes_a_run_changes_its_folder(name, parse, monkeypat
     special = {"loss_params": [["--loss-params", 0.1, 0.6, 0.3], ["--loss-params", 0.3, 0.6, 0.1]]}
     special["dataset"] = [["--dataset", "cifar10"], ["--dataset", "svhn"]]
     special["rate"] = [["--rate", 0.37, "--noise", "sym"], ["--rate", 0.61, "--noise", "sym"]]
-    for dest in flags.keys() - {"seeds", *common.MACHINE, "show_source", "toy", "analyze"}:
+    for dest in flags.keys() - {"seeds", *common.MACHINE, "show_source", "toy"}:
         if dest.startswith("plot_"):
             continue
         for context in CONTEXTS[name]:

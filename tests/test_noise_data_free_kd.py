@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -323,25 +324,13 @@ def test_the_picture_of_activations(cli, monkeypatch, figures, made):
         for name, logits in dfkd.logits_by_statistics(student, data.test_images, 5, number).items():
             expected[name].append(common.accuracy(logits, data.test_labels))
     assert points(adjust.axes[0]) == {f"{name} statistics": (numbers, scores) for name, scores in expected.items()}
+    assert list(adjust.axes[0].get_xticks()) == numbers
+    for axes in (*of_teacher, scatter, density, adjust.axes[0]):
+        ticks = [*axes.xaxis.get_ticklabels(which="both"), *axes.yaxis.get_ticklabels(which="both")]
+        assert not any("$" in tick.get_text() for tick in ticks)
+    status, _, err = cli(dfkd, "--plot-activations", checkpoint["teacher"], "--device", "cpu")
+    assert status == 2 and re.match("error: --plot-activations: .* is no student of this script", err)
     assert "batches of 5: " + ", ".join(f"{k}: {acc:.2f} %" for k, acc in zip(numbers, expected["adjusted"])) in out
-
-
-def test_the_picture_of_batch_sizes(cli, figures):
-    """A line a source, each through the last test accuracies of its runs."""
-    scores = {}
-    for name, source, size in (("a", "dead-leaves", 10), ("b", "dead-leaves", 20), ("c", "gaussian", 5)):
-        assert cli(dfkd, *SMALL, "--out", name, "--source", source, "--batch-size", size)[0] == 0
-        scores[size] = saved(name)["metrics"][-1]["test_acc"]
-    files = [f"{name}/checkpoint.pt" for name in "bca"]
-    status, out, err = cli(dfkd, "--plot-batch-size", *files, "--device", "cpu")
-    assert (status, err) == (0, "") and f"dead-leaves: 10: {scores[10]:.2f} %, 20: {scores[20]:.2f} %\n" in out
-    (axes,) = figures[0].axes
-    assert points(axes) == {"gaussian": ([5], [scores[5]]), "dead-leaves": ([10, 20], [scores[10], scores[20]])}
-    assert list(axes.get_xticks()) == [5, 10, 20] and Path("runs/batch-size.png").exists()
-    (teacher,) = Path("runs/teachers").glob("*/checkpoint.pt")
-    for flag in ("--plot-batch-size", "--plot-activations"):
-        status, _, err = cli(dfkd, flag, teacher, "--device", "cpu")
-        assert status == 2 and err.startswith(f"error: {flag}: ") and "no student of this script" in err
 
 
 @pytest.mark.parametrize("source", ["gaussian", "dead-leaves", "data"])
@@ -351,23 +340,28 @@ def test_the_sheet_of_samples(cli, figures, made, source):
     stats = torch.stack([mean, std]).flatten(1)
     assert torch.allclose(stats, torch.tensor(common.channel_stats(data)))
     sheet = np.asarray(figures[0].axes[0].images[0].get_array())
-    assert sheet.shape == (8 * 34, 8 * 34, 3) and len(x) == 64 and Path(f"runs/{source}.png").exists()
+    assert sheet.shape == (8 * 34 + 2, 8 * 34 + 2, 3) and len(x) == 64 and Path(f"runs/{source}.png").exists()
     for i, tile in enumerate(x.clamp(0, 1).permute(0, 2, 3, 1).numpy()):
         cell = sheet[34 * (i // 8) :, 34 * (i % 8) :][:34, :34]
-        assert np.array_equal(cell[1:-1, 1:-1], tile) and (cell[0] == 1).all() and (cell[:, 0] == 1).all()
+        assert np.array_equal(cell[2:, 2:], tile) and (cell[:2] == 1).all() and (cell[:, :2] == 1).all()
 
 
 def test_the_toy(cli, figures):
     """Figure 1; with current statistics the embeddings of noise come back to those of the circles."""
     status, out, err = cli(dfkd, "--toy", "--device", "cpu")
     assert (status, err) == (0, "") and Path("runs/toy.png").exists()
-    left, middle, right = figures[0].axes
+    left, middle, *right = figures[0].axes
     (circles,), (noise,) = left.collections, middle.collections
     radius, outer = np.linalg.norm(circles.get_offsets(), axis=1), circles.get_array() == 1
     assert len(radius) == 1000 and outer.sum() == 500
     assert abs(radius[outer].mean() - 1) < 0.02 and abs(radius[~outer].mean() - 0.5) < 0.02
     assert len(noise.get_offsets()) == 1000 and abs(noise.get_offsets().std() - 1) < 0.05
-    embedded = {part.get_label(): np.float64(part.get_offsets()) for part in right.collections}
+    embedded = {}
+    for axes in right:
+        name = axes.get_title().removeprefix("embeddings: ")
+        embedded[name] = np.float64(axes.collections[0].get_offsets())
+    for axes, e in zip(right, embedded.values()):  # all within the same limits
+        assert axes.get_xlim() == axes.get_ylim() == right[0].get_xlim() and e.max() < axes.get_xlim()[1]
     names = ["circles, running statistics", "noise, running statistics", "noise, current statistics"]
     assert list(embedded) == names
     printed = [float(line.rsplit(" ", 1)[1]) for line in out.splitlines() if "Fréchet" in line]
