@@ -2121,8 +2121,8 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
         optimizer: "sgd", with momentum 0.9, or "adam"; left out: "sgd".
         normalize: whether the network normalises by the training images' mean and deviation; left out: False.
     A trained teacher stays in a folder of runs/teachers. It is taken again where arch, dropout, recipe,
-    --amp, the data and the labels are the same, also after an edit of this file, which a line then says: a run
-    that is resumed keeps its teacher. Of --teacher-seeds K, seeds 0 … K-1, the most accurate one teaches.
+    --amp, the data and the labels are the same, also after an edit of this file, which a line then says: so a
+    run that is resumed keeps its teacher. Of --teacher-seeds K, seeds 0 … K-1, the most accurate one teaches.
     Returns the model in evaluation mode without gradients, and what the checkpoint keeps of it: {"teacher":
     its path, "teacher_acc": its test accuracy in percent}. The global random states stay as they are.
     Prints where a --teacher had other label noise, imbalance or dropout than a trained one would have. Raises
