@@ -222,11 +222,13 @@ def run(parse_args, main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± gets a question mark
+    args = ()
     try:
         args = parse_args()
         results = []
-        for seed in args.seed:
-            out = Path(f"{args.out}-seed{seed}") if args.out and len(args.seed) > 1 else args.out
+        seeds = vars(args).get("seeds") or args.seed
+        for seed in seeds:
+            out = Path(f"{args.out}-seed{seed}") if args.out and len(seeds) > 1 else args.out
             results.append(main(argparse.Namespace(**{**vars(args), "seed": seed, "out": out})))
         if len(results) > 1 and results[0]:  # pictures have no metrics
             print(f"{len(results)} seeds, last epoch, mean ± standard deviation:")
@@ -238,7 +240,8 @@ def run(parse_args, main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on after the last finished epoch", file=sys.stderr)
+        training = "; the same command with --resume goes on after the last finished epoch"
+        print(f"\nstopped{training if 'resume' in args else ''}", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -331,6 +334,12 @@ class Dataset(NamedTuple):
         return sha.hexdigest()[:12]
 
     @property
+    def test_digest(self):
+        sha = hashlib.sha256(self.test_images.cpu().numpy().tobytes())
+        sha.update(self.test_labels.cpu().numpy().tobytes())
+        return sha.hexdigest()[:12]
+
+    @property
     def image_size(self):
         """The longer side of a test image in pixels, by which build_model chooses an architecture's form."""
         return max(self.test_images.shape[2:])
@@ -360,7 +369,8 @@ def load_data(args, device):
     return data
 
 
-def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, device="cpu", resize=256, image_size=224):
+def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, device="cpu", resize=256, image_size=224,
+                 test_only=False):
     """The data set `name` as a Dataset on `device`.
 
     name: "shapes" (drawn by code), "cifar10", "cifar100", "svhn" (data_dir/NAME.npz; downloaded once where that is
@@ -377,14 +387,14 @@ def load_dataset(name, data_dir="data", limit_train=None, limit_test=None, devic
     if name == "shapes":
         data = Dataset(*draw_shapes(2000, seed=0), *draw_shapes(1000, seed=1), SHAPES_CLASSES)
     elif name.endswith(".npz"):
-        data = read_npz(Path(name))
+        data = read_npz(Path(name), test_only)
     elif name in CLEANLY_LABELLED:
         path = data_dir / f"{name}.npz"
         if not path.exists():
             download(name, path)
-        data = read_npz(path)
+        data = read_npz(path, test_only)
     elif is_photographs(name):
-        data = photographs(name, data_dir, resize, image_size)
+        data = photographs(name, data_dir, resize, image_size, test_only)
     else:
         raise UsageError(f"--dataset: unknown {name!r}; known are {DATASETS}")
 
@@ -408,16 +418,16 @@ def evenly_spaced(total, limit):
     return torch.arange(count) * total // count
 
 
-def read_npz(path):
+def read_npz(path, test_only=False):
     """The Dataset in an .npz file, read without pickle. Raises UsageError for a missing file and for wrong arrays."""
     try:
         with np.lib.npyio.NpzFile(path) as file:  # np.load would take a web page for a pickle
-            arrays = {name: np.ascontiguousarray(file[name]) for name in ARRAYS}
+            arrays = {name: np.ascontiguousarray(file[name]) for name in (ARRAYS[2:] if test_only else ARRAYS)}
     except Exception as error:  # no such file, or whatever a damaged or foreign one makes numpy raise
         advice = "remove it to download it again" if path.stem in CLEANLY_LABELLED else "README says how to write one"
         raise UsageError(f"--dataset: {path} is no .npz file with {', '.join(ARRAYS)} ({error}); {advice}") from None
     classes = [str(name) for name in arrays["classes"].ravel()]
-    for part in ("train", "test"):
+    for part in ("test",) if test_only else ("train", "test"):
         images = arrays[f"{part}_images"]
         labels = arrays[f"{part}_labels"]
         where = f"--dataset: {path}: {part}"
@@ -429,6 +439,8 @@ def read_npz(path):
             span = f"{labels.min()} to {labels.max()}"
             raise UsageError(f"{where}_labels are {span}, but {len(classes)} classes are named")
         arrays[f"{part}_labels"] = labels.astype(np.int64)
+    if test_only:
+        arrays |= {"train_images": arrays["test_images"][:0], "train_labels": arrays["test_labels"][:0]}
     tensors = [torch.from_numpy(arrays[name]) for name in ARRAYS[:4]]
     return Dataset(*tensors, classes)
 
@@ -458,23 +470,27 @@ def download(name, path):
         np.savez(partial, **dict(zip(ARRAYS, arrays)))
 
 
-def photographs(name, data_dir, resize, image_size):
+def photographs(name, data_dir, resize, image_size, test_only=False):
     """The Dataset of photographs: the middle square of each, `resize` pixels for training, `image_size` for tests."""
     if resize < image_size:
         raise UsageError(f"--resize: {resize} is smaller than --image-size {image_size}")
     try:
-        parts, classes = list_pictures(name, data_dir)
+        parts, classes = list_pictures(name, data_dir, test_only)
     except (OSError, RuntimeError) as error:  # RuntimeError: as in `download`
         raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
     data = {}
     for part, samples in parts.items():
+        if part == "train" and test_only:
+            continue
         side = resize if part == "train" else image_size
         stem = re.sub(r"[^\w.-]", "_", name)[-60:]  # which every file system takes
         data[part] = decode(samples, resize, side, data_dir / "decoded" / f"{stem}-{part}-{resize}-{side}.raw")
+    if test_only:
+        data["train"] = [tensor[:0] for tensor in data["test"]]
     return Dataset(*data["train"], *data["test"], classes, data.get("imagenet"))
 
 
-def list_pictures(name, data_dir):
+def list_pictures(name, data_dir, test_only=False):
     """{"train": [(file, label), …], "test": [(file, label), …]} of a data set of photographs, and its classes.
 
     imagefolder:DIR: DIR/train/CLASS/* and DIR/test/CLASS/* (or val), torchvision's ImageFolder.
@@ -492,7 +508,7 @@ def list_pictures(name, data_dir):
     if name.startswith("imagefolder:"):
         root = Path(name.removeprefix("imagefolder:"))
         folder = root / "test" if (root / "test").is_dir() else root / "val"
-        train = torchvision.datasets.ImageFolder(root / "train")
+        train = torchvision.datasets.ImageFolder(folder if test_only else root / "train")
         test = torchvision.datasets.ImageFolder(folder)
         if train.classes != test.classes:
             odd = ", ".join(sorted(set(train.classes) ^ set(test.classes)))
@@ -1504,6 +1520,7 @@ def load_checkpoint(path, flag="checkpoint"):
     unfinished training is. Raises UsageError where there is no such file, where it is none of ours, where no epoch is
     finished.
     """
+    path = Path(path) / "checkpoint.pt" if Path(path).is_dir() else path
     checkpoint = read_weights_only(path, flag)
     if not isinstance(checkpoint, dict) or not {"built_as", "epoch", "epochs", "source"} <= checkpoint.keys():
         raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name the checkpoint.pt of a run folder")
