@@ -197,6 +197,12 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def write_test_set_alone(path):
+    """That of tiny.npz."""
+    with np.load("tiny.npz") as arrays:
+        np.savez(path, **{name: arrays[name] for name in arrays if not name.startswith("train")})
+
+
 def write_checkpoint(path, seed=0, changes=(), **flags):
     """A checkpoint as a training script leaves it, of an untrained net; `changes` are to its entries."""
     torch.manual_seed(seed)
@@ -323,6 +329,100 @@ def test_lines_are_added_and_nothing_is_lost(run, monkeypatch):
     assert [(line["checkpoint"], list(line["numbers"])[-1]) for line in lines_of()] == [
         ("a.pt", "PGD-1, ε 0.031 (%)"), ("a.pt", "Brier")
     ]  # fmt: skip
+
+
+def test_runs_without_a_finished_epoch_are_left_out(run, capsys):
+    """With a line each, as after `evaluate.py runs/kd_zoo-*` where some were killed."""
+    write_checkpoint("a.pt")
+    write_checkpoint("zero.pt", changes={"epoch": 0})
+    Path("killed").mkdir()
+    Path("killed/config.json").touch()
+    Path("cut.pt").write_bytes(Path("a.pt").read_bytes()[:1000])
+    run("zero.pt", "killed", "a.pt", "cut.pt", "--out", "ev")
+    left_out = capsys.readouterr().err.splitlines()
+    for line, path in zip(left_out, ("zero.pt", "killed/checkpoint.pt", "cut.pt"), strict=True):
+        assert line.startswith("left out: CKPT: ") and path in line
+    assert [line["checkpoint"] for line in lines_of("ev")] == ["a.pt"]
+
+
+def test_curves_alone_need_no_data(run, figures, capsys):
+    write_checkpoint("a.pt", changes={"dataset": "gone.npz"}, dataset="gone.npz")
+    run("a.pt", "--curves", "test_acc")
+    assert set(figures) == {"training"} and not Path("evaluation.jsonl").exists()
+    with pytest.raises(common.UsageError, match="gone.npz"):
+        run("a.pt", "--curves", "--ece")
+
+
+def test_other_images_or_labels_than_in_training_are_told(run, capsys):
+    """A run that did not keep the digest is not compared."""
+    digest = common.load_dataset("tiny.npz").test_digest
+    write_checkpoint("old.pt")
+    write_checkpoint("same.pt", test_digest=digest)
+    write_checkpoint("other.pt", test_digest="0123456789ab")
+    run("old.pt", "same.pt", "other.pt", "--out", "ev")
+    told = [line for line in capsys.readouterr().out.splitlines() if "than in training" in line]
+    assert told == ["other.pt: tested on other images or labels than in training"]
+    write_npz("swapped.npz", test_labels=(np.arange(20) + 1) % 3)
+    run("same.pt", "--dataset", "swapped.npz")
+    assert "same.pt: tested on other images or labels than in training\n" in capsys.readouterr().out
+
+
+def test_the_test_set_is_enough(run):
+    """Of a run, a module, and of public weights whose mean and deviation are given."""
+    write_test_set_alone("only.npz")
+    write_checkpoint("a.pt")
+    torch.save(write_checkpoint("b.pt", mean=None)["model"], "w.pth")
+    Path("mine.py").write_text(MINE.replace("SCALE", "1"), encoding="utf-8")
+    scaled = ["--mean", 0, 0, 0, "--std", 1, 1, 1]
+    for flags in ["a.pt"], ["--model", "mine.py:net"], ["w.pth", "--arch", "wrn-10-1", *scaled]:
+        run(*flags, "--dataset", "tiny.npz", "--out", "ev")
+        run(*flags, "--dataset", "only.npz", "--out", "ev")
+    numbers = [line["numbers"] for line in lines_of("ev")]
+    for whole, alone in zip(numbers[::2], numbers[1::2], strict=True):
+        assert {**alone, "test set": whole["test set"]} == whole
+    assert numbers[0] == numbers[4] != numbers[2]
+
+
+def test_radius_of_zero(rows, figures):
+    """PGD then stays at the start, which is the image."""
+    write_checkpoint("a.pt")
+    row = rows("a.pt", "--pgd", 1, 2, "--eps", 0, "8/255", "--restarts", 1)["nrd"]
+    assert row["PGD-2, ε 0/255 (%)"] == row["accuracy (%)"] and "pgd" in figures
+
+
+OWN = """
+import common
+def net():
+    return common.build_model("wrn-10-1", 3)
+"""
+
+
+@pytest.mark.parametrize("kind", ["run", "folder", "weights", "own statistics", "module"])
+def test_teacher_that_students_name_is_built_again(run, kind):
+    """Here a student is its own teacher, and so is as good a source of adversarial images."""
+    stats = common.channel_stats(common.load_dataset("tiny.npz", limit_train=7).train_images)
+    torch.manual_seed(3)
+    net = common.build_model("wrn-10-1", 3, 0.0, *(stats if kind == "own statistics" else ()))
+    state = net.state_dict()
+    torch.save({key: value for key, value in state.items() if key not in ("mean", "std")}, "w.pth")
+    Path("own.py").write_text(OWN, encoding="utf-8")
+    torch.save(state, "module.pth")
+    given = {  # the flags of training | what the checkpoint names
+        "run": ({"teacher": "s/checkpoint.pt"}, "s/checkpoint.pt"),
+        "folder": ({"teacher": "s"}, "s"),
+        "weights": ({"teacher": "w.pth", "mean": [0.0] * 3, "std": [1.0] * 3}, "w.pth"),
+        "own statistics": ({"teacher": "w.pth"}, "w.pth"),
+        "module": ({"teacher_model": "own.py:net", "teacher": "module.pth"}, "own.py:net"),
+    }
+    flags, name = given[kind]
+    flags = {"teacher_model": None, "teacher_arch": "wrn-10-1", "mean": None, "std": None, "limit_train": 7} | flags
+    changes = {"model": state, "teacher": name}
+    write_checkpoint("s/checkpoint.pt", changes=changes, **flags)
+    write_checkpoint("o/checkpoint.pt")
+    run("s", "o", "--transfer", "--teacher", "--eps", 0.1, "--step-size", 0.05, "--out", "ev")
+    rates = np.array(lines_of("ev")[-1]["numbers"]["success_rate"], dtype=float)
+    assert np.array_equal(rates[:, 0], rates[:, -1], equal_nan=True)
+    assert not np.array_equal(rates[:, 1], rates[:, -1], equal_nan=True) and np.nanmax(rates[:, -1]) > 0
 
 
 HEADS = ["accuracy (%)", "NLL", "1"]
@@ -670,7 +770,8 @@ def test_runs_with_wrong_labels_of_their_own_are_seeds_too(rows):
 
 @pytest.mark.parametrize("other", [
     {"seed": 0}, {"changes": {"source": {"nrd.py": "another text", "common.py": "its text"}}},
-    {"changes": {"source": {"nrd.py": "the text", "common.py": "another text"}}}, {"commit": "decade"}, {"torch": "2.6"}, {"lr": 0.2},
+    {"changes": {"source": {"nrd.py": "the text", "common.py": "another text"}}},
+    {"commit": "decade"}, {"torch": "2.6"}, {"lr": 0.2},
     {"changes": {"metrics": [{"epoch": 1, "test_acc": 50.0}], "epoch": 1}},
 ], ids=str)  # fmt: skip
 def test_runs_that_differ_in_more_than_their_seed_are_rows_of_their_own(rows, other):
@@ -722,7 +823,7 @@ import torch.nn as nn
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.fc = nn.Linear(3, 2)
+        self.fc = nn.Linear(3, 3)
     def forward(self, x):
         open("seen", "a").write(f"{x.shape[2]} ")
         return self.fc(x.mean((2, 3)))
@@ -730,24 +831,20 @@ class Net(nn.Module):
 
 
 def test_size_of_pictures_is_asked_for_or_that_of_training(run):
-    for part in ("train", "test"):
-        for name in ("ape", "bat"):
-            (Path("pics") / part / name).mkdir(parents=True)
-            Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(f"pics/{part}/{name}/1.png")
+    """And training pictures are not decoded, nor need they be there."""
+    for name in CLASSES:
+        (Path("pics/val") / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(f"pics/val/{name}/1.png")
     Path("sizes.py").write_text(SIZES, encoding="utf-8")
     for flags, size in ([], 224), (["--image-size", 48], 48), (["--resize", 40, "--image-size", 32], 32):
         Path("seen").unlink(missing_ok=True)
         run("--model", "sizes.py:Net", "--dataset", "imagefolder:pics", "--out", "ev", *flags)
         assert set(Path("seen").read_text(encoding="utf-8").split()) == {str(size)}
-    changes = {"dataset": "imagefolder:pics", "classes": ["ape", "bat"]}
-    write_checkpoint("a.pt", changes=changes, resize=40, image_size=36)
-    asked = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "load_dataset", lambda *_, **sizes: asked.append(sizes) or common.read_npz("tiny.npz"))
-        for flags in [], ["--image-size", 32]:
-            with pytest.raises(common.UsageError):  # tiny.npz has other classes
-                run("a.pt", *flags)
-    assert asked == [{"resize": 40, "image_size": 36}, {"resize": 40, "image_size": 32}]
+    write_checkpoint("a.pt", changes={"dataset": "imagefolder:pics"}, resize=50, image_size=36)
+    run("a.pt")
+    run("a.pt", "--image-size", 32)
+    decoded = {path.stem.removeprefix("imagefolder_pics-") for path in Path("data/decoded").glob("*.raw")}
+    assert decoded == {"test-256-224", "test-256-48", "test-40-32", "test-50-36", "test-50-32"}
 
 
 @pytest.fixture
@@ -838,6 +935,7 @@ import torch.nn as nn
 def net():
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, 3), nn.Softmax(1))
 """
+NOTHING = "nothing reads it without"
 BAD = [
     ("", "CKPT: name the checkpoint.pt of a run folder"),
     ("missing.pt", "CKPT: no file missing.pt"),
@@ -854,6 +952,19 @@ BAD = [
     ("a.pt --plot-by sigma", "--plot-by: name one or two flags of the runs' config.json, not sigma"),
     ("a.pt --transfer --teacher", "--teacher: the checkpoints name no teacher; add the path of one"),
     ("taught.pt other.pt --transfer --teacher", "--teacher: the checkpoints name t1.pt, t2.pt; add the path of one"),
+    ("a.pt --transfer --teacher missing.pt", "--teacher: no file missing.pt"),
+    ("missing.pt unfinished.pt", "CKPT: none of these can be evaluated"),
+    ("--show-corruptions --pgd 2", "CKPT: name the checkpoint.pt of a run folder"),
+    ("a.pt --eps 0.031", f"--eps: {NOTHING} --pgd, --attack, --transfer; leave it out"),
+    ("a.pt --cifar-c --step-size 0.003", f"--step-size: {NOTHING} --pgd, --transfer"),
+    ("a.pt --transfer --restarts 5", f"--restarts: {NOTHING} --pgd"),
+    ("a.pt --attack APGD --worst-start", f"--worst-start: {NOTHING} --pgd"),
+    ("a.pt --pgd 2 --teacher", f"--teacher: {NOTHING} --transfer"),
+    ("a.pt --mean 0 0 0", f"--mean: {NOTHING} --arch"),
+    ("weights.pt --model soft.py:net --dataset tiny.npz --std 1 1 1", f"--std: {NOTHING} --arch"),
+    ("weights.pt --arch wrn-10-1 --dataset tiny.npz --part model", "--part: the checkpoints of runs have parts"),
+    ("a.pt --curves test_acc test_los", "--curves: no run has test_los; they have epoch, test_acc"),
+    ("weights.pt --arch wrn-10-1 --dataset only.npz --mean 0 0 0", "; with --mean and --std it need not hold training"),
 ]
 
 
@@ -864,6 +975,8 @@ def test_bad_input_is_one_line(run, flags, says):
     write_npz("renamed.npz", classes=np.array(["ant", "bee", "cow"]))
     write_npz("other.npz", test_labels=np.zeros(20, int))
     Path("soft.py").write_text(SOFT, encoding="utf-8")
+    write_test_set_alone("only.npz")
+    write_checkpoint("unfinished.pt", changes={"epoch": 0})
     write_checkpoint("taught.pt", changes={"teacher": "t1.pt"})
     write_checkpoint("other.pt", changes={"dataset": "other.npz", "teacher": "t2.pt"})
     with pytest.raises(common.UsageError) as error:
