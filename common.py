@@ -82,6 +82,11 @@ def count(text):
     return value
 
 
+def checkpoint_file(path):
+    path = Path(path)
+    return path / "checkpoint.pt" if path.is_dir() else path
+
+
 def argument_parser(file, doc, notes=None):
     """The parser of the script `file` with the flags that every training script has. `parse` completes it.
 
@@ -658,6 +663,9 @@ def channel_stats(images):
 
     Images from 128 pixels up are taken for photographs, which have the values of ImageNet.
     """
+    images = getattr(images, "train_images", images)
+    if not len(images):
+        raise UsageError("--mean, --std: are needed; there are no training images to compute them from")
     if min(images.shape[2:]) >= 128:
         return [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     histograms = [torch.bincount(images[:, c].flatten(), minlength=256) for c in range(3)]
