@@ -1,29 +1,29 @@
-"""Evaluate any checkpoint: PGD, CIFAR-C, CINIC-10, calibration and the transferability of adversarial examples.
+"""Evaluate any checkpoint: PGD, CIFAR-C, CINIC-10, calibration, and transferability of adversarial examples.
 
     python evaluate.py CKPT …                       # accuracy, ECE, NLL, Brier score: Tables 7 and 8
     python evaluate.py CKPT … --cifar-c CIFAR-10-C --cinic CINIC-10          # Tables 1-3 and 9, Figure 3
     python evaluate.py CKPT … --pgd 1 5 10 15 20 100 200 1000 --eps 8/255    # Table 4: more and more steps
-    python evaluate.py CKPT … --pgd 20 --eps 1/255 2/255 10/255 20/255 25/255 50/255 100/255 200/255    # Table 5
+    python evaluate.py CKPT … --pgd 20 --eps 1/255 2/255 10/255 20/255 25/255 50/255 100/255 200/255 # Table 5
     python evaluate.py CKPT … --pgd 20 --plot-by sigma                       # Table 6, Figure 2
     python evaluate.py CKPT … --cinic CINIC-10 --plot-by target-noise rate   # Figures 4 and 5
     python evaluate.py CKPT … --attack AutoAttack --eps 8/255                # any l∞ attack of torchattacks
-    python evaluate.py CKPT … --curves              # training, seeds as a band: CMD's Figures 3, 4, NRD's Figure 4
+    python evaluate.py CKPT … --curves              # metrics of training: CMD's Figures 3, 4, NRD's Figure 4
     python evaluate.py CKPT … --transfer --teacher  # Figure 1 of KD Beyond Model Compression
     python evaluate.py CKPT … --ece                 # Figure 5 of Neural Vicinal Risk Minimization
     python evaluate.py --show-corruptions --dataset cifar10    # what --cifar-c does without a folder
-    python evaluate.py wrn_40_2.pth --arch wrn-40-2 --dataset cifar100       # public weights, as RepDistiller's
-    python evaluate.py weights.pt --model mine.py:net --dataset cifar10      # any module: net() gives it
+    python evaluate.py wrn_40_2.pth --arch wrn-40-2 --dataset cifar100     # public weights, as RepDistiller's
+    python evaluate.py weights.pt --model mine.py:net --dataset cifar10    # any module: net() gives it
 
-CKPT is the checkpoint.pt of a run or of a teacher, or its folder; put checkpoints first. Runs of one script, commit,
-epoch and setting whose seeds differ are one row of a table: mean ± sample standard deviation (n). A row is named by the
-flags that somebody typed and whose values differ between the rows, and by its path where these do not tell two rows
-apart. cmd.py trains two networks and reports their mean; a row is of one of them: A, or B with --part peer.
---out gets the pictures and evaluation.jsonl: a line for each checkpoint as soon as it is measured, added to those of
-earlier calls. Nothing is read back: each call measures anew.
+CKPT is the checkpoint.pt of a run or of a teacher, or its folder; put checkpoints first. Runs of one script,
+commit, epoch and setting whose seeds differ are one row of a table: mean ± sample standard deviation (n). A
+row is named by the typed flags whose values differ between the rows, and by its path where these do not tell
+two rows apart. cmd.py trains two networks and reports their mean; here a row is of network A, with --part
+peer of B. --out holds the pictures, and evaluation.jsonl: a line per checkpoint as soon as it is measured,
+after the lines of earlier calls. No file is read back: each call measures anew.
 
-Tables and figures without another name are those of Noise as a Resource for Learning in Knowledge Distillation (Arani,
-Sarfraz, Zonooz). evaluate.pgd takes any model, evaluate.corrupt any images. Everything is float32 in evaluation mode
-with deterministic convolutions, on CUDA as on the CPU.
+Tables and figures without another name are those of Noise as a Resource for Learning in Knowledge
+Distillation (Arani, Sarfraz, Zonooz). evaluate.pgd takes any model, evaluate.corrupt any images. Everything
+is float32 in evaluation mode with deterministic convolutions, on CUDA as on the CPU.
 """
 
 import argparse
@@ -66,12 +66,6 @@ def fraction(text):
     return value
 
 
-def checkpoint_path(text):
-    """argparse type: the path of a checkpoint, of a run folder that of its checkpoint.pt."""
-    path = Path(text)
-    return path / "checkpoint.pt" if path.is_dir() else path
-
-
 READ_BY = {  # flags that do nothing without one of others
     "eps": ("pgd", "attack", "transfer"),
     "step_size": ("pgd", "transfer"),
@@ -85,43 +79,45 @@ READ_BY = {  # flags that do nothing without one of others
 
 def parse_args():
     parser = argparse.ArgumentParser("evaluate.py", description=__doc__, formatter_class=common.HelpFormatter)
+    path = common.checkpoint_file
     add = parser.add_argument
-    add("checkpoints", nargs="*", type=checkpoint_path, default=[], metavar="CKPT", help="checkpoints, or run folders")
+    add("checkpoints", nargs="*", type=path, default=[], metavar="CKPT", help="checkpoints, or run folders")
     add("--part", default="model", help="name of the weights in CKPT: model, ema, peer, …")
-    add("--arch", help="architecture of common.build_model, of which CKPT are public weights; needs --dataset")
-    add("--mean", nargs=3, type=float, help="mean of the images that public weights expect; None: of training images")
-    add("--std", nargs=3, type=float, help="standard deviation of the same")
-    add("--model", metavar="FILE.py:NAME", help="NAME() is evaluated, with CKPT's weights, if any; needs --dataset")
+    add("--arch", help="architecture, where CKPT are public weights; needs --dataset")
+    add("--mean", nargs=3, type=float, help="mean that public weights expect; None: of the training images")
+    add("--std", nargs=3, type=float, help="deviation that they expect; None: of the training images")
+    add("--model", metavar="FILE.py:NAME", help="NAME() is evaluated, with weights of CKPT; needs --dataset")
 
-    add = parser.add_argument_group("what to run (none of these: accuracy, ECE, NLL, Brier score)").add_argument
+    add = parser.add_argument_group("measures (none of these: accuracy, ECE, NLL, Brier score)").add_argument
     add("--ece", action="store_true", help="ECE (15 equal-width bins), NLL, Brier score, reliability diagram")
-    add("--pgd", nargs="+", type=common.count, default=[], metavar="N", help="l∞ PGD of N steps; several: a sweep")
-    add("--eps", nargs="+", type=fraction, default=[0.031], help="radius in [0, 1], 0.031 or 8/255; several: a sweep")
+    add("--pgd", nargs="+", type=common.count, default=[], metavar="N", help="steps of l∞ PGD; or a sweep")
+    add("--eps", nargs="+", type=fraction, default=[0.031], help="radius, 0.031 or 8/255; or a sweep")
     add("--step-size", type=fraction, default=0.003, help="step of PGD in [0, 1]")
     add("--restarts", type=common.count, default=5, help="random starts of PGD; the worst restart counts")
-    add("--worst-start", action="store_true", help="each sample's own worst start counts, not the worst restart")
-    add("--attack", nargs="+", default=[], metavar="NAME", help="l∞ attacks of torchattacks, as AutoAttack, at --eps")
-    add("--cifar-c", nargs="?", const="", metavar="DIR", help="19 corruptions: the official .npy files, else generated")
-    add("--cinic", type=Path, metavar="DIR", help="CINIC-10, of which 2,100 images of ImageNet per class are taken")
-    add("--transfer", action="store_true", help="PGD-20 images of each checkpoint on each other, at the smallest --eps")
-    add("--teacher", nargs="?", type=checkpoint_path, const=True, metavar="CKPT",
-        help="teacher, one more source of --transfer; no CKPT: the one that the students name")  # fmt: skip
-    add("--plot-by", nargs="+", default=[], metavar="FLAG", help="flag of training on the axis, as sigma; two: maps")
+    add("--worst-start", action="store_true", help="each sample's worst start counts, not the worst restart")
+    add("--attack", nargs="+", default=[], metavar="NAME", help="l∞ attacks of torchattacks, as AutoAttack")
+    add("--cifar-c", nargs="?", const="", metavar="DIR", help="19 corruptions: official files or generated")
+    add("--cinic", type=Path, metavar="DIR", help="CINIC-10; 2,100 images of ImageNet per class are taken")
+    add("--transfer", action="store_true", help="PGD-20 images of each CKPT on each other; smallest --eps")
+    named = "teacher, one more source of --transfer; no CKPT: the one that the students name"
+    add("--teacher", nargs="?", type=path, const=True, metavar="CKPT", help=named)
+    add("--plot-by", nargs="+", default=[], metavar="FLAG", help="flag of training on the axis; two: a map")
     add("--curves", nargs="*", metavar="METRIC", help="draw training.png: these metrics by epoch, or all")
     add("--show-corruptions", action="store_true", help="draw corruptions.png, a contact sheet")
 
     add = parser.add_argument_group("data, machine and output").add_argument
-    add("--dataset", metavar="NAME", help="data set as in the training scripts; None: what CKPT was trained on")
+    add("--dataset", metavar="NAME", help="data set, as in training scripts; None: that of CKPT's run")
     add("--data-dir", type=Path, metavar="DIR", help="where data sets are kept; None: as in training")
-    add("--resize", type=common.count, metavar="PIXELS", help="photographs: side of the square that is kept")
-    add("--image-size", type=common.count, metavar="PIXELS", help="photographs: side of the crop; None: as in training")
+    pixels = {"type": common.count, "metavar": "PIXELS"}
+    add("--resize", **pixels, help="photographs: side of the square that is kept; None: as in training")
+    add("--image-size", **pixels, help="photographs: side of the crop; None: as in training")
     add("--limit-test", type=common.count, metavar="N", help="use N evenly spaced test samples")
-    add("--seed", dest="seeds", nargs=1, type=int, default=[0], metavar="N",
-        help="random seed of starts, corruptions and CINIC's choice")  # fmt: skip
+    seed = "random seed of starts, corruptions, CINIC's choice"
+    add("--seed", dest="seeds", nargs=1, type=int, default=[0], metavar="SEED", help=seed)
     add("--batch-size", type=common.count, help="images per forward pass; None: 125 on a CPU, else 500")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--out", type=Path, metavar="DIR", help="folder of pictures and evaluation.jsonl; None: that of the first CKPT")
-    add("--table", type=Path, metavar="FILE", help="the table as .csv, .md or .tex: mean, standard deviation, n")
+    add("--out", type=Path, metavar="DIR", help="folder of pictures and evaluation.jsonl; None: of CKPT")
+    add("--table", type=Path, metavar="FILE", help="table as .csv, .md or .tex: mean, standard deviation, n")
     add("--pdf", action="store_true", help="write each picture as a vector PDF too")
     args = parser.parse_intermixed_args()
     typed = parser.parse_intermixed_args(namespace=argparse.Namespace(**dict.fromkeys(("part", *READ_BY))))
@@ -140,9 +136,9 @@ def parse_args():
         if args.arch and args.model:
             raise UsageError("--arch: a module has its own; leave it out beside --model")
         if args.curves is not None:
-            raise UsageError("--curves: weights do not hold the metrics of their training; name checkpoints of runs")
+            raise UsageError("--curves: weights hold no metrics of their training; name checkpoints of runs")
         if typed.part is not None:
-            raise UsageError("--part: the checkpoints of runs have parts, other weights have none; leave it out")
+            raise UsageError("--part: checkpoints of runs have parts, other weights have none; leave it out")
     args.plot_by = [flag.replace("-", "_") for flag in args.plot_by]
     if args.table and args.table.suffix not in (".csv", ".md", ".tex"):
         raise UsageError(f"--table: {args.table} ends with none of .csv, .md, .tex")
@@ -562,25 +558,25 @@ def elastic_transform(x, constants, generator):
 CORRUPTIONS = {
     function.__name__: function
     for function in (
-        gaussian_noise, shot_noise, impulse_noise, speckle_noise, gaussian_blur, defocus_blur, glass_blur, motion_blur,
-        zoom_blur, snow, frost, fog, spatter, brightness, contrast, saturate, pixelate, jpeg_compression,
-        elastic_transform,
+        gaussian_noise, shot_noise, impulse_noise, speckle_noise, gaussian_blur, defocus_blur, glass_blur,
+        motion_blur, zoom_blur, snow, frost, fog, spatter, brightness, contrast, saturate, pixelate,
+        jpeg_compression, elastic_transform,
     )
 }  # fmt: skip
 
 
 def read_cifar_c(folder, subjects):
-    """The official CIFAR-10-C: {corruption: memory map uint8 [5, 10000, 32, 32, 3]}, a severity after another.
+    """The official CIFAR-10-C: {corruption: memory map uint8 [5, 10000, 32, 32, 3]}, in order of severity.
 
-    Raises UsageError for a file that is missing, damaged or of another form, and where labels.npy does not repeat the
-    labels of every subject's test set.
+    Raises UsageError for a file that is missing, damaged or of another form, and where
+    labels.npy does not repeat the labels of every subject's test set.
     """
 
     def read(name, *shape):
         path = folder / f"{name}.npy"
         try:
             array = np.load(path, mmap_mode="r").reshape(5, 10000, *shape)
-        except Exception as error:  # no such file, or whatever a truncated, strange or short one makes numpy raise
+        except Exception as error:  # no such file, or whatever a damaged one makes numpy raise
             says = f"{path} is missing, damaged or not CIFAR-10-C's ({type(error).__name__})"
             raise UsageError(f"--cifar-c: {says}; without a folder the corruptions are generated") from None
         if shape and array.dtype != np.uint8:
@@ -602,10 +598,10 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def load_cinic(folder, seed, per_class=2100):
-    """The ImageNet images of CINIC-10 (Darlow et al. 2018): uint8 [N, 3, 32, 32], and int64 [N] in CIFAR-10's order.
+    """ImageNet's images in CINIC-10 (Darlow et al. 2018): uint8 [N, 3, 32, 32]; int64 [N], CIFAR-10's order.
 
-    The seed draws `per_class` PNG files of each class below `folder`, in whatever split, whose names do not start with
-    "cifar10-". Raises UsageError for a class with too few, and for a file that cannot be read.
+    The seed draws `per_class` PNG files of each class below `folder`, in whatever split, whose names do not
+    start with "cifar10-". Raises UsageError for a class with too few, and for a file that cannot be read.
     """
     random = np.random.default_rng(seed)
     files = []
@@ -613,13 +609,15 @@ def load_cinic(folder, seed, per_class=2100):
     for name in CIFAR10:
         found = sorted(f for f in folder.glob(f"**/{name}/*.png") if not f.name.startswith("cifar10-"))
         if len(found) < per_class:
-            raise UsageError(f"--cinic: {folder} has {len(found)} images of ImageNet for {name}, not {per_class}")
+            there = f"{folder} has {len(found)} images of ImageNet for {name}"
+            raise UsageError(f"--cinic: {there}, not {per_class}")
         files += [found[i] for i in random.permutation(len(found))[:per_class]]
     for file in common.progress(files, "reading CINIC-10"):
         try:
             images.append(np.asarray(Image.open(file).convert("RGB")).reshape(32, 32, 3))
         except Exception as error:  # whatever a damaged file makes Pillow raise; ValueError for another size
-            raise UsageError(f"--cinic: {file} is no picture of 32×32 pixels ({error}); unpack it again") from None
+            says = f"{file} is no picture of 32×32 pixels ({error})"
+            raise UsageError(f"--cinic: {says}; unpack it again") from None
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return images, torch.arange(len(CIFAR10)).repeat_interleave(per_class)
 
@@ -657,12 +655,13 @@ class Subject:
 
 
 def read_data(args, dataset, config, device, load_dataset, limit_train=None, test_only=True):
-    """The Dataset `dataset`, read as the flags say, else as training read it (config), else as load_dataset does."""
+    """The Dataset `dataset`, read as the flags say, else as in training (config), else as by default."""
     sizes = {}
     for flag in ("resize", "image_size"):
         asked = getattr(args, flag)
         if asked and not common.is_photographs(dataset):
-            raise UsageError(f"--{flag.replace('_', '-')}: the images of {dataset} keep their size; leave the flag out")
+            name = flag.replace("_", "-")
+            raise UsageError(f"--{name}: the images of {dataset} keep their size; leave the flag out")
         if asked or config.get(flag):
             sizes[flag] = asked or config[flag]
     data_dir = args.data_dir or config.get("data_dir", "data")
@@ -670,11 +669,12 @@ def read_data(args, dataset, config, device, load_dataset, limit_train=None, tes
 
 
 def subject_of_run(path, checkpoint, part, args, device, load_dataset):
-    """The Subject in `part` ("model", "ema", …) of a run's checkpoint, without model and data where none is measured.
+    """The Subject in `part` ("model", "ema", …) of a run's checkpoint.
 
-    Where training left BatchNorm on current statistics, the batch size is that of training too. Prints where the test
-    set is another one than in training. Raises UsageError where the checkpoint has not this part, or has other classes
-    than the data set.
+    It has neither model nor data where only curves are drawn. Where training left BatchNorm on current
+    statistics, the batch size is that of training too. Prints where the test set is another one than in
+    training. Raises UsageError where the checkpoint does not have this part, or has other classes than the
+    data set.
     """
     config = checkpoint["config"]
     parts = checkpoint["built_as"]
@@ -694,7 +694,7 @@ def subject_of_run(path, checkpoint, part, args, device, load_dataset):
     subject.dataset = args.dataset or checkpoint["dataset"]
     subject.data = data = read_data(args, subject.dataset, config, device, load_dataset)
     if list(data.classes) != checkpoint["classes"]:
-        raise UsageError(f"--dataset: {subject.dataset} has other classes than {path}, or has them in another order")
+        raise UsageError(f"--dataset: {subject.dataset} has other classes than {path}, or in another order")
     if config.get("test_digest") not in (None, data.test_digest):
         print(f"{path}: tested on other images or labels than in training", flush=True)
     subject.model = common.load_model(checkpoint, part, device).requires_grad_(False)
@@ -710,32 +710,33 @@ def subject_of_run(path, checkpoint, part, args, device, load_dataset):
 
 
 def subject_of_weights(path, flags, dataset, args, device, load_dataset):
-    """The Subject of a module or of public weights, as training scripts build such teachers; path: None without weights.
+    """The Subject of a module or of public weights, as a training script takes them for a teacher.
 
-    flags: the config of a student, or a dict with its teacher_model, teacher_arch, mean and std. Raises UsageError where
-    the model has another number of classes than the data set, and where it ends in softmax.
+    path: of the weights, or None. flags: config of a student: teacher_model, teacher_arch, mean, std and
+    more. Raises UsageError where the model has another number of classes than the data set, and where it
+    gives probabilities.
     """
     module = flags["teacher_model"]
-    given = module or flags["mean"] and flags["std"]
-    limit = None if given else flags.get("limit_train")
+    mean = flags["mean"]
+    std = flags["std"]
+    limit = flags.get("limit_train")
+    test_only = bool(module or mean and std or common.is_photographs(dataset))
     try:
-        data = read_data(args, dataset, flags, device, load_dataset, limit, test_only=bool(given))
-    except UsageError as error:
-        advice = "" if given else "; with --mean and --std it need not hold training images"
-        raise UsageError(f"{error}{advice}") from None
+        data = read_data(args, dataset, flags, device, load_dataset, limit, test_only)
+    except UsageError:  # as where there are no training images; channel_stats says so
+        data = read_data(args, dataset, flags, device, load_dataset)
     if module:
         model = common.load_module(module, "--model", path)
     else:
-        mean = flags["mean"]
-        std = flags["std"]
-        if not given:
-            stats = common.channel_stats(data.train_images)
+        if not (mean and std):
+            stats = common.channel_stats(data)
             mean = mean or stats[0]
             std = std or stats[1]
         model = common.load_public(path, "CKPT", flags["teacher_arch"], mean, std, data.image_size)
     logits = predict(model.to(device).requires_grad_(False), data.test_images[:100])
     if logits.shape[1] != len(data.classes):
-        raise UsageError(f"--dataset: {dataset} has {len(data.classes)} classes, the model has {logits.shape[1]}")
+        count = f"{len(data.classes)} classes, the model has {logits.shape[1]}"
+        raise UsageError(f"--dataset: {dataset} has {count}")
     if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-2:
         raise UsageError(f"--model: {module} gives probabilities, not logits; leave its softmax out")
     config = {"script": path.stem if path else module, "seed": 0, "given": []}
@@ -744,7 +745,7 @@ def subject_of_weights(path, flags, dataset, args, device, load_dataset):
 
 
 def find_teacher(subjects, args, device, load_dataset):
-    """The Subject of --teacher, or of the one that the students name: of a run, or as their training was given it."""
+    """The Subject of --teacher, or of the teacher that the students name, as their training was given it."""
     students = {subject.teacher: subject for subject in subjects if subject.teacher}
     name = str(args.teacher)
     if args.teacher is True:
@@ -767,17 +768,19 @@ def find_teacher(subjects, args, device, load_dataset):
 
 
 def by_value(value):
-    """Key that sorts numbers by size, then texts, then None."""
-    number = isinstance(value, (int, float))
-    return value is None, not number, value if number else str(value)
+    """Sort key: numbers by size, then texts, then None."""
+    if isinstance(value, (int, float)):
+        return 0, value
+    return 2 if value is None else 1, str(value)
 
 
 def grouped(subjects, leave_out=()):
-    """[(name, subjects)], the rows of the tables: runs of one script, commit, epoch and setting with different seeds.
+    """[(name, subjects)], the rows of the tables: runs of one script, commit, epoch and setting, other seeds.
 
-    --seed and --noise-seed count as seeds: runs may differ in one of them or in both. Flags of training in `leave_out`
-    may differ too. A name is the script and the typed flags whose values differ between rows: "nrd loss=ce". Where two
-    rows have one name, the path of the first checkpoint follows. Rows of a script are sorted by these values.
+    --seed and --noise-seed count as seeds: runs may differ in one of them or in both. Flags of training in
+    `leave_out` may differ too. A name is the script, and the typed flags whose values differ between rows,
+    with these values: "nrd loss=ce". The rows of a script are sorted by them. Where two rows have one name,
+    the path of the first checkpoint follows.
     """
     seeds = ("seed", "noise_seed", *leave_out)
     ignored = (*seeds, "name", "given", *common.MACHINE)
@@ -795,7 +798,9 @@ def grouped(subjects, leave_out=()):
             rows += [[subject] for subject in members]
 
     typed = {flag for subject in subjects for flag in subject.config["given"]} - {*seeds}
-    differing = [flag for flag in sorted(typed) if len({by_value(row[0].config.get(flag)) for row in rows}) > 1]
+    differing = [
+        flag for flag in sorted(typed) if len({by_value(row[0].config.get(flag)) for row in rows}) > 1
+    ]
     scripts = [row[0].config["script"] for row in rows]
 
     def place(row):
@@ -816,7 +821,7 @@ def grouped(subjects, leave_out=()):
 
 
 def evaluate_images(subject, images, labels):
-    """Accuracy in percent; {ECE, NLL in nats, Brier score summed over classes}; the bins of ECE (Guo et al. 2017).
+    """Accuracy in percent; {ECE, NLL in nats, Brier, summed over classes}; the bins of ECE (Guo et al. 2017).
 
     images: uint8 [N, 3, H, W]; labels: int64 [N].
     """
@@ -825,21 +830,23 @@ def evaluate_images(subject, images, labels):
     ece, accuracy, confidence, share = common.calibration(p, labels)
     brier = (p - F.one_hot(labels, p.shape[1])).square().sum(1).mean().item()
     numbers = {"ECE": ece, "NLL": F.cross_entropy(logits, labels).item(), "Brier": brier}
-    return common.accuracy(p, labels), numbers, {"accuracy": accuracy, "confidence": confidence, "share": share}
+    bins = {"accuracy": accuracy, "confidence": confidence, "share": share}
+    return common.accuracy(p, labels), numbers, bins
 
 
 def evaluate_pgd(subject, eps, args):
-    """Accuracy in percent under PGD of each number of steps in args.pgd, from args.restarts random starts: a list.
+    """Accuracy in percent under PGD of each number of steps in args.pgd, from args.restarts starts: a list.
 
-    A restart loses a sample to PGD-k if any point visited in its first k steps, the start included, is misclassified;
-    so one trajectory serves all step counts. A lost sample is not attacked further, except where it is part of its
-    batch's statistics. The restart with the lowest accuracy counts, with args.worst_start the worst one of each sample.
+    A restart loses a sample to PGD-k if any point visited in its first k steps, the start included, is
+    misclassified; so one trajectory serves all step counts. A lost sample is attacked no further, except
+    where it is part of its batch's statistics. The restart with the lowest accuracy counts; with
+    args.worst_start, the worst restart of each sample.
     """
     images = subject.data.test_images
     labels = subject.data.test_labels
     longest = args.pgd[-1]
     never = longest + 1
-    lost_at = torch.full((args.restarts, len(labels)), never, device=labels.device)  # the step that first fools
+    lost_at = torch.full((args.restarts, len(labels)), never, device=labels.device)  # step that first fools
     lost_at[:, ~subject.right] = 0
     size = max(1, 2**26 // images[0].numel())  # images attacked at once: 256 MB
     for block, start in enumerate(range(0, len(labels), size)):
@@ -853,7 +860,9 @@ def evaluate_pgd(subject, eps, args):
             for step in common.progress(range(longest + 1), label):
                 at_stake = (lost == never) | subject.by_batch
                 for rows in evenly_split(at_stake.nonzero().squeeze(1), subject.batch_size):
-                    logits, x[rows] = ascend(subject.model, x[rows], clean[rows], true[rows], eps, args.step_size)
+                    logits, x[rows] = ascend(
+                        subject.model, x[rows], clean[rows], true[rows], eps, args.step_size
+                    )
                     fooled = rows[logits.argmax(1) != true[rows]]
                     lost[fooled] = lost[fooled].clamp(max=step)
     withstood = torch.stack([lost_at > k for k in args.pgd])  # bool [step counts, restarts, N]
@@ -863,7 +872,7 @@ def evaluate_pgd(subject, eps, args):
 
 
 def load_attack(name, classes):
-    """The class `name` of torchattacks. Raises UsageError where it has no l∞ radius, or needs more classes."""
+    """The class `name` of torchattacks. Raises UsageError where it has no l∞ radius or needs more classes."""
     try:
         import torchattacks
     except ImportError:
@@ -871,15 +880,18 @@ def load_attack(name, classes):
     known = {name: getattr(torchattacks, name) for name in torchattacks.__all__ if not name.endswith("L2")}
     known = {name: attack for name, attack in known.items() if "eps" in inspect.signature(attack).parameters}
     if name not in known:
-        raise UsageError(f"--attack: torchattacks has no {name} of a given l∞ radius; it has {', '.join(known)}")
+        names = ", ".join(known)
+        raise UsageError(f"--attack: torchattacks has no {name} of a given l∞ radius; it has {names}")
     if name in ("AutoAttack", "APGDT") and classes < 4:  # their targeted loss compares four logits
-        raise UsageError(f"--attack: {name} needs four classes, and there are {classes}; APGD and Square take fewer")
+        fewer = "APGD and Square take fewer"
+        raise UsageError(f"--attack: {name} needs four classes, and there are {classes}; {fewer}")
     return known[name]
 
 
 def evaluate_attack(subject, attack, eps, args):
     """Accuracy in percent under an attack of load_attack with its own settings, of l∞ radius eps."""
-    options = {"eps": eps, "seed": args.seed, "n_classes": min(10, len(subject.data.classes))}  # AutoAttack: 9 targets
+    classes = min(10, len(subject.data.classes))  # AutoAttack: 9 targets
+    options = {"eps": eps, "seed": args.seed, "n_classes": classes}
     takes = inspect.signature(attack).parameters
     attack = attack(subject.model, **{name: value for name, value in options.items() if name in takes})
     images = subject.data.test_images
@@ -894,21 +906,23 @@ def evaluate_attack(subject, attack, eps, args):
 
 
 def evaluate_corruptions(subject, args, official):
-    """{"accuracy": {corruption: in percent, the mean over severities}, "natural robustness": the same}; the key "mean"
-    of both has the mean over corruptions, of accuracy that is mCA.
+    """{"accuracy": {corruption: in percent, the mean over severities}, "natural robustness": the same}; the
+    key "mean" of both has the mean over corruptions, of accuracy that is mCA.
 
-    Natural robustness is the accuracy among the samples classified correctly when clean (Gu et al. 2019), NaN if there
-    are none. official: of read_cifar_c; None generates the images.
+    Natural robustness is the accuracy among the samples classified correctly when clean (Gu et al. 2019), NaN
+    if there are none. official: of read_cifar_c; None generates the images.
     """
     images = subject.data.test_images
     labels = subject.data.test_labels
     found = {"accuracy": {}, "natural robustness": {}}
-    for name in common.progress(list(CORRUPTIONS), f"CIFAR-C, {args.cifar_c or 'generated'}, on {subject.path}"):
+    label = f"CIFAR-C, {args.cifar_c or 'generated'}, on {subject.path}"
+    for name in common.progress(list(CORRUPTIONS), label):
         hits = []
         for severity in range(1, 6):
             if official:
                 rows = evenly_spaced(10000, len(images)).numpy()
-                corrupted = torch.from_numpy(official[name][severity - 1, rows]).permute(0, 3, 1, 2).to(images.device)
+                corrupted = torch.from_numpy(official[name][severity - 1, rows]).permute(0, 3, 1, 2)
+                corrupted = corrupted.to(images.device)
             else:
                 corrupted = corrupt(images, name, severity, args.seed)
             hits.append(predict(subject.model, corrupted, batch_size=subject.batch_size).argmax(1) == labels)
@@ -923,8 +937,8 @@ def evaluate_corruptions(subject, args, official):
 def evaluate_transfer(source, targets, args):
     """Success rate in percent on each of `targets` of PGD-20 on `source`: a list, NaN where nothing counts.
 
-    What counts are the samples that source and target both classify correctly. The attack succeeds where the target
-    misclassifies the adversarial image. On the source itself that is the white-box success rate.
+    What counts are the samples that source and target both classify correctly. The attack succeeds where the
+    target misclassifies the adversarial image. On the source itself that is the white-box success rate.
     """
     images = source.data.test_images
     labels = source.data.test_labels
@@ -940,7 +954,7 @@ def evaluate_transfer(source, targets, args):
 
 
 def measure(subject, args, attacks, official, cinic):
-    """Put what the flags ask for, except --transfer, into the subject. attacks: {name: class of load_attack}."""
+    """Put what the flags ask for, except --transfer, into the subject. attacks: {name: class}."""
     numbers = subject.numbers
     data = subject.data
     accuracy, calibration, subject.bins = evaluate_images(subject, data.test_images, data.test_labels)
@@ -957,7 +971,9 @@ def measure(subject, args, attacks, official, cinic):
         numbers[f"{name}, ε {eps_name(eps)} (%)"] = evaluate_attack(subject, attacks[name], eps, args)
     if args.cifar_c is not None:
         subject.corruptions = evaluate_corruptions(subject, args, official)
-        numbers[f"mCA, {'official' if official else 'generated'} (%)"] = subject.corruptions["accuracy"]["mean"]
+        numbers[f"mCA, {'official' if official else 'generated'} (%)"] = subject.corruptions["accuracy"][
+            "mean"
+        ]
         numbers["natural robustness (%)"] = subject.corruptions["natural robustness"]["mean"]
 
 
@@ -1013,7 +1029,7 @@ def write(path, save):
 
 
 def record(args, path, numbers):
-    """Add a line of JSON to evaluation.jsonl in --out: the numbers, and from which checkpoint and command they are."""
+    """Add a line to evaluation.jsonl in --out: numbers, their checkpoint, the command and the date."""
     entry = {"date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}", "command": shlex.join(sys.argv)}
     entry |= {"checkpoint": path, "digest": None, "numbers": numbers}
     if os.path.isfile(path):
@@ -1033,7 +1049,10 @@ TEX |= {"±": r"$\pm$", "ε": r"$\epsilon$"}
 
 
 def latex(heading, columns, rows):
-    """A tabular of booktabs, a line for each (name, cells). The best one of several values of a column is bold."""
+    """A tabular of booktabs, a line per (name, cells).
+
+    The best of several values of a column is bold, where its name tells whether more is better.
+    """
     lines = [["", *columns], *([name, *cells] for name, cells in rows)]
     lines = [[text.translate(str.maketrans(TEX)) for text in line] for line in lines]
     for j, column in enumerate(columns):
@@ -1049,7 +1068,7 @@ def latex(heading, columns, rows):
 
 
 def write_table(path, tables):
-    """Write tables (heading, columns, rows), one below another, as CSV, Markdown or LaTeX. A row is (name, cells)."""
+    """Write tables, each (heading, columns, [(name, cells)]), as CSV, Markdown or LaTeX."""
     texts = []
     for heading, columns, rows in tables:
         lines = [[heading, *columns], *([name, *cells] for name, cells in rows)]
@@ -1072,7 +1091,9 @@ def report(args, subjects, teacher):
     columns = list(subjects[0].numbers)
     test_sets = heading = "; ".join(sorted({subject.test_set for subject in subjects}))
     if args.pgd:
-        heading += f"; PGD: worst {'start of each sample' if args.worst_start else 'restart'} of {args.restarts}"
+        heading += (
+            f"; PGD: worst {'start of each sample' if args.worst_start else 'restart'} of {args.restarts}"
+        )
     table = heading, columns, [(name, [cell(members, c) for c in columns]) for name, members in groups]
     print_table(*table)
     tables = [table]
@@ -1083,7 +1104,9 @@ def report(args, subjects, teacher):
             wide = [f"{column} {kind}" for column in columns for kind in ("mean", "std", "n")]
             rows = []
             for name, members in groups:
-                rows.append((name, [value for column in columns for value in statistic(members, column).values()]))
+                rows.append(
+                    (name, [value for column in columns for value in statistic(members, column).values()])
+                )
             tables[0] = heading, wide, rows
         write_table(args.table, tables)
     if args.ece:
@@ -1097,9 +1120,10 @@ def report(args, subjects, teacher):
 
 
 def report_transfer(args, groups, teacher):
-    """Measure the matrix of KD Beyond's Figure 1: targets in rows, sources in columns, the teacher after the mean.
+    """The matrix of KD Beyond's Figure 1: targets in rows, sources in columns, the teacher after the mean.
 
-    ONE and DML have no teacher and are not in that figure: they have a row and a column, but no part in the means.
+    ONE and DML have no teacher and are not in that figure: they have a row and a column, but no part in the
+    means.
     """
     subjects = [subject for _, members in groups for subject in members]
     names = [f"{name} seed {subject.config['seed']}" for name, members in groups for subject in members]
@@ -1340,7 +1364,12 @@ def main(args):
     subjects = []
     if args.arch or args.model:
         for path in args.checkpoints or [None]:
-            flags = {"teacher_model": args.model, "teacher_arch": args.arch, "mean": args.mean, "std": args.std}
+            flags = {
+                "teacher_model": args.model,
+                "teacher_arch": args.arch,
+                "mean": args.mean,
+                "std": args.std,
+            }
             subjects.append(subject_of_weights(path, flags, args.dataset, args, device, load_dataset))
     else:
         for path in args.checkpoints:
@@ -1357,8 +1386,8 @@ def main(args):
     groups = grouped(subjects)
     subjects = [subject for _, members in groups for subject in members]
     if args.curves is not None:
-        records = [record for subject in subjects for record in subject.metrics]
-        known = {key for record in records for key, value in record.items() if isinstance(value, (int, float))}
+        epochs = [epoch for subject in subjects for epoch in subject.metrics]
+        known = {key for epoch in epochs for key, value in epoch.items() if isinstance(value, (int, float))}
         for name in args.curves:
             if name not in known:
                 raise UsageError(f"--curves: no run has {name}; they have {', '.join(sorted(known))}")
@@ -1366,12 +1395,18 @@ def main(args):
         if not args.measures:
             return
 
-    if args.plot_by and (len(args.plot_by) > 2 or all(s.config.get(args.plot_by[-1]) is None for s in subjects)):
-        raise UsageError(f"--plot-by: name one or two flags of the runs' config.json, not {' '.join(args.plot_by)}")
+    if args.plot_by and (
+        len(args.plot_by) > 2 or all(s.config.get(args.plot_by[-1]) is None for s in subjects)
+    ):
+        raise UsageError(
+            f"--plot-by: name one or two flags of the runs' config.json, not {' '.join(args.plot_by)}"
+        )
     teacher = [find_teacher(subjects, args, device, load_dataset)] if args.teacher else []
     tests = [(subject.data.test_images, subject.data.test_labels) for subject in subjects + teacher]
     if args.transfer and not all(torch.equal(a, b) for test in tests for a, b in zip(test, tests[0])):
-        raise UsageError("--transfer: the checkpoints have different test sets; --dataset NAME takes one for all")
+        raise UsageError(
+            "--transfer: the checkpoints have different test sets; --dataset NAME takes one for all"
+        )
     attacks = {name: load_attack(name, min(len(s.data.classes) for s in subjects)) for name in args.attack}
     official = read_cifar_c(Path(args.cifar_c), subjects) if args.cifar_c else None
     cinic = None

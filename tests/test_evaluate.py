@@ -400,7 +400,7 @@ def net():
 @pytest.mark.parametrize("kind", ["run", "folder", "weights", "own statistics", "module"])
 def test_teacher_that_students_name_is_built_again(run, kind):
     """Here a student is its own teacher, and so is as good a source of adversarial images."""
-    stats = common.channel_stats(common.load_dataset("tiny.npz", limit_train=7).train_images)
+    stats = common.channel_stats(common.load_dataset("tiny.npz", limit_train=7))
     torch.manual_seed(3)
     net = common.build_model("wrn-10-1", 3, 0.0, *(stats if kind == "own statistics" else ()))
     state = net.state_dict()
@@ -948,7 +948,7 @@ BAD = [
     ("a.pt --image-size 32", "--image-size: the images of tiny.npz keep their size"),
     ("--model soft.py:net --dataset tiny.npz --resize 40", "--resize: the images of tiny.npz keep their size"),
     ("--model soft.py:net --dataset tiny.npz", "--model: soft.py:net gives probabilities, not logits"),
-    ("--model soft.py:net --dataset tiny.npz --curves", "--curves: weights do not hold the metrics"),
+    ("--model soft.py:net --dataset tiny.npz --curves", "--curves: weights hold no metrics of their training"),
     ("a.pt --plot-by sigma", "--plot-by: name one or two flags of the runs' config.json, not sigma"),
     ("a.pt --transfer --teacher", "--teacher: the checkpoints name no teacher; add the path of one"),
     ("taught.pt other.pt --transfer --teacher", "--teacher: the checkpoints name t1.pt, t2.pt; add the path of one"),
@@ -962,9 +962,9 @@ BAD = [
     ("a.pt --pgd 2 --teacher", f"--teacher: {NOTHING} --transfer"),
     ("a.pt --mean 0 0 0", f"--mean: {NOTHING} --arch"),
     ("weights.pt --model soft.py:net --dataset tiny.npz --std 1 1 1", f"--std: {NOTHING} --arch"),
-    ("weights.pt --arch wrn-10-1 --dataset tiny.npz --part model", "--part: the checkpoints of runs have parts"),
+    ("weights.pt --arch wrn-10-1 --dataset tiny.npz --part model", "--part: checkpoints of runs have parts"),
     ("a.pt --curves test_acc test_los", "--curves: no run has test_los; they have epoch, test_acc"),
-    ("weights.pt --arch wrn-10-1 --dataset only.npz --mean 0 0 0", "; with --mean and --std it need not hold training"),
+    ("weights.pt --arch wrn-10-1 --dataset only.npz --mean 0 0 0", "--mean, --std: are needed; there are no "),
 ]
 
 
