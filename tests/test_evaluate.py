@@ -334,13 +334,12 @@ def test_lines_are_added_and_nothing_is_lost(run, monkeypatch):
 def test_runs_without_a_finished_epoch_are_left_out(run, capsys):
     """With a line each, as after `evaluate.py runs/kd_zoo-*` where some were killed."""
     write_checkpoint("a.pt")
-    write_checkpoint("zero.pt", changes={"epoch": 0})
     Path("killed").mkdir()
     Path("killed/config.json").touch()
     Path("cut.pt").write_bytes(Path("a.pt").read_bytes()[:1000])
-    run("zero.pt", "killed", "a.pt", "cut.pt", "--out", "ev")
+    run("killed", "a.pt", "cut.pt", "--out", "ev")
     left_out = capsys.readouterr().err.splitlines()
-    for line, path in zip(left_out, ("zero.pt", "killed/checkpoint.pt", "cut.pt"), strict=True):
+    for line, path in zip(left_out, ("killed/checkpoint.pt", "cut.pt"), strict=True):
         assert line.startswith("left out: CKPT: ") and path in line
     assert [line["checkpoint"] for line in lines_of("ev")] == ["a.pt"]
 
@@ -953,7 +952,7 @@ BAD = [
     ("a.pt --transfer --teacher", "--teacher: the checkpoints name no teacher; add the path of one"),
     ("taught.pt other.pt --transfer --teacher", "--teacher: the checkpoints name t1.pt, t2.pt; add the path of one"),
     ("a.pt --transfer --teacher missing.pt", "--teacher: no file missing.pt"),
-    ("missing.pt unfinished.pt", "CKPT: none of these can be evaluated"),
+    ("missing.pt weights.pt", "CKPT: none of these can be evaluated"),
     ("--show-corruptions --pgd 2", "CKPT: name the checkpoint.pt of a run folder"),
     ("a.pt --eps 0.031", f"--eps: {NOTHING} --pgd, --attack, --transfer; leave it out"),
     ("a.pt --cifar-c --step-size 0.003", f"--step-size: {NOTHING} --pgd, --transfer"),
@@ -976,7 +975,6 @@ def test_bad_input_is_one_line(run, flags, says):
     write_npz("other.npz", test_labels=np.zeros(20, int))
     Path("soft.py").write_text(SOFT, encoding="utf-8")
     write_test_set_alone("only.npz")
-    write_checkpoint("unfinished.pt", changes={"epoch": 0})
     write_checkpoint("taught.pt", changes={"teacher": "t1.pt"})
     write_checkpoint("other.pt", changes={"dataset": "other.npz", "teacher": "t2.pt"})
     with pytest.raises(common.UsageError) as error:
