@@ -144,7 +144,8 @@ def parse_args():
         raise UsageError(f"--table: {args.table} ends with none of .csv, .md, .tex")
     args.pgd = sorted(set(args.pgd))
     args.eps = sorted(set(args.eps))
-    args.out = args.out or (args.checkpoints[0].parent if args.checkpoints else Path("runs/evaluation"))
+    there = (path.parent for path in args.checkpoints if path.exists())
+    args.out = args.out or next(there, Path("runs/evaluation"))
     return args
 
 
