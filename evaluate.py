@@ -684,9 +684,7 @@ def subject_of_run(path, checkpoint, part, args, device, load_dataset):
         network = "B" if part == "peer" else "A"
     if network != "model":
         config = config | {"script": f"{config['script']}, network {network}"}
-    if part == "model":
-        part = checkpoint.get("best", "model")
-    if part not in parts:
+    if part not in (*parts, "model"):
         raise UsageError(f"--part: {path} has no {part!r}; it has {', '.join(parts)}")
     found = {key: checkpoint.get(key) for key in ("source", "metrics", "teacher")}
     subject = Subject(str(path), config, **found)

@@ -796,6 +796,8 @@ def test_the_part_asked_for_is_evaluated(rows, capsys):
         logits = common.predict(common.load_model(checkpoint, part), data.test_images)
         assert found[part] == pytest.approx(F.cross_entropy(logits, data.test_labels).item(), rel=1e-5)
     assert found["model"] != found["ema"] and "a.pt: epoch 2 of 40\n" in capsys.readouterr().out
+    write_checkpoint("b.pt", changes={"best": "ema"})  # as of ONE and DML
+    assert rows("b.pt", "--ece")["nrd"]["NLL"]["mean"] == found["ema"]
 
 
 @pytest.mark.parametrize("flags, config, size", [
