@@ -234,6 +234,7 @@ def run(parse_args, main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± gets a question mark
+    args = ()
     try:
         args = parse_args()
         results = []
@@ -253,7 +254,8 @@ def run(parse_args, main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on after the last full epoch", file=sys.stderr)
+        training = "; the same command with --resume goes on after the last finished epoch"
+        print(f"\nstopped{training if 'resume' in args else ''}", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -342,6 +344,12 @@ class Dataset(NamedTuple):
     photographs: bool = False  # whether they are photographs
     train_digest: str = ""  # twelve characters, of all images and labels of this part; "" for one of your own
     test_digest: str = ""
+
+    @property
+    def test_digest(self):
+        sha = hashlib.sha256(self.test_images.cpu().numpy().tobytes())
+        sha.update(self.test_labels.cpu().numpy().tobytes())
+        return sha.hexdigest()[:12]
 
     @property
     def image_size(self):

@@ -1,42 +1,48 @@
-"""Evaluate any checkpoint: PGD, CIFAR-C, CINIC-10, calibration and the transferability of adversarial examples.
+"""Evaluate any checkpoint: PGD, CIFAR-C, CINIC-10, calibration, and transferability of adversarial examples.
 
     python evaluate.py CKPT …                       # accuracy, ECE, NLL, Brier score: Tables 7 and 8
     python evaluate.py CKPT … --cifar-c CIFAR-10-C --cinic CINIC-10          # Tables 1-3 and 9, Figure 3
     python evaluate.py CKPT … --pgd 1 5 10 15 20 100 200 1000 --eps 8/255    # Table 4: more and more steps
-    python evaluate.py CKPT … --pgd 20 --eps 1/255 2/255 10/255 20/255 25/255 50/255 100/255 200/255    # Table 5
+    python evaluate.py CKPT … --pgd 20 --eps 1/255 2/255 10/255 20/255 25/255 50/255 100/255 200/255 # Table 5
     python evaluate.py CKPT … --pgd 20 --plot-by sigma                       # Table 6, Figure 2
     python evaluate.py CKPT … --cinic CINIC-10 --plot-by target-noise rate   # Figures 4 and 5
     python evaluate.py CKPT … --attack AutoAttack --eps 8/255                # any l∞ attack of torchattacks
-    python evaluate.py CKPT … --curves              # training, seeds as a band: CMD's Figures 3, 4, NRD's Figure 4
+    python evaluate.py CKPT … --curves              # metrics of training: CMD's Figures 3, 4, NRD's Figure 4
     python evaluate.py CKPT … --transfer --teacher  # Figure 1 of KD Beyond Model Compression
     python evaluate.py CKPT … --ece                 # Figure 5 of Neural Vicinal Risk Minimization
     python evaluate.py CKPT … --memory              # its Table 1, Figures 1 and 2; of several epochs Table 6
     python evaluate.py CKPT … --plot-by batch-size  # Figure 3b of Noise-engineered Data-free KD
     python evaluate.py --show-corruptions --dataset cifar10    # what --cifar-c does without a folder
-    python evaluate.py wrn_40_2.pth --arch wrn-40-2 --dataset cifar100       # public weights, as RepDistiller's
-    python evaluate.py weights.pt --model mine.py:net --dataset cifar10      # any module: net() gives it
+    python evaluate.py wrn_40_2.pth --arch wrn-40-2 --dataset cifar100     # public weights, as RepDistiller's
+    python evaluate.py weights.pt --model mine.py:net --dataset cifar10    # any module: net() gives it
 
-CKPT is the checkpoint.pt of a run or of a teacher, or its folder; put checkpoints first. Runs of one script, commit,
-epoch and setting whose seeds differ are one row of a table: mean ± sample standard deviation (n). A row is named by the
-flags given to its training, without those that all rows have, and by its path where that does not tell two rows apart.
-Pictures and summary.json, the numbers of the tables, go to --out. Nothing else is kept: each call measures anew.
+CKPT is the checkpoint.pt of a run or of a teacher, or its folder; put checkpoints first. Runs of one script,
+commit, epoch and setting whose seeds differ are one row of a table: mean ± sample standard deviation (n). A
+row is named by the typed flags whose values differ between the rows, and by its path where these do not tell
+two rows apart. cmd.py trains two networks and reports their mean; here a row is of network A, with --part
+peer of B. --out holds the pictures, and evaluation.jsonl: a line per checkpoint as soon as it is measured,
+after the lines of earlier calls. No file is read back: each call measures anew.
 
-Tables and figures without another name are those of Noise as a Resource for Learning in Knowledge Distillation (Arani,
-Sarfraz, Zonooz). evaluate.pgd takes any model, evaluate.corrupt any images. Everything is float32 in evaluation mode
-with deterministic convolutions, on CUDA as on the CPU.
+Tables and figures without another name are those of Noise as a Resource for Learning in Knowledge
+Distillation (Arani, Sarfraz, Zonooz). evaluate.pgd takes any model, evaluate.corrupt any images. Everything
+is float32 in evaluation mode with deterministic convolutions, on CUDA as on the CPU.
 """
 
 import argparse
 import csv
 import dataclasses
+import datetime
 import fractions
 import functools
 import importlib
+import hashlib
 import inspect
 import io
 import itertools
 import json
 import math
+import os
+import shlex
 import statistics
 import sys
 import textwrap
@@ -62,68 +68,90 @@ def fraction(text):
     return value
 
 
+READ_BY = {  # flags that do nothing without one of others
+    "eps": ("pgd", "attack", "transfer"),
+    "step_size": ("pgd", "transfer"),
+    "restarts": ("pgd",),
+    "worst_start": ("pgd",),
+    "teacher": ("transfer",),
+    "mean": ("arch",),
+    "std": ("arch",),
+}
+
+
 def parse_args():
     parser = argparse.ArgumentParser("evaluate.py", description=__doc__, formatter_class=common.HelpFormatter)
+    path = common.checkpoint_file
     add = parser.add_argument
-    add("checkpoints", nargs="*", type=Path, default=[], metavar="CKPT", help="checkpoint.pt, or the folder, of runs")
-    add("--part", default="model", help="the weights in CKPT: model, ema, …")
-    add("--arch", help="CKPT are public weights of this architecture of common.build_model; needs --dataset")
-    add("--mean", nargs=3, type=float, help="of the images that they expect; None: of the training images")
-    add("--std", nargs=3, type=float, help="the same, standard deviation")
-    add("--model", metavar="FILE.py:NAME", help="NAME() is evaluated, with CKPT's weights, if any; needs --dataset")
+    add("checkpoints", nargs="*", type=path, default=[], metavar="CKPT", help="checkpoints, or run folders")
+    add("--part", default="model", help="name of the weights in CKPT: model, ema, peer, …")
+    add("--arch", help="architecture, where CKPT are public weights; needs --dataset")
+    add("--mean", nargs=3, type=float, help="mean that public weights expect; None: of the training images")
+    add("--std", nargs=3, type=float, help="deviation that they expect; None: of the training images")
+    add("--model", metavar="FILE.py:NAME", help="NAME() is evaluated, with weights of CKPT; needs --dataset")
 
-    add = parser.add_argument_group("what to run (none of these: accuracy, ECE, NLL, Brier score)").add_argument
+    add = parser.add_argument_group("measures (none of these: accuracy, ECE, NLL, Brier score)").add_argument
     add("--ece", action="store_true", help="ECE (15 equal-width bins), NLL, Brier score, reliability diagram")
-    add("--pgd", nargs="+", type=common.count, default=[], metavar="N", help="l∞ PGD of N steps; several: a sweep")
-    add("--eps", nargs="+", type=fraction, default=[0.031], help="radius in [0, 1], 0.031 or 8/255; several: a sweep")
-    add("--step-size", type=fraction, default=0.003, help="in [0, 1]")
-    add("--restarts", type=common.count, default=5, help="runs of PGD from random starts; the worst run counts")
-    add("--worst-start", action="store_true", help="instead of the worst run, the worst start of each sample counts")
-    add("--attack", nargs="+", default=[], metavar="NAME", help="l∞ attacks of torchattacks, as AutoAttack, at --eps")
-    add("--cifar-c", nargs="?", const="", metavar="DIR", help="19 corruptions: the official .npy files, else generated")
-    add("--cinic", type=Path, metavar="DIR", help="the ImageNet images of CINIC-10, 2,100 a class")
-    add("--transfer", action="store_true", help="PGD-20 images of each checkpoint on each other, of the smallest --eps")
-    add("--teacher", nargs="?", const="", metavar="CKPT", help="--transfer from it too; no CKPT: whom students name")
-    memory = "what was memorised of wrong labels, by K unseen views of each image, or 10"
+    add("--pgd", nargs="+", type=common.count, default=[], metavar="N", help="steps of l∞ PGD; or a sweep")
+    add("--eps", nargs="+", type=fraction, default=[0.031], help="radius, 0.031 or 8/255; or a sweep")
+    add("--step-size", type=fraction, default=0.003, help="step of PGD in [0, 1]")
+    add("--restarts", type=common.count, default=5, help="random starts of PGD; the worst restart counts")
+    add("--worst-start", action="store_true", help="each sample's worst start counts, not the worst restart")
+    add("--attack", nargs="+", default=[], metavar="NAME", help="l∞ attacks of torchattacks, as AutoAttack")
+    add("--cifar-c", nargs="?", const="", metavar="DIR", help="19 corruptions: official files or generated")
+    add("--cinic", type=Path, metavar="DIR", help="CINIC-10; 2,100 images of ImageNet per class are taken")
+    add("--transfer", action="store_true", help="PGD-20 images of each CKPT on each other; smallest --eps")
+    named = "teacher, one more source of --transfer; no CKPT: the one that the students name"
+    add("--teacher", nargs="?", type=path, const=True, metavar="CKPT", help=named)
+    memory = "number of unseen views, or 10: what the training images' wrong labels left; memory.png"
     add("--memory", type=common.count, nargs="?", const=10, metavar="K", help=memory)
-    add("--plot-by", nargs="+", default=[], metavar="FLAG", help="curves over a flag of training, as sigma; two: maps")
-    add("--curves", nargs="*", metavar="METRIC", help="write training.png: these metrics by epoch, or all")
-    add("--show-corruptions", action="store_true", help="write corruptions.png, a contact sheet")
+    add("--plot-by", nargs="+", default=[], metavar="FLAG", help="flag of training on the axis; two: a map")
+    add("--curves", nargs="*", metavar="METRIC", help="draw training.png: these metrics by epoch, or all")
+    add("--show-corruptions", action="store_true", help="draw corruptions.png, a contact sheet")
 
     add = parser.add_argument_group("data, machine and output").add_argument
-    add("--dataset", metavar="NAME", help="as in the training scripts; None: what CKPT was trained on")
+    add("--dataset", metavar="NAME", help="data set, as in training scripts; None: that of CKPT's run")
     add("--data-dir", type=Path, metavar="DIR", help="where data sets are kept; None: as in training")
-    add("--resize", type=common.count, metavar="PIXELS", help="photographs: side of the square that is kept")
-    add("--image-size", type=common.count, metavar="PIXELS", help="photographs: side of the crop; None: as in training")
+    pixels = {"type": common.count, "metavar": "PIXELS"}
+    add("--resize", **pixels, help="photographs: side of the square that is kept; None: as in training")
+    add("--image-size", **pixels, help="photographs: side of the crop; None: as in training")
     add("--limit-test", type=common.count, metavar="N", help="use N evenly spaced test samples")
-    add("--seed", type=int, default=0, help="of random starts, corruptions, CINIC's choice")
-    add("--batch-size", type=common.count, help="images a forward pass; None: 125 on a CPU, else 500")
+    seed = "random seed of starts, corruptions, CINIC's choice"
+    add("--seed", dest="seeds", nargs=1, type=int, default=[0], metavar="SEED", help=seed)
+    add("--batch-size", type=common.count, help="images per forward pass; None: 125 on a CPU, else 500")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--out", type=Path, metavar="DIR", help="of pictures and summary.json; None: the folder of the first CKPT")
-    add("--table", type=Path, metavar="FILE", help="the table as .csv, .md or .tex: mean, standard deviation, n")
+    add("--out", type=Path, metavar="DIR", help="folder of pictures and evaluation.jsonl; None: of CKPT")
+    add("--table", type=Path, metavar="FILE", help="table as .csv, .md or .tex: mean, standard deviation, n")
     add("--pdf", action="store_true", help="write each picture as a vector PDF too")
     args = parser.parse_intermixed_args()
+    typed = parser.parse_intermixed_args(namespace=argparse.Namespace(**dict.fromkeys(("part", *READ_BY))))
 
-    if not (args.checkpoints or args.model or args.show_corruptions):
+    args.attacks = bool(args.pgd or args.attack or args.cinic or args.transfer or args.cifar_c is not None)
+    args.measures = bool(args.attacks or args.ece or args.plot_by or args.table or args.curves is None)
+    if not (args.checkpoints or args.model) and (args.attacks or args.ece or not args.show_corruptions):
         raise UsageError("CKPT: name the checkpoint.pt of a run folder, before the other flags")
-    if (args.arch or args.model) and not args.dataset:
-        raise UsageError("--dataset: weights do not tell what to evaluate on; add --dataset NAME")
-    if args.arch and args.model:
-        raise UsageError("--arch: a module has its own; leave it out beside --model")
-    if (args.mean or args.std) and not args.arch:
-        raise UsageError("--mean, --std: are of public weights, of --arch; a run and a module have their own")
-    if args.curves is not None and (args.arch or args.model):
-        raise UsageError("--curves: weights do not hold the metrics of their training; name checkpoints of runs")
-    others = ("ece", "pgd", "attack", "cifar_c", "cinic", "transfer", "plot_by", "curves", "table")
-    if args.memory and any(vars(args)[flag] not in (None, False, []) for flag in others):
+    for flag, others in READ_BY.items():
+        if getattr(typed, flag) is not None and not any(getattr(args, other) for other in others):
+            names = ", ".join(f"--{other}" for other in others)
+            raise UsageError(f"--{flag.replace('_', '-')}: nothing reads it without {names}; leave it out")
+    if args.arch or args.model:
+        if not args.dataset:
+            raise UsageError("--dataset: weights do not tell what to evaluate on; add --dataset NAME")
+        if args.arch and args.model:
+            raise UsageError("--arch: a module has its own; leave it out beside --model")
+        if args.curves is not None:
+            raise UsageError("--curves: weights hold no metrics of their training; name checkpoints of runs")
+        if typed.part is not None:
+            raise UsageError("--part: checkpoints of runs have parts, other weights have none; leave it out")
+    if args.memory and (args.attacks or args.ece or args.plot_by or args.table or args.curves is not None):
         raise UsageError("--memory: looks at training images alone; leave the other measures out")
-    args.checkpoints = [path / "checkpoint.pt" if path.is_dir() else path for path in args.checkpoints]
     args.plot_by = [flag.replace("-", "_") for flag in args.plot_by]
     if args.table and args.table.suffix not in (".csv", ".md", ".tex"):
         raise UsageError(f"--table: {args.table} ends with none of .csv, .md, .tex")
     args.pgd = sorted(set(args.pgd))
     args.eps = sorted(set(args.eps))
-    args.out = args.out or (args.checkpoints[0].parent if args.checkpoints else Path("runs/evaluation"))
+    there = (path.parent for path in args.checkpoints if path.exists())
+    args.out = args.out or next(there, Path("runs/evaluation"))
     return args
 
 
@@ -204,7 +232,8 @@ def corrupt(images, name, severity, seed=0):
     """
     assert images.dtype == torch.uint8, f"images are {images.dtype}, not uint8"
     assert severity in (1, 2, 3, 4, 5), f"severity is {severity}, not 1 … 5"
-    function, constants = CORRUPTIONS[name], SEVERITIES[name][severity - 1]
+    function = CORRUPTIONS[name]
+    constants = SEVERITIES[name][severity - 1]
     parts = []
     for i, part in enumerate(images.split(1000)):
         x = function(to_float(part), constants, torch.Generator(images.device).manual_seed(seed + i))
@@ -302,7 +331,8 @@ def trail(x, radius, sigma, degrees):
     reach = 2 * radius
     steps = torch.arange(reach + 1.0)
     weights = (-0.5 * (steps / sigma) ** 2).exp()
-    steps, angle = steps.view(-1, 1).to(x.device), degrees * (math.pi / 180)
+    steps = steps.view(-1, 1).to(x.device)
+    angle = degrees * (math.pi / 180)
     down, right = ((steps * part - 0.5).ceil().long() + reach for part in (angle.sin(), angle.cos()))
     padded = F.pad(x, (reach,) * 4, mode="replicate")
     windows = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # a view, shifted images
@@ -378,7 +408,8 @@ def plasma(x, decay, generator):
     count, _, height, width = x.shape
     size = 2 ** math.ceil(math.log2(max(height, width)))
     field = torch.zeros(count, size, size, device=x.device)
-    step, amplitude = size, 1.0
+    step = size
+    amplitude = 1.0
 
     def displaced(total, amplitude):
         return total / 4 + uniform(-amplitude, amplitude, total.shape, x, generator)
@@ -393,7 +424,8 @@ def plasma(x, decay, generator):
         field[:, ::step, half::step] = displaced(sides, amplitude)
         sides = centres + centres.roll(1, 2) + corners + corners.roll(-1, 1)
         field[:, half::step, ::step] = displaced(sides, amplitude)
-        step, amplitude = half, amplitude / decay**2  # CIFAR-C's displacement is the square of what it decays
+        step = half
+        amplitude = amplitude / decay**2  # CIFAR-C's displacement is the square of what it decays
     low, high = field.amin((1, 2), keepdim=True), field.amax((1, 2), keepdim=True)
     return ((field - low) / (high - low)).unsqueeze(1)[..., :height, :width]
 
@@ -496,7 +528,8 @@ def jpeg_compression(x, quality, generator):
     red, green, blue = x.split(1, 1)
     luma = (0.299 * red + 0.587 * green + 0.114 * blue).round()
     chroma = torch.cat([(blue - luma) / 1.772, (red - luma) / 1.402], 1) + 128
-    luma, chroma = coded(luma, grain[0]), coded(F.avg_pool2d(chroma, 2).round(), grain[1])
+    luma = coded(luma, grain[0])
+    chroma = coded(F.avg_pool2d(chroma, 2).round(), grain[1])
     chroma = F.interpolate(chroma, scale_factor=2, mode="bilinear") - 128
     cb, cr = chroma.split(1, 1)
     rgb = torch.cat([luma + 1.402 * cr, luma - 0.344136 * cb - 0.714136 * cr, luma + 1.772 * cb], 1)
@@ -529,21 +562,28 @@ def elastic_transform(x, constants, generator):
     return sampled(x, points + shift.permute(0, 2, 3, 1), repeat=True)
 
 
-CORRUPTIONS = {name: globals()[name] for name in SEVERITIES}  # the functions above
+CORRUPTIONS = {
+    function.__name__: function
+    for function in (
+        gaussian_noise, shot_noise, impulse_noise, speckle_noise, gaussian_blur, defocus_blur, glass_blur,
+        motion_blur, zoom_blur, snow, frost, fog, spatter, brightness, contrast, saturate, pixelate,
+        jpeg_compression, elastic_transform,
+    )
+}  # fmt: skip
 
 
 def read_cifar_c(folder, subjects):
-    """The official CIFAR-10-C: {corruption: memory map uint8 [5, 10000, 32, 32, 3]}, a severity after another.
+    """The official CIFAR-10-C: {corruption: memory map uint8 [5, 10000, 32, 32, 3]}, in order of severity.
 
-    Raises UsageError for a file that is missing, damaged or of another form, and where labels.npy does not repeat the
-    labels of every subject's test set.
+    Raises UsageError for a file that is missing, damaged or of another form, and where
+    labels.npy does not repeat the labels of every subject's test set.
     """
 
     def read(name, *shape):
         path = folder / f"{name}.npy"
         try:
             array = np.load(path, mmap_mode="r").reshape(5, 10000, *shape)
-        except Exception as error:  # no such file, or whatever a truncated, foreign or short one makes numpy raise
+        except Exception as error:  # no such file, or whatever a damaged one makes numpy raise
             says = f"{path} is missing, damaged or not CIFAR-10-C's ({type(error).__name__})"
             raise UsageError(f"--cifar-c: {says}; without a folder the corruptions are generated") from None
         if shape and array.dtype != np.uint8:
@@ -565,23 +605,26 @@ CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def load_cinic(folder, seed, per_class=2100):
-    """The ImageNet images of CINIC-10 (Darlow et al. 2018): uint8 [N, 3, 32, 32], and int64 [N] in CIFAR-10's order.
+    """ImageNet's images in CINIC-10 (Darlow et al. 2018): uint8 [N, 3, 32, 32]; int64 [N], CIFAR-10's order.
 
-    The seed draws `per_class` PNG files of each class below `folder`, in whatever split, whose names do not start with
-    "cifar10-". Raises UsageError for a class with too few, and for a file that cannot be read.
+    The seed draws `per_class` PNG files of each class below `folder`, in whatever split, whose names do not
+    start with "cifar10-". Raises UsageError for a class with too few, and for a file that cannot be read.
     """
     random = np.random.default_rng(seed)
-    files, images = [], []
+    files = []
+    images = []
     for name in CIFAR10:
         found = sorted(f for f in folder.glob(f"**/{name}/*.png") if not f.name.startswith("cifar10-"))
         if len(found) < per_class:
-            raise UsageError(f"--cinic: {folder} has {len(found)} images of ImageNet for {name}, not {per_class}")
+            there = f"{folder} has {len(found)} images of ImageNet for {name}"
+            raise UsageError(f"--cinic: {there}, not {per_class}")
         files += [found[i] for i in random.permutation(len(found))[:per_class]]
     for file in common.progress(files, "reading CINIC-10"):
         try:
             images.append(np.asarray(Image.open(file).convert("RGB")).reshape(32, 32, 3))
         except Exception as error:  # whatever a damaged file makes Pillow raise; ValueError for another size
-            raise UsageError(f"--cinic: {file} is no picture of 32×32 pixels ({error}); unpack it again") from None
+            says = f"{file} is no picture of 32×32 pixels ({error})"
+            raise UsageError(f"--cinic: {says}; unpack it again") from None
     images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return images, torch.arange(len(CIFAR10)).repeat_interleave(per_class)
 
@@ -595,13 +638,13 @@ class Subject:
 
     path: str  # of the checkpoint
     config: dict  # the flags of training
-    model: nn.Module  # in evaluation mode, without gradients
-    dataset: str
-    data: common.Dataset
-    batch_size: int
+    model: nn.Module | None = None  # in evaluation mode, without gradients; None where only curves are drawn
+    dataset: str = ""
+    data: common.Dataset | None = None
+    batch_size: int = 0
     by_batch: bool = False  # BatchNorm normalises by the batch at hand
-    source: str = ""  # the text of the script that trained it
-    metrics: list = dataclasses.field(default_factory=list)  # of training, a dict an epoch
+    source: dict | None = None  # {"nrd.py": text, "common.py": text}, the code that trained it
+    metrics: list = dataclasses.field(default_factory=list)  # of training, a dict per epoch
     teacher: str | None = None  # the path of its teacher's checkpoint, as training named it
     numbers: dict = dataclasses.field(default_factory=dict)  # {column of the tables: number}
     bins: dict = dataclasses.field(default_factory=dict)  # of evaluate_images
@@ -618,79 +661,134 @@ class Subject:
         return logits.argmax(1) == self.data.test_labels
 
 
-def load_data(args, dataset, config, device, load_dataset, limit_train=None):
-    """The Dataset `dataset`, read as the flags say, else as training read it (config), else as load_dataset does."""
+def read_data(args, dataset, config, device, load_dataset, limit_train=None, test_only=True):
+    """The Dataset `dataset`, read as the flags say, else as in training (config), else as by default."""
     sizes = {}
     for flag in ("resize", "image_size"):
-        asked = vars(args)[flag]
+        asked = getattr(args, flag)
         if asked and not common.is_photographs(dataset):
-            raise UsageError(f"--{flag.replace('_', '-')}: the images of {dataset} keep their size; leave the flag out")
+            name = flag.replace("_", "-")
+            raise UsageError(f"--{name}: the images of {dataset} keep their size; leave the flag out")
         if asked or config.get(flag):
             sizes[flag] = asked or config[flag]
     data_dir = args.data_dir or config.get("data_dir", "data")
-    return load_dataset(dataset, data_dir, limit_train, args.limit_test, device, **sizes)
+    return load_dataset(dataset, data_dir, limit_train, args.limit_test, device, **sizes, test_only=test_only)
 
 
-def load_run(path, part, args, device, load_dataset, flag="CKPT"):
+def subject_of_run(path, checkpoint, part, args, device, load_dataset):
     """The Subject in `part` ("model", "ema", …) of a run's checkpoint.
 
-    Where training left BatchNorm on current statistics, the batch size is that of training too.
-    Raises UsageError where it is no checkpoint, has not this part, or has other classes than the data set.
+    It has neither model nor data where only curves are drawn. Where training left BatchNorm on current
+    statistics, the batch size is that of training too. Prints where the test set is another one than in
+    training. Raises UsageError where the checkpoint does not have this part, or has other classes than the
+    data set.
     """
-    checkpoint = common.load_checkpoint(path, flag)
-    if part == "model":
-        part = checkpoint.get("best", "model")
-    if part not in checkpoint["built_as"]:
-        raise UsageError(f"--part: {path} has no {part!r}; it has {', '.join(checkpoint['built_as'])}")
     config = checkpoint["config"]
-    dataset = args.dataset or checkpoint["dataset"]
-    data = load_data(args, dataset, config, device, load_dataset, limit_train=1)
+    parts = checkpoint["built_as"]
+    network = part
+    if "peer" in parts:  # cmd.py's two networks are equal
+        network = "B" if part == "peer" else "A"
+    if network != "model":
+        config = config | {"script": f"{config['script']}, network {network}"}
+    if part not in (*parts, "model"):
+        raise UsageError(f"--part: {path} has no {part!r}; it has {', '.join(parts)}")
+    found = {key: checkpoint.get(key) for key in ("source", "metrics", "teacher")}
+    subject = Subject(str(path), config, **found)
+    if not args.measures:
+        return subject
+    subject.dataset = args.dataset or checkpoint["dataset"]
+    subject.data = data = read_data(args, subject.dataset, config, device, load_dataset)
     if list(data.classes) != checkpoint["classes"]:
-        raise UsageError(f"--dataset: {dataset} has other classes than {path}, or has them in another order")
-    model = common.load_model(checkpoint, part, device).requires_grad_(False)
-    by_batch = checkpoint.get("batch_norm") == "current"
+        raise UsageError(f"--dataset: {subject.dataset} has other classes than {path}, or in another order")
+    if config.get("test_digest") not in (None, data.test_digest):
+        print(f"{path}: tested on other images or labels than in training", flush=True)
+    subject.model = common.load_model(checkpoint, part, device).requires_grad_(False)
+    subject.by_batch = checkpoint.get("batch_norm") == "current"
     batch_size = common.EVAL_BATCH[device.type]
-    if by_batch:
+    if subject.by_batch:
         batch_size = config.get("eval_batch_size", config["batch_size"])
-        for layer in model.modules():
+        for layer in subject.model.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 layer.running_mean = layer.running_var = None
-    return Subject(
-        str(path), config, model, dataset, data, args.batch_size or batch_size, by_batch,
-        checkpoint["source"], checkpoint["metrics"], checkpoint.get("teacher"),
-    )  # fmt: skip
+    subject.batch_size = args.batch_size or batch_size
+    return subject
 
 
-def load_foreign(path, args, device, load_dataset):
-    """The Subject of public weights, with --arch, or of any module, with --model; path: None where there are none.
+def subject_of_weights(path, flags, dataset, args, device, load_dataset):
+    """The Subject of a module or of public weights, as a training script takes them for a teacher.
 
-    Raises UsageError where the model has another number of classes than the data set, and where it ends in softmax.
+    path: of the weights, or None. flags: config of a student: teacher_model, teacher_arch, mean, std and
+    more. Raises UsageError where the model has another number of classes than the data set, and where it
+    gives probabilities.
     """
-    data = load_data(args, args.dataset, {}, device, load_dataset)
-    if args.model:
-        model = common.load_module(args.model, "--model", path)
+    module = flags["teacher_model"]
+    mean = flags["mean"]
+    std = flags["std"]
+    limit = flags.get("limit_train")
+    test_only = bool(module or mean and std or common.is_photographs(dataset))
+    try:
+        data = read_data(args, dataset, flags, device, load_dataset, limit, test_only)
+    except UsageError:  # as where there are no training images; channel_stats says so
+        data = read_data(args, dataset, flags, device, load_dataset)
+    if module:
+        model = common.load_module(module, "--model", path)
     else:
-        mean, std = common.channel_stats(data)
-        model = common.load_public(path, "CKPT", args.arch, args.mean or mean, args.std or std, data.image_size)
+        if not (mean and std):
+            stats = common.channel_stats(data)
+            mean = mean or stats[0]
+            std = std or stats[1]
+        model = common.load_public(path, "CKPT", flags["teacher_arch"], mean, std, data.image_size)
     logits = predict(model.to(device).requires_grad_(False), data.test_images[:100])
     if logits.shape[1] != len(data.classes):
-        raise UsageError(f"--dataset: {args.dataset} has {len(data.classes)} classes, the model has {logits.shape[1]}")
+        count = f"{len(data.classes)} classes, the model has {logits.shape[1]}"
+        raise UsageError(f"--dataset: {dataset} has {count}")
     if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-2:
-        raise UsageError(f"--model: {args.model} gives probabilities, not logits; leave its softmax out")
-    config = {"script": path.stem if path else args.model, "seed": 0, "given": {}}
+        raise UsageError(f"--model: {module} gives probabilities, not logits; leave its softmax out")
+    config = {"script": path.stem if path else module, "seed": 0, "given": []}
     batch_size = args.batch_size or common.EVAL_BATCH[device.type]
-    return Subject(str(path or args.model), config, model, args.dataset, data, batch_size)
+    return Subject(str(path or module), config, model, dataset, data, batch_size)
+
+
+def find_teacher(subjects, args, device, load_dataset):
+    """The Subject of --teacher, or of the teacher that the students name, as their training was given it."""
+    students = {subject.teacher: subject for subject in subjects if subject.teacher}
+    name = str(args.teacher)
+    if args.teacher is True:
+        if len(students) != 1:  # baselines, ONE and DML name none
+            named = ", ".join(sorted(students)) or "no teacher"
+            raise UsageError(f"--teacher: the checkpoints name {named}; add the path of one")
+        (name,) = students
+    student = students.get(name)
+    config = student.config if student else {}
+    weights = config.get("teacher")
+    if not config.get("teacher_model"):
+        try:
+            checkpoint = common.load_checkpoint(name, "--teacher")
+        except UsageError:
+            if not weights:
+                raise
+        else:
+            return subject_of_run(name, checkpoint, "model", args, device, load_dataset)
+    return subject_of_weights(weights and Path(weights), config, student.dataset, args, device, load_dataset)
+
+
+def by_value(value):
+    """Sort key: numbers by size, then texts, then None."""
+    if isinstance(value, (int, float)):
+        return 0, value
+    return 2 if value is None else 1, str(value)
 
 
 def grouped(subjects, leave_out=()):
-    """[(name, subjects)], the rows of the tables: runs of one script, commit, epoch and setting with different seeds.
+    """[(name, subjects)], the rows of the tables: runs of one script, commit, epoch and setting, other seeds.
 
-    --seed and --noise-seed count as seeds: runs may differ in one of them or in both. Flags of training in `leave_out`
-    may differ too. A name is the script and the flags given to it, without those that all rows have: "nrd loss=ce".
-    Where two rows have one name, the path of the first checkpoint follows.
+    --seed and --noise-seed count as seeds: runs may differ in one of them or in both. Flags of training in
+    `leave_out` may differ too. A name is the script, and the typed flags whose values differ between rows,
+    with these values: "nrd loss=ce". The rows of a script are sorted by them. Where two rows have one name,
+    the path of the first checkpoint follows.
     """
-    seeds = ("seed", "noise_seed")
-    ignored = (*seeds, "name", "given", *common.MACHINE, *leave_out)
+    seeds = ("seed", "noise_seed", *leave_out)
+    ignored = (*seeds, "name", "given", *common.MACHINE)
     alike = {}
     for subject in subjects:
         settings = {flag: value for flag, value in subject.config.items() if flag not in ignored}
@@ -698,16 +796,28 @@ def grouped(subjects, leave_out=()):
         alike.setdefault(key, []).append(subject)
     rows = []
     for members in alike.values():
-        places = {str([subject.config.get(flag) for flag in (*seeds, *leave_out)]) for subject in members}
-        rows += [members] if len(places) == len(members) else [[subject] for subject in members]
-    texts = []
-    for members in rows:
-        given = members[0].config["given"].items()
-        texts.append([f"{flag}={value}" for flag, value in given if flag not in ("noise_seed", *leave_out)])
+        draws = [[subject.config.get(flag) for flag in seeds] for subject in members]
+        if all(draws.count(draw) == 1 for draw in draws):
+            rows.append(members)
+        else:  # copies, or two parts of one run
+            rows += [[subject] for subject in members]
+
+    typed = {flag for subject in subjects for flag in subject.config["given"]} - {*seeds}
+    differing = [
+        flag for flag in sorted(typed) if len({by_value(row[0].config.get(flag)) for row in rows}) > 1
+    ]
+    scripts = [row[0].config["script"] for row in rows]
+
+    def place(row):
+        config = row[0].config
+        return scripts.index(config["script"]), [by_value(config.get(flag)) for flag in differing]
+
+    rows.sort(key=place)
     names = []
-    for members, flags in zip(rows, texts):
-        differing = [flag for flag in flags if not all(flag in others for others in texts)]
-        names.append(" ".join([members[0].config["script"], *differing]))
+    for row in rows:
+        config = row[0].config
+        flags = [f"{flag}={config[flag]}" for flag in differing if config.get(flag) is not None]
+        names.append(" ".join([config["script"], *flags]))
     unique = [f"{name}, {row[0].path}" if names.count(name) > 1 else name for name, row in zip(names, rows)]
     return list(zip(unique, rows))
 
@@ -716,7 +826,7 @@ def grouped(subjects, leave_out=()):
 
 
 def evaluate_images(subject, images, labels):
-    """Accuracy in percent; {ECE, NLL in nats, Brier score summed over classes}; the bins of ECE (Guo et al. 2017).
+    """Accuracy in percent; {ECE, NLL in nats, Brier, summed over classes}; the bins of ECE (Guo et al. 2017).
 
     images: uint8 [N, 3, H, W]; labels: int64 [N].
     """
@@ -725,20 +835,23 @@ def evaluate_images(subject, images, labels):
     ece, accuracy, confidence, share = common.calibration(p, labels)
     brier = (p - F.one_hot(labels, p.shape[1])).square().sum(1).mean().item()
     numbers = {"ECE": ece, "NLL": F.cross_entropy(logits, labels).item(), "Brier": brier}
-    return common.accuracy(p, labels), numbers, {"accuracy": accuracy, "confidence": confidence, "share": share}
+    bins = {"accuracy": accuracy, "confidence": confidence, "share": share}
+    return common.accuracy(p, labels), numbers, bins
 
 
 def evaluate_pgd(subject, eps, args):
-    """Accuracy in percent under PGD of each number of steps in args.pgd, from args.restarts random starts: a list.
+    """Accuracy in percent under PGD of each number of steps in args.pgd, from args.restarts starts: a list.
 
-    A run loses a sample to PGD-k if any point visited in its first k steps, the start included, is misclassified; so
-    one trajectory serves all step counts. A lost sample leaves the run, except where it is part of its batch's
-    statistics. The run with the lowest accuracy counts, or with args.worst_start the worst run of each sample.
+    A restart loses a sample to PGD-k if any point visited in its first k steps, the start included, is
+    misclassified; so one trajectory serves all step counts. A lost sample is attacked no further, except
+    where it is part of its batch's statistics. The restart with the lowest accuracy counts; with
+    args.worst_start, the worst restart of each sample.
     """
-    images, labels = subject.data.test_images, subject.data.test_labels
+    images = subject.data.test_images
+    labels = subject.data.test_labels
     longest = args.pgd[-1]
     never = longest + 1
-    lost_at = torch.full((args.restarts, len(labels)), never, device=labels.device)  # the step that first fools
+    lost_at = torch.full((args.restarts, len(labels)), never, device=labels.device)  # step that first fools
     lost_at[:, ~subject.right] = 0
     size = max(1, 2**26 // images[0].numel())  # images attacked at once: 256 MB
     for block, start in enumerate(range(0, len(labels), size)):
@@ -748,11 +861,13 @@ def evaluate_pgd(subject, eps, args):
             seed = args.seed + restart + args.restarts * block
             x = random_start(clean, eps, torch.Generator(clean.device).manual_seed(seed))
             lost = lost_at[restart, start : start + size]  # a view
-            label = f"PGD, ε {eps_name(eps)}, on {subject.path}, run {restart + 1} of {args.restarts}"
+            label = f"PGD, ε {eps_name(eps)}, on {subject.path}, restart {restart + 1} of {args.restarts}"
             for step in common.progress(range(longest + 1), label):
                 at_stake = (lost == never) | subject.by_batch
                 for rows in evenly_split(at_stake.nonzero().squeeze(1), subject.batch_size):
-                    logits, x[rows] = ascend(subject.model, x[rows], clean[rows], true[rows], eps, args.step_size)
+                    logits, x[rows] = ascend(
+                        subject.model, x[rows], clean[rows], true[rows], eps, args.step_size
+                    )
                     fooled = rows[logits.argmax(1) != true[rows]]
                     lost[fooled] = lost[fooled].clamp(max=step)
     withstood = torch.stack([lost_at > k for k in args.pgd])  # bool [step counts, restarts, N]
@@ -762,7 +877,7 @@ def evaluate_pgd(subject, eps, args):
 
 
 def load_attack(name, classes):
-    """The class `name` of torchattacks. Raises UsageError where it has no l∞ radius, or needs more classes."""
+    """The class `name` of torchattacks. Raises UsageError where it has no l∞ radius or needs more classes."""
     try:
         import torchattacks
     except ImportError:
@@ -770,18 +885,22 @@ def load_attack(name, classes):
     known = {name: getattr(torchattacks, name) for name in torchattacks.__all__ if not name.endswith("L2")}
     known = {name: attack for name, attack in known.items() if "eps" in inspect.signature(attack).parameters}
     if name not in known:
-        raise UsageError(f"--attack: torchattacks has no {name} of a given l∞ radius; it has {', '.join(known)}")
+        names = ", ".join(known)
+        raise UsageError(f"--attack: torchattacks has no {name} of a given l∞ radius; it has {names}")
     if name in ("AutoAttack", "APGDT") and classes < 4:  # their targeted loss compares four logits
-        raise UsageError(f"--attack: {name} needs four classes, and there are {classes}; APGD and Square take fewer")
+        fewer = "APGD and Square take fewer"
+        raise UsageError(f"--attack: {name} needs four classes, and there are {classes}; {fewer}")
     return known[name]
 
 
 def evaluate_attack(subject, attack, eps, args):
     """Accuracy in percent under an attack of load_attack with its own settings, of l∞ radius eps."""
-    options = {"eps": eps, "seed": args.seed, "n_classes": min(10, len(subject.data.classes))}  # AutoAttack: 9 targets
+    classes = min(10, len(subject.data.classes))  # AutoAttack: 9 targets
+    options = {"eps": eps, "seed": args.seed, "n_classes": classes}
     takes = inspect.signature(attack).parameters
     attack = attack(subject.model, **{name: value for name, value in options.items() if name in takes})
-    images, labels = subject.data.test_images, subject.data.test_labels
+    images = subject.data.test_images
+    labels = subject.data.test_labels
     torch.manual_seed(args.seed)
     hits = 0
     batches = evenly_split(torch.arange(len(labels), device=labels.device), subject.batch_size)
@@ -792,20 +911,23 @@ def evaluate_attack(subject, attack, eps, args):
 
 
 def evaluate_corruptions(subject, args, official):
-    """{"accuracy": {corruption: in percent, the mean over severities}, "natural robustness": the same}; the key "mean"
-    of both has the mean over corruptions, of accuracy that is mCA.
+    """{"accuracy": {corruption: in percent, the mean over severities}, "natural robustness": the same}; the
+    key "mean" of both has the mean over corruptions, of accuracy that is mCA.
 
-    Natural robustness is the accuracy among the samples classified correctly when clean (Gu et al. 2019), NaN if there
-    are none. official: of read_cifar_c; None generates the images.
+    Natural robustness is the accuracy among the samples classified correctly when clean (Gu et al. 2019), NaN
+    if there are none. official: of read_cifar_c; None generates the images.
     """
-    images, labels = subject.data.test_images, subject.data.test_labels
+    images = subject.data.test_images
+    labels = subject.data.test_labels
     found = {"accuracy": {}, "natural robustness": {}}
-    for name in common.progress(list(CORRUPTIONS), f"CIFAR-C, {args.cifar_c or 'generated'}, on {subject.path}"):
+    label = f"CIFAR-C, {args.cifar_c or 'generated'}, on {subject.path}"
+    for name in common.progress(list(CORRUPTIONS), label):
         hits = []
         for severity in range(1, 6):
             if official:
                 rows = evenly_spaced(10000, len(images)).numpy()
-                corrupted = torch.from_numpy(official[name][severity - 1, rows]).permute(0, 3, 1, 2).to(images.device)
+                corrupted = torch.from_numpy(official[name][severity - 1, rows]).permute(0, 3, 1, 2)
+                corrupted = corrupted.to(images.device)
             else:
                 corrupted = corrupt(images, name, severity, args.seed)
             hits.append(predict(subject.model, corrupted, batch_size=subject.batch_size).argmax(1) == labels)
@@ -820,10 +942,11 @@ def evaluate_corruptions(subject, args, official):
 def evaluate_transfer(source, targets, args):
     """Success rate in percent on each of `targets` of PGD-20 on `source`: a list, NaN where nothing counts.
 
-    What counts are the samples that source and target both classify correctly. The attack succeeds where the target
-    misclassifies the adversarial image. On the source itself that is the white-box success rate.
+    What counts are the samples that source and target both classify correctly. The attack succeeds where the
+    target misclassifies the adversarial image. On the source itself that is the white-box success rate.
     """
-    images, labels = source.data.test_images, source.data.test_labels
+    images = source.data.test_images
+    labels = source.data.test_labels
     generator = torch.Generator(labels.device).manual_seed(args.seed)
     missed = torch.zeros(len(targets), len(labels), dtype=torch.bool, device=labels.device)
     batches = evenly_split(source.right.nonzero().squeeze(1), source.batch_size)
@@ -836,22 +959,26 @@ def evaluate_transfer(source, targets, args):
 
 
 def measure(subject, args, attacks, official, cinic):
-    """Put what the flags ask for, except --transfer, into the subject. attacks: {name: class of load_attack}."""
+    """Put what the flags ask for, except --transfer, into the subject. attacks: {name: class}."""
     numbers = subject.numbers
-    images, labels = subject.data.test_images, subject.data.test_labels
-    numbers["accuracy (%)"], calibration, subject.bins = evaluate_images(subject, images, labels)
-    if args.ece or not (args.pgd or args.attack or cinic or args.transfer or args.cifar_c is not None):
+    data = subject.data
+    accuracy, calibration, subject.bins = evaluate_images(subject, data.test_images, data.test_labels)
+    numbers["accuracy (%)"] = accuracy
+    if args.ece or not args.attacks:
         numbers |= calibration
     if cinic:
-        numbers["CINIC (%)"], *_ = evaluate_images(subject, *cinic)
-    for eps in args.eps if args.pgd else []:
-        for k, accuracy in zip(args.pgd, evaluate_pgd(subject, eps, args)):
-            numbers[pgd_column(k, eps)] = accuracy
+        numbers["CINIC (%)"] = evaluate_images(subject, *cinic)[0]
+    if args.pgd:
+        for eps in args.eps:
+            for k, accuracy in zip(args.pgd, evaluate_pgd(subject, eps, args)):
+                numbers[pgd_column(k, eps)] = accuracy
     for name, eps in itertools.product(args.attack, args.eps):
         numbers[f"{name}, ε {eps_name(eps)} (%)"] = evaluate_attack(subject, attacks[name], eps, args)
     if args.cifar_c is not None:
         subject.corruptions = evaluate_corruptions(subject, args, official)
-        numbers[f"mCA, {'official' if official else 'generated'} (%)"] = subject.corruptions["accuracy"]["mean"]
+        numbers[f"mCA, {'official' if official else 'generated'} (%)"] = subject.corruptions["accuracy"][
+            "mean"
+        ]
         numbers["natural robustness (%)"] = subject.corruptions["natural robustness"]["mean"]
 
 
@@ -904,7 +1031,7 @@ def training_labels(args, subject, device, load_dataset):
     for flag in ("imbalance", "validation"):
         if config.get(flag):
             raise UsageError(f"{about} was trained on a part of the images; train it without --{flag}")
-    data = load_data(args, subject.dataset, config, device, load_dataset, config["limit_train"])
+    data = read_data(args, subject.dataset, config, device, load_dataset, config["limit_train"], False)
     if "train_digest" in config and config["train_digest"] != data.train_digest:
         raise UsageError(f"{about} was trained on other images or labels than {subject.dataset} has now")
     noise = argparse.Namespace(**config)
@@ -1023,13 +1150,6 @@ def draw_confidence(args, confidence):
         legend_below(figure)
 
 
-def record(args, path, numbers):
-    """Add a line to evaluation.jsonl: what was measured of the checkpoint `path`."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    with open(args.out / "evaluation.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"checkpoint": path, **numbers}) + "\n")
-
-
 # ------------------------------------------------------------------------------------------------------------ reporting
 
 
@@ -1043,6 +1163,9 @@ def pgd_column(steps, eps):
     return f"PGD-{steps}, ε {eps_name(eps)} (%)"
 
 
+ERRORS = ("ECE", "NLL", "Brier")  # columns in which less is better
+
+
 def statistic(members, column):
     """Mean, sample standard deviation (None of one) and number of a column over subjects, as a dict."""
     values = [subject.numbers[column] for subject in members]
@@ -1053,7 +1176,7 @@ def statistic(members, column):
 def cell(members, column):
     """94.28, or 94.28 ± 0.09 (5) for five seeds."""
     mean, std, n = statistic(members, column).values()
-    digits = 4 if column in ("ECE", "NLL", "Brier") else 2
+    digits = 4 if column in ERRORS else 2
     return f"{mean:.{digits}f}" if n == 1 else f"{mean:.{digits}f} ± {std:.{digits}f} ({n})"
 
 
@@ -1078,64 +1201,102 @@ def write(path, save):
         print(f"wrote {path}")
 
 
-def write_table(path, heading, columns, groups):
-    """The table as CSV (mean, standard deviation and n a column), Markdown or LaTeX (mean ± standard deviation (n))."""
-    rows = [[heading, *columns]]
-    rows += [[name, *(cell(members, column) for column in columns)] for name, members in groups]
-    if path.suffix == ".csv":
-        file = io.StringIO()
-        table = csv.writer(file)
-        table.writerow([heading, *(f"{column} {kind}" for column in columns for kind in ("mean", "std", "n"))])
-        for name, members in groups:
-            table.writerow([name, *(value for column in columns for value in statistic(members, column).values())])
-        text = file.getvalue()
-    elif path.suffix == ".md":
-        rows.insert(1, ["---"] * len(rows[0]))
-        text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    else:
-        head, *body = [" & ".join(row) + " \\\\\n" for row in rows]
-        text = f"\\begin{{tabular}}{{l{'r' * len(columns)}}}\n{head}\\hline\n{''.join(body)}\\end{{tabular}}\n"
-        for plain, tex in (("%", r"\%"), ("_", r"\_"), ("±", r"$\pm$"), ("ε", r"$\epsilon$"), ("∞", r"$\infty$")):
-            text = text.replace(plain, tex)
-    write(path, lambda partial: partial.write_text(text, encoding="utf-8", newline=""))
+def record(args, path, numbers):
+    """Add a line to evaluation.jsonl in --out: numbers, their checkpoint, the command and the date."""
+    entry = {"date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}", "command": shlex.join(sys.argv)}
+    entry |= {"checkpoint": path, "digest": None, "numbers": numbers}
+    if os.path.isfile(path):
+        entry["digest"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+    entry = json.loads(json.dumps(entry), parse_constant=lambda nan: None)  # JSON has no NaN
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with open(args.out / "evaluation.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+    except OSError as error:
+        print(error, file=sys.stderr)
+
+
+TEX = {"\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum"}
+TEX = {sign: rf"\{name}{{}}" for sign, name in TEX.items()} | {sign: rf"\{sign}" for sign in "&%$#_{}"}
+TEX |= {"±": r"$\pm$", "ε": r"$\epsilon$"}
+
+
+def latex(heading, columns, rows):
+    """A tabular of booktabs, a line per (name, cells).
+
+    The best of several values of a column is bold, where its name tells whether more is better.
+    """
+    lines = [["", *columns], *([name, *cells] for name, cells in rows)]
+    lines = [[text.translate(str.maketrans(TEX)) for text in line] for line in lines]
+    for j, column in enumerate(columns):
+        means = [float(cells[j].split()[0]) for _, cells in rows]
+        known = [mean for mean in means if not math.isnan(mean)] or [math.inf]
+        best = min(known) if column in ERRORS else max(known)
+        for line, mean in zip(lines[1:], means):
+            if mean == best and len(rows) > 1 and (column in ERRORS or "(%)" in column):
+                line[j + 1] = rf"\textbf{{{line[j + 1]}}}"
+    head, *body = [" & ".join(line) + r" \\" for line in lines]
+    begin = rf"\begin{{tabular}}{{l{'r' * len(columns)}}} \toprule  % \usepackage{{booktabs}}; {heading}"
+    return "\n".join([begin, head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def write_table(path, tables):
+    """Write tables, each (heading, columns, [(name, cells)]), as CSV, Markdown or LaTeX."""
+    texts = []
+    for heading, columns, rows in tables:
+        lines = [[heading, *columns], *([name, *cells] for name, cells in rows)]
+        if path.suffix == ".csv":
+            file = io.StringIO()
+            csv.writer(file).writerows(lines)
+            texts.append(file.getvalue())
+        elif path.suffix == ".md":
+            lines.insert(1, ["---"] * len(lines[0]))
+            lines = [[text.replace("|", r"\|") for text in line] for line in lines]
+            texts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+        else:
+            texts.append(latex(heading, columns, rows))
+    write(path, lambda partial: partial.write_text("\n".join(texts), encoding="utf-8", newline=""))
 
 
 def report(args, subjects, teacher):
-    """Print the tables, write the files and return the summary. teacher: a list, empty without one."""
+    """Print the tables and write the files. teacher: a list, empty without one."""
     groups = grouped(subjects)
     columns = list(subjects[0].numbers)
     test_sets = heading = "; ".join(sorted({subject.test_set for subject in subjects}))
     if args.pgd:
-        heading += f"; PGD: worst {'start of each sample' if args.worst_start else 'run'} of {args.restarts}"
-    print_table(heading, columns, [(name, [cell(members, c) for c in columns]) for name, members in groups])
-    summary = {"test_set": test_sets, "heading": heading, "models": {}}
-    for name, members in groups:
-        numbers = {column: statistic(members, column) for column in columns}
-        summary["models"][name] = {"checkpoints": [subject.path for subject in members], **numbers}
+        heading += (
+            f"; PGD: worst {'start of each sample' if args.worst_start else 'restart'} of {args.restarts}"
+        )
+    table = heading, columns, [(name, [cell(members, c) for c in columns]) for name, members in groups]
+    print_table(*table)
+    tables = [table]
     if args.transfer:
-        summary["transfer"] = report_transfer(args, groups, teacher)
-    text = json.dumps(summary, indent=1, ensure_ascii=False) + "\n"
-    write(args.out / "summary.json", lambda partial: partial.write_text(text, encoding="utf-8"))
-
+        tables.append(report_transfer(args, groups, teacher))
     if args.table:
-        write_table(args.table, heading, columns, groups)
+        if args.table.suffix == ".csv":
+            wide = [f"{column} {kind}" for column in columns for kind in ("mean", "std", "n")]
+            rows = []
+            for name, members in groups:
+                rows.append(
+                    (name, [value for column in columns for value in statistic(members, column).values()])
+                )
+            tables[0] = heading, wide, rows
+        write_table(args.table, tables)
     if args.ece:
         draw_reliability(args, groups)
     if len(args.pgd) > 1 or args.pgd and len(args.eps) > 1:
         draw_pgd(args, groups, heading)
-    if args.curves is not None:
-        draw_curves(args, groups)
     if args.plot_by:
         draw_by(args, subjects, heading)
     if args.cifar_c is not None:
         draw_corruptions(args, groups, f"{test_sets}; CIFAR-C, {args.cifar_c or 'generated'}")
-    return summary
 
 
 def report_transfer(args, groups, teacher):
-    """Measure the matrix of KD Beyond's Figure 1: targets in rows, sources in columns, the teacher after the mean.
+    """The matrix of KD Beyond's Figure 1: targets in rows, sources in columns, the teacher after the mean.
 
-    ONE and DML have no teacher and are not in that figure: they have a row and a column, but no part in the means.
+    ONE and DML have no teacher and are not in that figure: they have a row and a column, but no part in the
+    means.
     """
     subjects = [subject for _, members in groups for subject in members]
     names = [f"{name} seed {subject.config['seed']}" for name, members in groups for subject in members]
@@ -1146,14 +1307,16 @@ def report_transfer(args, groups, teacher):
     rows = [*(f"{i}: {name}" for i, name in enumerate(names, 1)), "mean"]
     columns = [*(str(i) for i in range(1, len(names) + 1)), "mean", *("teacher" for _ in teacher)]
     heading = f"{subjects[0].test_set}: success rate (%), source → / target ↓"
-    print_table(heading, columns, [(name, [f"{v:.2f}" for v in row]) for name, row in zip(rows, values)])
+    table = heading, columns, [(name, [f"{v:.2f}" for v in row]) for name, row in zip(rows, values)]
+    print_table(*table)
+    record(args, "", {"rows are targets": rows, "columns are sources": columns, "success_rate": values})
     size = 6 + 0.8 * len(columns), 2.5 + 0.45 * len(rows)
     with common.picture(args.out / "transfer.png", *size, args.pdf) as figure:
         axes = figure.subplots()
         heat_map(axes, values, rows, columns, f"success rate (%), PGD-20, ε = {eps_name(args.eps[0])}")
         blank = "; blank: no image that both classify correctly" if np.isnan(values).any() else ""
         axes.set(xlabel=f"source{blank}", ylabel="target")
-    return {"rows are targets": rows, "columns are sources": columns, "success_rate": values}
+    return table
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -1400,31 +1563,66 @@ def show_corruptions(args, images):
 
 
 def main(args):
-    """Evaluate what the flags name; returns what is written to summary.json."""
+    """Evaluate what the flags name."""
     device = common.setup(args)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     load_dataset = functools.cache(common.load_dataset)
 
+    if args.show_corruptions:
+        images = read_data(args, args.dataset or "shapes", {}, "cpu", load_dataset).test_images
+        show_corruptions(args, images[evenly_spaced(len(images), 2)])
+        if not (args.checkpoints or args.model):
+            return
+    subjects = []
     if args.arch or args.model:
-        subjects = [load_foreign(path, args, device, load_dataset) for path in args.checkpoints or [None]]
+        for path in args.checkpoints or [None]:
+            flags = {
+                "teacher_model": args.model,
+                "teacher_arch": args.arch,
+                "mean": args.mean,
+                "std": args.std,
+            }
+            subjects.append(subject_of_weights(path, flags, args.dataset, args, device, load_dataset))
     else:
-        subjects = [load_run(path, args.part, args, device, load_dataset) for path in args.checkpoints]
-    subjects = [subject for _, members in grouped(subjects) for subject in members]
+        for path in args.checkpoints:
+            try:
+                checkpoint = common.load_checkpoint(path, "CKPT")
+            except UsageError as error:  # as of a run that was killed in its first epoch
+                if len(args.checkpoints) == 1:
+                    raise
+                print(f"left out: {error}", file=sys.stderr, flush=True)
+                continue
+            subjects.append(subject_of_run(path, checkpoint, args.part, args, device, load_dataset))
+        if not subjects:
+            raise UsageError("CKPT: none of these can be evaluated; name checkpoints of runs")
+    groups = grouped(subjects)
+    subjects = [subject for _, members in groups for subject in members]
     if args.memory:
         return report_memory(args, subjects, device, load_dataset)
-    if args.plot_by and (len(args.plot_by) > 2 or all(s.config.get(args.plot_by[-1]) is None for s in subjects)):
-        raise UsageError(f"--plot-by: name one or two flags of the runs' config.json, not {' '.join(args.plot_by)}")
-    teacher = []
-    if args.transfer and args.teacher is not None:
-        named = [args.teacher] if args.teacher else sorted({s.teacher for s in subjects if s.teacher})
-        if len(named) != 1:  # baselines, ONE and DML name none
-            raise UsageError(f"--teacher: the checkpoints name {', '.join(named) or 'no teacher'}; add the path of one")
-        teacher.append(load_run(Path(named[0]), "model", args, device, load_dataset, "--teacher"))
+    if args.curves is not None:
+        epochs = [epoch for subject in subjects for epoch in subject.metrics]
+        known = {key for epoch in epochs for key, value in epoch.items() if isinstance(value, (int, float))}
+        for name in args.curves:
+            if name not in known:
+                raise UsageError(f"--curves: no run has {name}; they have {', '.join(sorted(known))}")
+        draw_curves(args, groups)
+        if not args.measures:
+            return
+
+    if args.plot_by and (
+        len(args.plot_by) > 2 or all(s.config.get(args.plot_by[-1]) is None for s in subjects)
+    ):
+        raise UsageError(
+            f"--plot-by: name one or two flags of the runs' config.json, not {' '.join(args.plot_by)}"
+        )
+    teacher = [find_teacher(subjects, args, device, load_dataset)] if args.teacher else []
     tests = [(subject.data.test_images, subject.data.test_labels) for subject in subjects + teacher]
     if args.transfer and not all(torch.equal(a, b) for test in tests for a, b in zip(test, tests[0])):
-        raise UsageError("--transfer: the checkpoints have different test sets; --dataset NAME takes one for all")
+        raise UsageError(
+            "--transfer: the checkpoints have different test sets; --dataset NAME takes one for all"
+        )
     attacks = {name: load_attack(name, min(len(s.data.classes) for s in subjects)) for name in args.attack}
     official = read_cifar_c(Path(args.cifar_c), subjects) if args.cifar_c else None
     cinic = None
@@ -1432,25 +1630,11 @@ def main(args):
         if any(list(subject.data.classes) != CIFAR10 for subject in subjects):
             raise UsageError("--cinic: has the classes of cifar10, and a checkpoint has other ones")
         cinic = [part.to(device) for part in load_cinic(args.cinic, args.seed)]
-
-    if args.show_corruptions:
-        images = load_data(args, args.dataset or "shapes", {}, "cpu", load_dataset).test_images
-        show_corruptions(args, images[evenly_spaced(len(images), 2)])
-    if not subjects:
-        return {}
     for subject in subjects:
         measure(subject, args, attacks, official, cinic)
-    return report(args, subjects, teacher)
+        record(args, subject.path, {"test set": subject.test_set, **subject.numbers})
+    report(args, subjects, teacher)
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without ± or ε shows ?
-    try:
-        main(parse_args())
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+    common.run(parse_args, main)

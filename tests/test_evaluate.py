@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import hashlib
 import json
 import math
 import statistics
@@ -197,15 +198,21 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def write_test_set_alone(path):
+    """That of tiny.npz."""
+    with np.load("tiny.npz") as arrays:
+        np.savez(path, **{name: arrays[name] for name in arrays if not name.startswith("train")})
+
+
 def write_checkpoint(path, seed=0, changes=(), **flags):
     """A checkpoint as a training script leaves it, of an untrained net; `changes` are to its entries."""
     torch.manual_seed(seed)
     nets = {"model": common.build_model("wrn-10-1", 3), "ema": common.build_model("wrn-10-1", 3)}
     config = {"script": "nrd", "dataset": "tiny.npz", "data_dir": "data", "noise": "sym", "lr": 0.1, "seed": seed}
-    config |= {"device": "cpu", "out": None, "resume": False, "name": "nrd-tiny", "commit": "c0ffee", "given": {}}
+    config |= {"device": "cpu", "out": None, "resume": False, "name": "nrd-tiny", "commit": "c0ffee", "given": []}
     config |= flags
     checkpoint = {"script": config["script"], "dataset": "tiny.npz", "classes": CLASSES, "config": config, "rng": {}}
-    checkpoint |= {"noise": {}, "epochs": 2, "epoch": 2, "source": "the text of nrd.py"}
+    checkpoint |= {"noise": {}, "epochs": 2, "epoch": 2, "source": {"nrd.py": "the text", "common.py": "its text"}}
     checkpoint |= {"metrics": [{"epoch": epoch, "test_acc": 50.0 * epoch} for epoch in (1, 2)]}
     checkpoint |= {"built_as": {part: net.built_as for part, net in nets.items()}}
     checkpoint |= {part: net.state_dict() for part, net in nets.items()} | dict(changes)
@@ -229,19 +236,46 @@ def figures(monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch, figures):
-    """run(*flags) evaluates in this process and returns the summary."""
+    """run(*flags) evaluates in this process."""
 
     def main(*flags):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags), "--device", "cpu"])
-        return evaluate.main(evaluate.parse_args())
+        args = evaluate.parse_args()
+        (args.seed,) = args.seeds  # as common.run does
+        evaluate.main(args)
 
     return main
 
 
+@pytest.fixture
+def rows(run):
+    """rows(*flags) evaluates in this process: {row of the table: {column: {"mean": …, "std": …, "n": …}}}."""
+
+    def main(*flags):
+        run(*flags, "--table", "rows.csv")
+        with open("rows.csv", newline="", encoding="utf-8") as file:
+            (_, *columns), *lines = csv.reader(file)
+        found = {}
+        for name, *cells in lines:
+            found[name] = {}
+            for column, cell in zip(columns, cells):
+                column, kind = column.rsplit(" ", 1)
+                found[name].setdefault(column, {})[kind] = float(cell) if cell else None
+        return found
+
+    return main
+
+
+def lines_of(folder="."):
+    """What is in evaluation.jsonl, a dict per line; NaN is no JSON."""
+    text = (Path(folder) / "evaluation.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+
 def test_end_to_end():
-    """As a user runs it: tables, pictures and summary.json, and nothing beside the checkpoints."""
-    write_checkpoint("a/checkpoint.pt", lr=0.1, given={"lr": 0.1}, changes={"teacher": "a/checkpoint.pt"})
-    write_checkpoint("b/checkpoint.pt", seed=1, lr=0.2, given={"lr": 0.2}, method="one")
+    """As a user runs it: tables, pictures and evaluation.jsonl, and nothing beside the checkpoints."""
+    write_checkpoint("a/checkpoint.pt", lr=0.1, given=["lr"], changes={"teacher": "a/checkpoint.pt"})
+    write_checkpoint("b/checkpoint.pt", seed=1, lr=0.2, given=["lr"], method="one")
     flags = "a b --ece --pgd 1 2 --eps 1/255 0.031 --restarts 1 --cifar-c --transfer --teacher"
     flags += " --curves --pdf --table out/table.csv --limit-test 6 --out out --device cpu"
     command = [sys.executable, str(ROOT / "evaluate.py"), *flags.split()]
@@ -251,40 +285,183 @@ def test_end_to_end():
     assert missing.returncode == 2 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
     pictures = [f"{name}.{kind}" for kind in ("png", "pdf")
                 for name in ("reliability", "pgd", "training", "cifar-c", "transfer")]  # fmt: skip
-    assert {path.name for path in Path("out").iterdir()} == {*pictures, "table.csv", "summary.json"}
-    summary = json.loads(Path("out/summary.json").read_text(encoding="utf-8"))
-    assert list(summary["models"]) == ["nrd lr=0.1", "nrd lr=0.2"]
-    for row in summary["models"].values():
-        columns = ["accuracy (%)", "ECE", "NLL", "Brier"]
-        columns += [f"PGD-{k}, ε {eps} (%)" for eps in ("1/255", "0.031") for k in (1, 2)]
-        columns += ["mCA, generated (%)", "natural robustness (%)"]
-        assert list(row) == ["checkpoints", *columns]
-    assert f"{summary['models']['nrd lr=0.1']['NLL']['mean']:.4f}" in result.stdout
-    assert "; PGD: worst run of 1 " in result.stdout
-    with open("out/table.csv", newline="", encoding="utf-8") as file:
-        heading, first, _ = csv.reader(file)
-    assert heading[1:7] == [f"{column} {kind}" for column in columns[:2] for kind in ("mean", "std", "n")]
-    assert float(first[4]) == summary["models"]["nrd lr=0.1"]["ECE"]["mean"] and first[5:7] == ["", "1"]
+    assert {path.name for path in Path("out").iterdir()} == {*pictures, "table.csv", "evaluation.jsonl"}
     assert [path.name for folder in "ab" for path in Path(folder).iterdir()] == ["checkpoint.pt"] * 2
-    rates = np.array(summary["transfer"]["success_rate"])
+
+    columns = ["accuracy (%)", "ECE", "NLL", "Brier"]
+    columns += [f"PGD-{k}, ε {eps} (%)" for eps in ("1/255", "0.031") for k in (1, 2)]
+    columns += ["mCA, generated (%)", "natural robustness (%)"]
+    *lines, transfer = lines_of("out")
+    for folder, line in zip("ab", lines, strict=True):
+        assert list(line["numbers"]) == ["test set", *columns] and line["command"].endswith(flags)
+        assert line["checkpoint"] == f"{folder}/checkpoint.pt"
+        assert line["digest"] == hashlib.sha256(Path(line["checkpoint"]).read_bytes()).hexdigest()[:12]
+    numbers = lines[0]["numbers"]
+    assert f"{numbers['NLL']:.4f}" in result.stdout and "; PGD: worst restart of 1 " in result.stdout
+    rates = np.array(transfer["numbers"]["success_rate"], dtype=float)  # null: NaN
     assert rates.shape == (3, 4)
     for column in (2, 3):  # the mean, in which ONE has no part, and the teacher, which is the first
         assert np.array_equal(rates[:, column], rates[:, 0], equal_nan=True)
 
+    with open("out/table.csv", newline="", encoding="utf-8") as file:
+        heading, first, second, _, *matrix = csv.reader(file)
+    assert heading[1:7] == [f"{column} {kind}" for column in columns[:2] for kind in ("mean", "std", "n")]
+    assert [first[0], second[0]] == ["nrd lr=0.1", "nrd lr=0.2"]
+    assert float(first[4]) == numbers["ECE"] and first[5:7] == ["", "1"]
+    assert matrix[0][1:] == ["1", "2", "mean", "teacher"] and matrix[3][0] == "mean"
+    assert [float(cell) for cell in matrix[1][1:]] == pytest.approx(rates[0], abs=0.005, nan_ok=True)
 
-@pytest.mark.parametrize("suffix, row", [
-    (".md", "| a_b | 50.00 ± 14.14 (2) |"), (".tex", r"a\_b & 50.00 $\pm$ 14.14 (2) \\"),
-])  # fmt: skip
-def test_tables_to_take_along(tmp_path, suffix, row):
-    members = [SimpleNamespace(numbers={"accuracy (%)": value}) for value in (40.0, 60.0)]
+
+def test_lines_are_added_and_nothing_is_lost(run, monkeypatch):
+    """A second call adds to the first one's lines; one that is stopped keeps what is measured."""
+    write_checkpoint("a.pt")
+    write_checkpoint("b.pt", seed=1)
+    run("a.pt", "--pgd", 1, "--restarts", 1)
+    measure = evaluate.measure
+
+    def interrupted(subject, *how):
+        if subject.path == "b.pt":
+            raise KeyboardInterrupt
+        measure(subject, *how)
+
+    monkeypatch.setattr(evaluate, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("a.pt", "b.pt")
+    assert [(line["checkpoint"], list(line["numbers"])[-1]) for line in lines_of()] == [
+        ("a.pt", "PGD-1, ε 0.031 (%)"), ("a.pt", "Brier")
+    ]  # fmt: skip
+
+
+def test_runs_without_a_finished_epoch_are_left_out(run, capsys):
+    """With a line each, as after `evaluate.py runs/kd_zoo-*` where some were killed."""
+    write_checkpoint("a.pt")
+    Path("killed").mkdir()
+    Path("killed/config.json").touch()
+    Path("cut.pt").write_bytes(Path("a.pt").read_bytes()[:1000])
+    run("killed", "a.pt", "cut.pt")
+    left_out = capsys.readouterr().err.splitlines()
+    for line, path in zip(left_out, ("killed/checkpoint.pt", "cut.pt"), strict=True):
+        assert line.startswith("left out: CKPT: ") and path in line
+    assert [line["checkpoint"] for line in lines_of()] == ["a.pt"]  # beside the first one that is there
+
+
+def test_curves_alone_need_no_data(run, figures, capsys):
+    write_checkpoint("a.pt", changes={"dataset": "gone.npz"}, dataset="gone.npz")
+    run("a.pt", "--curves", "test_acc")
+    assert set(figures) == {"training"} and not Path("evaluation.jsonl").exists()
+    with pytest.raises(common.UsageError, match="gone.npz"):
+        run("a.pt", "--curves", "--ece")
+
+
+def test_other_images_or_labels_than_in_training_are_told(run, capsys):
+    """A run that did not keep the digest is not compared."""
+    digest = common.load_dataset("tiny.npz").test_digest
+    write_checkpoint("old.pt")
+    write_checkpoint("same.pt", test_digest=digest)
+    write_checkpoint("other.pt", test_digest="0123456789ab")
+    run("old.pt", "same.pt", "other.pt", "--out", "ev")
+    told = [line for line in capsys.readouterr().out.splitlines() if "than in training" in line]
+    assert told == ["other.pt: tested on other images or labels than in training"]
+    write_npz("swapped.npz", test_labels=(np.arange(20) + 1) % 3)
+    run("same.pt", "--dataset", "swapped.npz")
+    assert "same.pt: tested on other images or labels than in training\n" in capsys.readouterr().out
+
+
+def test_the_test_set_is_enough(run):
+    """Of a run, a module, and of public weights whose mean and deviation are given."""
+    write_test_set_alone("only.npz")
+    write_checkpoint("a.pt")
+    torch.save(write_checkpoint("b.pt", mean=None)["model"], "w.pth")
+    Path("mine.py").write_text(MINE.replace("SCALE", "1"), encoding="utf-8")
+    scaled = ["--mean", 0, 0, 0, "--std", 1, 1, 1]
+    for flags in ["a.pt"], ["--model", "mine.py:net"], ["w.pth", "--arch", "wrn-10-1", *scaled]:
+        run(*flags, "--dataset", "tiny.npz", "--out", "ev")
+        run(*flags, "--dataset", "only.npz", "--out", "ev")
+    numbers = [line["numbers"] for line in lines_of("ev")]
+    for whole, alone in zip(numbers[::2], numbers[1::2], strict=True):
+        assert {**alone, "test set": whole["test set"]} == whole
+    assert numbers[0] == numbers[4] != numbers[2]
+
+
+def test_radius_of_zero(rows, figures):
+    """PGD then stays at the start, which is the image."""
+    write_checkpoint("a.pt")
+    row = rows("a.pt", "--pgd", 1, 2, "--eps", 0, "8/255", "--restarts", 1)["nrd"]
+    assert row["PGD-2, ε 0/255 (%)"] == row["accuracy (%)"] and "pgd" in figures
+
+
+OWN = """
+import common
+def net():
+    return common.build_model("wrn-10-1", 3)
+"""
+
+
+@pytest.mark.parametrize("kind", ["run", "folder", "weights", "own statistics", "module"])
+def test_teacher_that_students_name_is_built_again(run, kind):
+    """Here a student is its own teacher, and so is as good a source of adversarial images."""
+    stats = common.channel_stats(common.load_dataset("tiny.npz", limit_train=7))
+    torch.manual_seed(3)
+    net = common.build_model("wrn-10-1", 3, 0.0, *(stats if kind == "own statistics" else ()))
+    state = net.state_dict()
+    torch.save({key: value for key, value in state.items() if key not in ("mean", "std")}, "w.pth")
+    Path("own.py").write_text(OWN, encoding="utf-8")
+    torch.save(state, "module.pth")
+    given = {  # the flags of training | what the checkpoint names
+        "run": ({"teacher": "s/checkpoint.pt"}, "s/checkpoint.pt"),
+        "folder": ({"teacher": "s"}, "s"),
+        "weights": ({"teacher": "w.pth", "mean": [0.0] * 3, "std": [1.0] * 3}, "w.pth"),
+        "own statistics": ({"teacher": "w.pth"}, "w.pth"),
+        "module": ({"teacher_model": "own.py:net", "teacher": "module.pth"}, "own.py:net"),
+    }
+    flags, name = given[kind]
+    flags = {"teacher_model": None, "teacher_arch": "wrn-10-1", "mean": None, "std": None, "limit_train": 7} | flags
+    changes = {"model": state, "teacher": name}
+    write_checkpoint("s/checkpoint.pt", changes=changes, **flags)
+    write_checkpoint("o/checkpoint.pt")
+    run("s", "o", "--transfer", "--teacher", "--eps", 0.1, "--step-size", 0.05, "--out", "ev")
+    rates = np.array(lines_of("ev")[-1]["numbers"]["success_rate"], dtype=float)
+    assert np.array_equal(rates[:, 0], rates[:, -1], equal_nan=True)
+    assert not np.array_equal(rates[:, 1], rates[:, -1], equal_nan=True) and np.nanmax(rates[:, -1]) > 0
+
+
+HEADS = ["accuracy (%)", "NLL", "1"]
+CELLS = {
+    "a_b": ["50.00 ± 14.14 (2)", "0.3000", "1"],
+    "R&D#1^2~{a}|$\\": ["49.00", "0.2000", "2"],
+    "c": ["nan", "nan", "nan"],
+}
+TEX = r"""\begin{tabular}{lrrr} \toprule  % \usepackage{booktabs}; tiny.npz, 20 test images
+ & accuracy (\%) & NLL & 1 \\
+\midrule
+a\_b & \textbf{50.00 $\pm$ 14.14 (2)} & 0.3000 & 1 \\
+R\&D\#1\textasciicircum{}2\textasciitilde{}\{a\}|\$\textbackslash{} & 49.00 & \textbf{0.2000} & 2 \\
+c & nan & nan & nan \\
+\bottomrule
+\end{tabular}
+"""
+MARKDOWN = r"""| tiny.npz, 20 test images | accuracy (%) | NLL | 1 |
+| --- | --- | --- | --- |
+| a_b | 50.00 ± 14.14 (2) | 0.3000 | 1 |
+| R&D#1^2~{a}\|$\ | 49.00 | 0.2000 | 2 |
+| c | nan | nan | nan |
+"""
+
+
+@pytest.mark.parametrize("suffix, text", [(".md", MARKDOWN), (".tex", TEX)])
+def test_tables_to_take_along(tmp_path, suffix, text):
+    """Special characters are escaped; the best value of a column is bold in LaTeX, but none of the matrix."""
     path = tmp_path / f"table{suffix}"
-    evaluate.write_table(path, "tiny", ["accuracy (%)"], [("a_b", members)])
-    assert row in path.read_text(encoding="utf-8").splitlines()
+    evaluate.write_table(path, [("tiny.npz, 20 test images", HEADS, list(CELLS.items()))] * 2)
+    assert path.read_text(encoding="utf-8") == f"{text}\n{text}"
 
 
 def test_what_cannot_be_written_is_printed_all_the_same(run, capsys):
     write_checkpoint("a.pt")
-    nll = run("a.pt", "--out", "tiny.npz/below", "--ece")["models"]["nrd"]["NLL"]["mean"]
+    run("a.pt", "--ece")
+    nll = lines_of()[0]["numbers"]["NLL"]
+    capsys.readouterr()
+    run("a.pt", "--out", "tiny.npz/below", "--ece")
     out, err = capsys.readouterr()
     assert f"{nll:.4f}" in out and "wrote" not in out
     no_folder = "[Errno 20] Not a directory: 'tiny.npz/below'"
@@ -304,25 +481,23 @@ def net():
 def test_every_call_measures_what_is_there_now(run):
     """Images, weights and a module's code may change between two calls."""
     write_checkpoint("a.pt")
-    found = [run("a.pt", "--ece")]
+    run("a.pt", "--ece")
     write_npz("tiny.npz", test_images=np.zeros((20, 3, 32, 32), np.uint8))
-    found.append(run("a.pt", "--ece"))
+    run("a.pt", "--ece")
     write_checkpoint("a.pt", seed=1)
-    found.append(run("a.pt", "--ece"))
+    run("a.pt", "--ece")
     torch.save({"weight": torch.eye(3), "bias": torch.arange(3.0)}, "w.pt")
     for scale in ("1", "2"):
         Path("mine.py").write_text(MINE.replace("SCALE", scale), encoding="utf-8")
-        found.append(run("w.pt", "--model", "mine.py:net", "--dataset", "tiny.npz"))
-    numbers = [next(iter(summary["models"].values()))["NLL"]["mean"] for summary in found]
-    assert len(set(numbers)) == 5
-    assert {path.name for path in Path().iterdir() if path.suffix == ".json"} == {"summary.json"}
+        run("w.pt", "--model", "mine.py:net", "--dataset", "tiny.npz")
+    assert len({line["numbers"]["NLL"] for line in lines_of()}) == len(lines_of()) == 5
 
 
 def library_of(*attacks):
     return SimpleNamespace(**{attack.__name__: attack for attack in attacks}, __all__=[a.__name__ for a in attacks])
 
 
-def test_attacks_of_a_library(run, monkeypatch):
+def test_attacks_of_a_library(rows, monkeypatch):
     """By name, with the radius and the labels; here one that turns images into their negatives."""
     asked = []
 
@@ -343,7 +518,7 @@ def test_attacks_of_a_library(run, monkeypatch):
     library = library_of(Negative, PGDL2, CW)
     monkeypatch.setitem(sys.modules, "torchattacks", library)
     write_checkpoint("a.pt")
-    row = run("a.pt", "--attack", "Negative", "--eps", "8/255")["models"]["nrd"]
+    row = rows("a.pt", "--attack", "Negative", "--eps", "8/255")["nrd"]
     data, model = common.load_dataset("tiny.npz"), common.load_model(common.load_checkpoint("a.pt"))
     assert row["Negative, ε 8/255 (%)"]["mean"] == common.accuracy(
         common.predict(model, 255 - data.test_images), data.test_labels
@@ -352,10 +527,10 @@ def test_attacks_of_a_library(run, monkeypatch):
     for name in ("Other", "PGDL2", "CW"):
         says = f"torchattacks has no {name} of a given l∞ radius; it has Negative$"
         with pytest.raises(common.UsageError, match=says):
-            run("a.pt", "--attack", name)
+            rows("a.pt", "--attack", name)
     monkeypatch.setitem(sys.modules, "torchattacks", None)
     with pytest.raises(common.UsageError, match="pip install torchattacks"):
-        run("a.pt", "--attack", "Negative")
+        rows("a.pt", "--attack", "Negative")
 
 
 @pytest.mark.parametrize("classes", [3, 4, 10, 100])
@@ -564,9 +739,9 @@ def test_picture_of_transfer(figures, monkeypatch):
     rates = {"a": [1.0, 2, 3], "b": [4.0, 6, 8], "c": [50.0, 60, 70], "t": [7.0, 8, 9]}  # source: rate on each target
     monkeypatch.setattr(evaluate, "evaluate_transfer", lambda source, *_: rates[source.path])
     args = SimpleNamespace(out=Path("."), pdf=False, eps=[0.031])
-    found = evaluate.report_transfer(args, groups, [drawn_subject("t")])
+    evaluate.report_transfer(args, groups, [drawn_subject("t")])
     expected = [[1, 4, 50, 2.5, 7], [2, 6, 60, 4, 8], [3, 8, 70, 5.5, 9], [1.5, 5, 55, 3.25, 7.5]]
-    assert found["success_rate"] == expected
+    assert lines_of()[0]["numbers"]["success_rate"] == expected
     (axes,) = figures["transfer"].axes
     assert axes.images[0].get_array().tolist() == expected
     assert [text.get_text() for text in axes.get_yticklabels()] == ["1: a seed 0", "2: a seed 1", "3: c seed 0", "mean"]
@@ -753,66 +928,101 @@ def test_memory_that_cannot_be_measured_is_one_line(run, changes, says):
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def test_rows_are_seeds_and_named_by_the_flags_given(run):
-    """Mean ± sample standard deviation (n). A flag that all rows are given is not named."""
+def test_rows_are_seeds(rows):
+    """Mean ± sample standard deviation (n)."""
     for i, loss in enumerate(["ce", "ce", "nrd"]):
-        given = {"dataset": "tiny.npz"} | ({"loss": "ce"} if loss == "ce" else {})
-        lr = 0.1 if loss == "ce" else 0.05  # of the preset, so not given
         machine = {"name": f"run{i}", "device": f"cuda:{i}", "tensorboard": i == 1, "out": f"{i}"}
-        write_checkpoint(f"{i}.pt", seed=i, loss=loss, lr=lr, given=given, **machine)
-    write_checkpoint("3.pt", seed=3, script="cmd", given={"dataset": "tiny.npz", "arch": "wrn-10-1"})
-    models = run("0.pt", "1.pt", "2.pt", "3.pt", "--ece")["models"]
-    assert list(models) == ["nrd loss=ce", "nrd", "cmd arch=wrn-10-1"]
-    first, second = (run(f"{i}.pt", "--ece")["models"]["nrd"]["NLL"]["mean"] for i in range(2))
+        write_checkpoint(f"{i}.pt", seed=i, loss=loss, given=["loss"], **machine)
+    models = rows("0.pt", "2.pt", "1.pt", "--ece")
+    first, second = (rows(f"{i}.pt", "--ece")["nrd"]["NLL"]["mean"] for i in range(2))
     expected = {"mean": statistics.fmean([first, second]), "std": abs(first - second) / math.sqrt(2), "n": 2}
     assert models["nrd loss=ce"]["NLL"] == pytest.approx(expected) and first != second
-    assert models["nrd loss=ce"]["checkpoints"] == ["0.pt", "1.pt"]
+    assert models["nrd loss=nrd"]["NLL"]["n"] == 1
 
 
-def test_runs_with_wrong_labels_of_their_own_are_seeds_too(run):
+LR = ["lr"]
+NAMES = [  # what the runs are, in the order of the command line | the rows
+    ([{"lr": 0.2, "given": LR}, {"lr": 0.1}, {"lr": 0.05, "given": LR}], ["nrd lr=0.05", "nrd lr=0.1", "nrd lr=0.2"]),
+    ([{"lr": 10, "given": LR}, {"lr": 9, "given": LR}], ["nrd lr=9", "nrd lr=10"]),
+    ([{"lr": 0.1, "given": LR}, {"lr": 0.1}], ["nrd"]),  # typed or not, it is the same
+    ([{"dataset": "tiny.npz", "given": ["dataset", "loss"], "loss": "ce"},
+      {"dataset": "tiny.npz", "given": ["dataset"], "loss": "nrd"}], ["nrd loss=ce", "nrd loss=nrd"]),
+    ([{"loss": "nrd"}, {"script": "cmd", "given": ["arch"], "arch": "wrn"}], ["nrd", "cmd arch=wrn"]),
+    ([{"script": "b", "lr": 2, "given": LR}, {"script": "a", "lr": 3}, {"script": "b", "lr": 1}],
+     ["b lr=1", "b lr=2", "a lr=3"]),
+    ([{"eta": None}, {"eta": 4, "given": ["eta"]}, {"eta": "max", "given": ["eta"]}],
+     ["nrd eta=4", "nrd eta=max", "nrd"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("runs, names", NAMES, ids=[str(names) for _, names in NAMES])
+def test_rows_are_named_by_typed_flags_that_differ_and_sorted_by_their_values(rows, runs, names):
+    for i, flags in enumerate(runs):
+        write_checkpoint(f"{i}.pt", seed=i, **flags)
+    found = rows(*(f"{i}.pt" for i in range(len(runs))), "--out", "ev")
+    assert list(found) == names
+
+
+def test_each_of_two_equal_networks_is_named(rows):
+    """As of cmd.py, which reports their mean; any other part that is asked for is named too."""
+    changes = {"built_as": {"model": common.build_model("wrn-10-1", 3).built_as}}
+    changes["built_as"]["peer"] = changes["built_as"]["model"]
+    changes["peer"] = common.build_model("wrn-10-1", 3).state_dict()
+    write_checkpoint("c.pt", changes=changes | {"script": "cmd"}, script="cmd")
+    write_checkpoint("n.pt")
+    names = [list(rows(*flags)) for flags in (["c.pt"], ["c.pt", "--part", "peer"], ["n.pt", "--part", "ema"])]
+    assert names == [["cmd, network A"], ["cmd, network B"], ["nrd, network ema"]]
+
+
+def test_runs_with_wrong_labels_of_their_own_are_seeds_too(rows):
     """As the five runs of a cell of Neural Vicinal Risk Minimization's tables."""
     for i in range(2):
-        write_checkpoint(f"{i}.pt", seed=i, noise_seed=i, given={"noise_seed": i} if i else {})
-    models = run("0.pt", "1.pt", "--out", "ev")["models"]
+        write_checkpoint(f"{i}.pt", seed=i, noise_seed=i)
+    models = rows("0.pt", "1.pt", "--out", "ev")
     assert list(models) == ["nrd"] and models["nrd"]["accuracy (%)"]["n"] == 2
 
 
 @pytest.mark.parametrize("other", [
-    {"seed": 0}, {"changes": {"source": "another text"}}, {"commit": "decade"}, {"torch": "2.6"}, {"lr": 0.2},
+    {"seed": 0}, {"changes": {"source": {"nrd.py": "another text", "common.py": "its text"}}},
+    {"changes": {"source": {"nrd.py": "the text", "common.py": "another text"}}},
+    {"commit": "decade"}, {"torch": "2.6"}, {"lr": 0.2},
     {"changes": {"metrics": [{"epoch": 1, "test_acc": 50.0}], "epoch": 1}},
 ], ids=str)  # fmt: skip
-def test_runs_that_differ_in_more_than_their_seed_are_rows_of_their_own(run, other):
+def test_runs_that_differ_in_more_than_their_seed_are_rows_of_their_own(rows, other):
     write_checkpoint("a.pt", seed=0)
     write_checkpoint("b.pt", **{"seed": 1} | other)
-    assert list(run("a.pt", "b.pt", "--out", "ev")["models"]) == ["nrd, a.pt", "nrd, b.pt"]
+    assert list(rows("a.pt", "b.pt", "--out", "ev")) == ["nrd, a.pt", "nrd, b.pt"]
 
 
-def test_two_files_of_one_name_are_two_rows(run):
+def test_two_files_of_one_name_are_two_rows(rows):
     for folder in ("x", "y"):
         torch.save(write_checkpoint(f"{folder}/net.pt")["model"], f"{folder}/net.pt")
-    models = run("x/net.pt", "y/net.pt", "--arch", "wrn-10-1", "--dataset", "tiny.npz", "--out", "ev")["models"]
+    models = rows("x/net.pt", "y/net.pt", "--arch", "wrn-10-1", "--dataset", "tiny.npz", "--out", "ev")
     assert list(models) == ["net, x/net.pt", "net, y/net.pt"]
 
 
-def test_the_part_asked_for_is_evaluated(run, capsys):
+def test_the_part_asked_for_is_evaluated(rows, capsys):
     """And an unfinished checkpoint says so."""
     checkpoint = write_checkpoint("a.pt", changes={"epochs": 40})
     data, found = common.read_npz(Path("tiny.npz")), {}
     for part in ("model", "ema"):
-        found[part] = run("a.pt", "--ece", "--part", part)["models"]["nrd"]["NLL"]["mean"]
+        (row,) = rows("a.pt", "--ece", "--part", part).values()
+        found[part] = row["NLL"]["mean"]
         logits = common.predict(common.load_model(checkpoint, part), data.test_images)
         assert found[part] == pytest.approx(F.cross_entropy(logits, data.test_labels).item(), rel=1e-5)
     assert found["model"] != found["ema"] and "a.pt: epoch 2 of 40\n" in capsys.readouterr().out
+    write_checkpoint("b.pt", changes={"best": "ema"})  # as of ONE and DML
+    assert rows("b.pt", "--ece")["nrd"]["NLL"]["mean"] == found["ema"]
 
 
 @pytest.mark.parametrize("flags, config, size", [
     ([], {"batch_size": 5}, 5), ([], {"batch_size": 5, "eval_batch_size": 10}, 10),
     (["--batch-size", 20], {"batch_size": 5}, 20),
 ], ids=str)  # fmt: skip
-def test_batch_norm_on_current_statistics_has_the_batches_of_training(run, flags, config, size):
+def test_batch_norm_on_current_statistics_has_the_batches_of_training(rows, flags, config, size):
     checkpoint = write_checkpoint("a.pt", changes={"batch_norm": "current"}, **config)
     data = common.read_npz(Path("tiny.npz"))
-    found = run("a.pt", "--ece", *flags)["models"]["nrd"]["NLL"]["mean"]
+    found = rows("a.pt", "--ece", *flags)["nrd"]["NLL"]["mean"]
     model = common.load_model(checkpoint).train()
     expected = {}
     for batch_size in (5, 10, 20):
@@ -829,7 +1039,7 @@ import torch.nn as nn
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.fc = nn.Linear(3, 2)
+        self.fc = nn.Linear(3, 3)
     def forward(self, x):
         open("seen", "a").write(f"{x.shape[2]} ")
         return self.fc(x.mean((2, 3)))
@@ -837,24 +1047,20 @@ class Net(nn.Module):
 
 
 def test_size_of_pictures_is_asked_for_or_that_of_training(run):
-    for part in ("train", "test"):
-        for name in ("ape", "bat"):
-            (Path("pics") / part / name).mkdir(parents=True)
-            Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(f"pics/{part}/{name}/1.png")
+    """And training pictures are not decoded, nor need they be there."""
+    for name in CLASSES:
+        (Path("pics/val") / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(f"pics/val/{name}/1.png")
     Path("sizes.py").write_text(SIZES, encoding="utf-8")
     for flags, size in ([], 224), (["--image-size", 48], 48), (["--resize", 40, "--image-size", 32], 32):
         Path("seen").unlink(missing_ok=True)
         run("--model", "sizes.py:Net", "--dataset", "imagefolder:pics", "--out", "ev", *flags)
         assert set(Path("seen").read_text(encoding="utf-8").split()) == {str(size)}
-    changes = {"dataset": "imagefolder:pics", "classes": ["ape", "bat"]}
-    write_checkpoint("a.pt", changes=changes, resize=40, image_size=36)
-    asked = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "load_dataset", lambda *_, **sizes: asked.append(sizes) or common.read_npz("tiny.npz"))
-        for flags in [], ["--image-size", 32]:
-            with pytest.raises(common.UsageError):  # tiny.npz has other classes
-                run("a.pt", *flags)
-    assert asked == [{"resize": 40, "image_size": 36}, {"resize": 40, "image_size": 32}]
+    write_checkpoint("a.pt", changes={"dataset": "imagefolder:pics"}, resize=50, image_size=36)
+    run("a.pt")
+    run("a.pt", "--image-size", 32)
+    decoded = {path.stem.removeprefix("imagefolder_pics-") for path in Path("data/decoded").glob("*.raw")}
+    assert decoded == {"test-256-224", "test-256-48", "test-40-32", "test-50-36", "test-50-32"}
 
 
 @pytest.fixture
@@ -945,6 +1151,7 @@ import torch.nn as nn
 def net():
     return nn.Sequential(nn.Flatten(), nn.Linear(3072, 3), nn.Softmax(1))
 """
+NOTHING = "nothing reads it without"
 BAD = [
     ("", "CKPT: name the checkpoint.pt of a run folder"),
     ("missing.pt", "CKPT: no file missing.pt"),
@@ -960,9 +1167,23 @@ BAD = [
     ("--model soft.py:net --dataset tiny.npz --curves", "--curves: weights do not hold the metrics"),
     ("a.pt --memory --pgd 1", "--memory: looks at training images alone"),
     ("weights.pt --arch wrn-10-1 --dataset tiny.npz --memory", "--memory: weights.pt does not tell"),
+    ("--model soft.py:net --dataset tiny.npz --curves", "--curves: weights hold no metrics of their training"),
     ("a.pt --plot-by sigma", "--plot-by: name one or two flags of the runs' config.json, not sigma"),
     ("a.pt --transfer --teacher", "--teacher: the checkpoints name no teacher; add the path of one"),
     ("taught.pt other.pt --transfer --teacher", "--teacher: the checkpoints name t1.pt, t2.pt; add the path of one"),
+    ("a.pt --transfer --teacher missing.pt", "--teacher: no file missing.pt"),
+    ("missing.pt weights.pt", "CKPT: none of these can be evaluated"),
+    ("--show-corruptions --pgd 2", "CKPT: name the checkpoint.pt of a run folder"),
+    ("a.pt --eps 0.031", f"--eps: {NOTHING} --pgd, --attack, --transfer; leave it out"),
+    ("a.pt --cifar-c --step-size 0.003", f"--step-size: {NOTHING} --pgd, --transfer"),
+    ("a.pt --transfer --restarts 5", f"--restarts: {NOTHING} --pgd"),
+    ("a.pt --attack APGD --worst-start", f"--worst-start: {NOTHING} --pgd"),
+    ("a.pt --pgd 2 --teacher", f"--teacher: {NOTHING} --transfer"),
+    ("a.pt --mean 0 0 0", f"--mean: {NOTHING} --arch"),
+    ("weights.pt --model soft.py:net --dataset tiny.npz --std 1 1 1", f"--std: {NOTHING} --arch"),
+    ("weights.pt --arch wrn-10-1 --dataset tiny.npz --part model", "--part: checkpoints of runs have parts"),
+    ("a.pt --curves test_acc test_los", "--curves: no run has test_los; they have epoch, test_acc"),
+    ("weights.pt --arch wrn-10-1 --dataset only.npz --mean 0 0 0", "--mean, --std: are needed; there are no "),
 ]
 
 
@@ -973,6 +1194,7 @@ def test_bad_input_is_one_line(run, flags, says):
     write_npz("renamed.npz", classes=np.array(["ant", "bee", "cow"]))
     write_npz("other.npz", test_labels=np.zeros(20, int))
     Path("soft.py").write_text(SOFT, encoding="utf-8")
+    write_test_set_alone("only.npz")
     write_checkpoint("taught.pt", changes={"teacher": "t1.pt"})
     write_checkpoint("other.pt", changes={"dataset": "other.npz", "teacher": "t2.pt"})
     with pytest.raises(common.UsageError) as error:

@@ -1,6 +1,7 @@
 """Other people's models: public weights by their order, any module from a file; metrics for TensorBoard."""
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -227,16 +228,16 @@ def net():
 """
 
 
-def test_any_module_is_evaluated_and_teaches(cli, monkeypatch):
+def test_any_module_is_evaluated_and_teaches(cli):
     Path("mine.py").write_text(MODULE)
     net = torchvision.models.resnet18(num_classes=3).eval()
     torch.save({"model": net.state_dict()}, "weights.pt")
     data = common.load_dataset("tiny.npz")
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "weights.pt", "--model", "mine.py:net", "--dataset", "tiny.npz"])
-    summary = evaluate.main(evaluate.parse_args())
+    flags = ["weights.pt", "--model", "mine.py:net", "--dataset", "tiny.npz", "--device", "cpu"]
+    assert cli(evaluate, *flags)[::2] == (0, "")
     with torch.no_grad():
         expected = common.accuracy(net(data.test_images / 255), data.test_labels)
-    assert summary["models"]["weights"]["accuracy (%)"]["mean"] == expected
+    assert json.loads(Path("evaluation.jsonl").read_text(encoding="utf-8"))["numbers"]["accuracy (%)"] == expected
     flags = ["--teacher-model", "mine.py:net", "--teacher", "weights.pt", "--student-arch", "wrn-10-1"]
     assert cli(kd_zoo, *TINY, *flags)[0] == 0 and saved("run")["teacher_acc"] == expected
 
@@ -437,19 +438,17 @@ def test_a_teacher_of_other_labels_is_the_user_s_decision(cli):
     assert status == 0 and "a trained one would have" not in out  # no labels are wrong, by whatever seed
 
 
-def test_public_weights_are_evaluated(monkeypatch):
+def test_public_weights_are_evaluated(cli):
     net = public_net()
     torch.save(net.state_dict(), "wrn.pth")
     flags = ["--arch", "wrn-16-1", "--dataset", "tiny.npz", "--mean", *map(str, MEAN), "--std", *map(str, STD)]
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "wrn.pth", *flags])
-    summary = evaluate.main(evaluate.parse_args())
+    assert cli(evaluate, "wrn.pth", *flags, "--device", "cpu")[::2] == (0, "")
     data = common.load_dataset("tiny.npz")
     logits = load_public(Path("wrn.pth"), "", "wrn-16-1", MEAN, STD)(data.test_images / 255)
-    assert summary["models"]["wrn"]["accuracy (%)"]["mean"] == common.accuracy(logits, data.test_labels)
-    for refused, wrong in (("--mean, --std", flags[2:]), ("--arch", [*flags[:4], "--model", "mine.py:net"])):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", "wrn.pth", *wrong])
-        with pytest.raises(UsageError, match=f"^{refused}: "):
-            evaluate.parse_args()
+    numbers = json.loads(Path("evaluation.jsonl").read_text(encoding="utf-8"))["numbers"]
+    assert numbers["accuracy (%)"] == common.accuracy(logits, data.test_labels)
+    status, _, err = cli(evaluate, "wrn.pth", *flags[:4], "--model", "mine.py:net")
+    assert (status, err) == (2, "error: --arch: a module has its own; leave it out beside --model\n")
 
 
 def test_accuracies_go_to_tensorboard(cli, monkeypatch):
