@@ -23,6 +23,7 @@ pytestmark = [
 ]
 names = "cmd fickle_teacher kd_zoo messy_collaboration noise_data_free_kd nrd soft_randomization"
 SCRIPTS = {name: load_script(name) for name in names.split()}
+TINY = ["--limit-train", 24, "--limit-test", 8, "--batch-size", 8]
 CMD, ZOO, NRD, FREE = (SCRIPTS[name] for name in ("cmd", "kd_zoo", "nrd", "noise_data_free_kd"))
 
 
@@ -60,13 +61,13 @@ def test_loop(line, watch, small, monkeypatch):
     monkeypatch.setattr(ZOO, "boundary_samples", lambda teacher, x, *others: x[:4])
     monkeypatch.setattr(FREE, "dead_leaves", lambda n, size, _, device: torch.rand(n, 3, size, size, device=device))
     name, *flags = line.split()
-    epoch(SCRIPTS[name], "--batch-size", 8, *flags)
+    epoch(SCRIPTS[name], *TINY, *flags)
 
 
 @pytest.mark.parametrize("method", ["fitnet", "fsp"])
 def test_second_stage(method, watch, small, monkeypatch):
     monkeypatch.setattr(common.Run, "epoch", 20)
-    epoch(ZOO, "--batch-size", 8, "--method", method, "--init-epochs", 20)
+    epoch(ZOO, *TINY, "--method", method, "--init-epochs", 20)
 
 
 @pytest.mark.parametrize("name", ["soft_randomization", "noise_data_free_kd"])  # by SGD and by Adam
@@ -74,7 +75,7 @@ def test_loop_of_the_teacher(name, watch, small):
     with pytest.MonkeyPatch.context() as patch:  # undone before fake_cuda's own
         patch.setattr(common, "load_teacher", LOAD_TEACHER)
         patch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
-        epoch(SCRIPTS[name], "--batch-size", 8)
+        epoch(SCRIPTS[name], *TINY)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -121,4 +122,4 @@ def test_what_waits_makes_every_tensor_on_the_device_of_its_arguments():
 def test_these_tests_can_fail(fault, says, watch, small):
     with pytest.MonkeyPatch.context() as patch, pytest.raises((AssertionError, RuntimeError), match=says):
         patch.setattr(common, "crop_flip", lambda x, **options: (x, fault(x))[0])
-        epoch(SCRIPTS["messy_collaboration"], "--batch-size", 8)
+        epoch(SCRIPTS["messy_collaboration"], *TINY)
