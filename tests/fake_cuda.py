@@ -6,6 +6,7 @@ Where the host reads a value it is one, a truth value is true, and a mask choose
 import collections
 import contextlib
 import functools
+import itertools
 import sys
 
 import pytest
@@ -18,18 +19,27 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import common
 
 FAKE = FakeTensorMode()  # one for all: tables that a function keeps are of this mode
-LOAD_DATASET, draw_shapes = common.load_dataset, functools.cache(common.draw_shapes)
+LOAD = torch.load
+LOAD_DATASET = common.load_dataset
+draw_shapes = functools.cache(common.draw_shapes)
 aten = torch.ops.aten
 INDEXED = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
-PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.convolution.default)
+MEASURES = (aten.bincount.default, aten.equal.default, aten.allclose.default)
+PRODUCTS = (
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.convolution.default,
+)
 
 
 class EndOfEpoch(Exception):
     """An epoch is through, and its checkpoint about to be written."""
 
 
-class Generator(torch.Generator):
-    """Of any device, and in truth of the CPU. A dispatch mode is handed another object of the same `_cdata`."""
+class Generator(torch._C.Generator):
+    """Of any device, and in truth of the CPU. A dispatch mode gets another object, of the same `_cdata`."""
 
     made = {}  # {_cdata: generator}; they are kept, so that no other one gets the same
 
@@ -49,7 +59,7 @@ def device_of(value):
     """The type of its device, "cpu" or "cuda"; None of what has none."""
     if isinstance(value, FakeTensor):
         return value.fake_device.type
-    if isinstance(value, torch.Generator):
+    if isinstance(value, torch._C.Generator):
         value = Generator.made.get(value._cdata, value)
     return value.device.type if hasattr(value, "device") else None
 
@@ -60,10 +70,12 @@ def refuse(function, args, kwargs):
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     device = kwargs.get("device") or next(map(device_of, tensors), "cpu")
     for value in values:
-        if isinstance(value, torch.Generator) and device_of(value) != torch.device(device).type:
+        if isinstance(value, torch._C.Generator) and device_of(value) != torch.device(device).type:
             raise RuntimeError(f"{function} on {device} is given a generator of {device_of(value)}")
     if function in INDEXED and device_of(args[0]) == "cpu" and "cuda" in map(device_of, tensors):
         raise RuntimeError(f"{function} of a tensor of the CPU is given an index of cuda")
+    if function in MEASURES and {"cpu", "cuda"} <= set(map(device_of, tensors)):
+        raise RuntimeError(f"{function} is given tensors of two devices")
     if function in PRODUCTS and len({tensor.dtype for tensor in tensors}) > 1:
         raise RuntimeError(f"{function} is given {' and '.join(str(tensor.dtype) for tensor in tensors)}")
 
@@ -81,12 +93,15 @@ def bincount(x, weights=None, minlength=0):
 
 
 def index(x, indices):
-    """Indices in place of masks; None where there are none."""
-    columns = []
-    for of in indices:
-        mask = of is not None and of.dtype in (torch.bool, torch.uint8)
-        columns += [torch.empty(of.numel(), dtype=torch.int64, device=of.device)] * of.dim() if mask else [of]
-    return aten.index.Tensor(x, columns) if len(columns) != len(indices) or mask else None
+    """With places instead of masks; None where there is no mask."""
+    places = []
+    for given in indices:
+        if given is not None and given.dtype == torch.bool:
+            places += [torch.empty(given.numel(), dtype=torch.int64, device=given.device)] * given.dim()
+        else:
+            places.append(given)
+    if any(place is not given for place, given in itertools.zip_longest(places, indices)):
+        return aten.index.Tensor(x, places)
 
 
 WAITED_FOR = {  # outside the steps, in place of what has no values
@@ -103,15 +118,19 @@ WAITED_FOR = {  # outside the steps, in place of what has no values
 class Watch(TorchDispatchMode):
     """Tensors on CUDA are fake, those on the CPU real. In a step raises what the host would wait for.
 
-    uploads: whether a step may copy tensors to the GPU, as constants. waits: whether steps may wait. memory: bytes of
-    the GPU. counts: {part of the step: operations started, without views}; the parts are "forward", "augmentation",
-    "backward" and "optimiser".
+    uploads: whether a step may copy tensors to the GPU, as constants. waits: whether steps may wait.
+    memory: bytes of the GPU. counts: {part of the last step: operations started, without views}; the parts
+    are "forward", "augmentation", "backward" and "optimiser".
     """
 
     def __init__(self):
         super().__init__()
-        self.in_step, self.uploads, self.waits, self.memory = False, False, False, 2**40
-        self.part, self.counts = None, collections.Counter()
+        self.in_step = False
+        self.uploads = False
+        self.waits = False
+        self.memory = 2**40
+        self.part = None
+        self.counts = collections.Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -125,7 +144,7 @@ class Watch(TorchDispatchMode):
                 return function(*args, **kwargs)
         if real:
             args, kwargs = tree_map_only(torch.Tensor, FAKE.from_tensor, (args, kwargs))
-        args, kwargs = tree_map_only(torch.Generator, lambda _: None, (args, kwargs))
+        args, kwargs = tree_map_only(torch._C.Generator, lambda _: None, (args, kwargs))
         result = None if self.in_step else WAITED_FOR.get(function, lambda *_, **__: None)(*args, **kwargs)
         if result is not None:
             return result
@@ -174,6 +193,11 @@ def load_dataset(name, *where, **options):
     if common.is_photographs(name):
         data = data._replace(train_images=data.train_images.repeat(1, 1, 2, 2))
     return data
+
+
+def load(*args, **options):
+    with unset_fake_temporarily():  # else torch.load makes tensors without values
+        return LOAD(*args, **options)
 
 
 def load_teacher(args, device, data, labels, milestones=None, dropout=0.0, **recipe):
@@ -227,9 +251,15 @@ def fake_cuda():
         patch.setattr(torch.Tensor, "backward", backward)
         patch.setattr(torch.autograd, "grad", lambda loss, x: (torch.empty_like(x),))
         patch.setattr(torch, "Generator", Generator)
+        patch.setattr(torch, "load", load)
         patch.setattr(torch, "save", save)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-        gpu = {"is_available": True, "device_count": 1, "is_bf16_supported": True, "get_device_capability": (7, 5)}
+        gpu = {
+            "is_available": True,
+            "device_count": 1,
+            "is_bf16_supported": True,
+            "get_device_capability": (7, 5),
+        }
         gpu |= {"set_device": None, "synchronize": None, "get_rng_state": torch.empty(16)}
         for name, value in gpu.items():
             patch.setattr(torch.cuda, name, lambda *_, value=value: value)

@@ -1,11 +1,12 @@
-"""On device "cuda" without a GPU: no tensor of a step is on another device, and in no step does the host wait.
+"""On device "cuda" without a GPU: a GPU would take every tensor, and in no step does the host wait.
 
-Fake tensors stand in for those of the GPU. Two functions wait, as their data decide what is left to do, and are tested
-on the CPU: the dead leaves of noise_data_free_kd.py and boundary_samples of kd_zoo.py.
+Fake tensors stand in for those of the GPU. Two functions wait, as their data decide what is left to do, and
+are tested on the CPU: the dead leaves of noise_data_free_kd.py and boundary_samples of kd_zoo.py.
 """
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -59,7 +60,9 @@ def small(monkeypatch):
 ])  # fmt: skip
 def test_loop(line, watch, small, monkeypatch):
     monkeypatch.setattr(ZOO, "boundary_samples", lambda teacher, x, *others: x[:4])
-    monkeypatch.setattr(FREE, "dead_leaves", lambda n, size, _, device: torch.rand(n, 3, size, size, device=device))
+    monkeypatch.setattr(
+        FREE, "dead_leaves", lambda n, size, _, device: torch.rand(n, 3, size, size, device=device)
+    )
     name, *flags = line.split()
     epoch(SCRIPTS[name], *TINY, *flags)
 
@@ -78,6 +81,21 @@ def test_loop_of_the_teacher(name, watch, small):
         epoch(SCRIPTS[name], *TINY)
 
 
+@pytest.mark.parametrize("line", [
+    "nrd --student-augment paper", "nrd --dataset food101", "cmd --validation 0.2",
+    "noise_data_free_kd --source data", "kd_zoo --method baseline --imbalance 1 --limit-train 240",
+])  # fmt: skip
+def test_images_that_the_gpu_cannot_hold_stay_on_the_host(line, watch, small):
+    """Steps have to wait for them, and for nothing else."""
+    name, *flags = line.split()
+    watch.memory = 1
+    with pytest.raises(AssertionError, match="aten._to_copy.default is given or gives a tensor of the CPU"):
+        epoch(SCRIPTS[name], *TINY, *flags, "--out", "waits")
+    watch.in_step = False
+    watch.waits = True
+    epoch(SCRIPTS[name], *TINY, *flags)
+
+
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_augmentation(name, watch):
     for watch.in_step in (False, True):  # the first call makes tables
@@ -93,11 +111,44 @@ def test_corruption(name, watch):
         assert evaluate.CORRUPTIONS[name](x, constants, None).device.type == "cuda"
 
 
-def test_prediction_and_attack(watch):
-    model, x = common.build_model("wrn-10-1", 10).to("cuda").eval(), torch.rand(9, 3, 32, 32, device="cuda")
-    watch.in_step = True
-    logits = common.predict(model, x.byte(), 4)
-    assert logits.device == evaluate.pgd(model, x, logits.argmax(1), steps=2).device == x.device
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with two runs of nrd.py on the CPU, a and b, and a CIFAR-10-C with fake tensors' labels."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(common, "plot_curves", lambda *_: None)
+        for name in "ab":
+            patch.setattr(
+                "sys.argv", ["nrd.py", *map(str, TINY), "--device=cpu", "--epochs=1", f"--out={name}"]
+            )
+            args = NRD.parse_args()
+            args.seed = 0
+            NRD.main(args)
+    (folder / "official").mkdir()
+    np.lib.format.open_memmap(folder / "official/fog.npy", "w+", np.uint8, (50000, 32, 32, 3))
+    (folder / "official/snow.npy").symlink_to("fog.npy")
+    np.save(folder / "official/labels.npy", np.ones(50000, np.uint8))
+    return folder
+
+
+@pytest.mark.parametrize("memory", [1, 2**40])
+@pytest.mark.parametrize("flags", [
+    "--pgd 1 2 --restarts 2", "--pgd 1 --worst-start --cifar-c official", "--cifar-c",
+    "--transfer --teacher a/checkpoint.pt",
+])  # fmt: skip
+def test_evaluation(flags, memory, trained, watch, monkeypatch):
+    """Of images on the GPU, and of those that it cannot hold."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(
+        evaluate, "CORRUPTIONS", {name: evaluate.CORRUPTIONS[name] for name in ("fog", "snow")}
+    )
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: path.touch())
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate.py", "a", "b", *flags.split(), "--limit-test=9", "--device=cuda"]
+    )
+    watch.memory = memory
+    evaluate.main(evaluate.parse_args())
 
 
 def test_what_waits_makes_every_tensor_on_the_device_of_its_arguments():
