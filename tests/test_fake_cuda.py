@@ -148,7 +148,9 @@ def test_evaluation(flags, memory, trained, watch, monkeypatch):
         "sys.argv", ["evaluate.py", "a", "b", *flags.split(), "--limit-test=9", "--device=cuda"]
     )
     watch.memory = memory
-    evaluate.main(evaluate.parse_args())
+    args = evaluate.parse_args()
+    args.seed = 0
+    evaluate.main(args)
 
 
 def test_what_waits_makes_every_tensor_on_the_device_of_its_arguments():
@@ -169,6 +171,11 @@ def test_what_waits_makes_every_tensor_on_the_device_of_its_arguments():
     (lambda x: x.mean().item(), "_local_scalar_dense"), (lambda x: bool(x.any()), "_local_scalar_dense"),
     (lambda x: x[:, 0, 0, 0].tolist(), "_local_scalar_dense"), (lambda x: x[x > 0], "aten.nonzero"),
     (lambda x: x.nonzero(), "aten.nonzero"), (lambda x: x.numpy(), "numpy"),
+    (lambda x: torch.rand(8, device="cuda", generator=torch.Generator()), "given a generator of cpu"),
+    (lambda x: torch.rand(8, generator=torch.Generator("cuda")), "given a generator of cuda"),
+    (lambda x: torch.rand(8)[x[:, 0, 0, 0].long()], "of the CPU is given an index of cuda"),
+    (lambda x: x.bfloat16()[:, 0] @ x[:, 1], "is given torch.bfloat16 and torch.float32"),
+    (lambda x: x.long().flatten().bincount(torch.ones(x.numel()), 9), "given tensors of two devices"),
 ])  # fmt: skip
 def test_these_tests_can_fail(fault, says, watch, small):
     with pytest.MonkeyPatch.context() as patch, pytest.raises((AssertionError, RuntimeError), match=says):
