@@ -1,6 +1,6 @@
 """The scripts on CUDA without a GPU: tensors on device "cuda" have a shape and a dtype, and no values.
 
-Where the host reads a value it is one, a truth value is true, and a mask chooses everything. Nothing is NaN.
+Where the host reads a number it is four, a truth value is true, and a mask chooses everything. Nothing is NaN.
 """
 
 import collections
@@ -82,11 +82,11 @@ def refuse(function, args, kwargs):
 
 
 def read(x, dtype=None, device="cuda", **_):
-    """A copy on the host, of ones; None where the copy is none on the host."""
+    """A copy on the host, of fours; None where the copy is none on the host."""
     dtype = dtype or x.dtype
     if torch.device(device).type == "cpu":
         with unset_fake_temporarily():
-            return torch.ones(x.shape, dtype=dtype)
+            return torch.full(x.shape, 4).to(dtype)
 
 
 def bincount(x, weights=None, minlength=0):
@@ -106,7 +106,7 @@ def index(x, indices):
 
 
 WAITED_FOR = {  # outside the steps, in place of what has no values
-    aten._local_scalar_dense.default: lambda x: not hasattr(x, "is_nought") and (x.dtype == torch.bool or 1),
+    aten._local_scalar_dense.default: lambda x: not hasattr(x, "is_nought") and (x.dtype == torch.bool or 4),
     aten.equal.default: lambda *_: True,
     aten.allclose.default: lambda *_, **__: True,
     aten._to_copy.default: read,

@@ -118,17 +118,16 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(common, "plot_curves", lambda *_: None)
+        cpu = ["--device=cpu", "--no-amp", "--epochs=1"]
         for name in "ab":
-            patch.setattr(
-                "sys.argv", ["nrd.py", *map(str, TINY), "--device=cpu", "--epochs=1", f"--out={name}"]
-            )
+            patch.setattr("sys.argv", ["nrd.py", *map(str, TINY), *cpu, f"--out={name}"])
             args = NRD.parse_args()
             args.seed = 0
             NRD.main(args)
     (folder / "official").mkdir()
     np.lib.format.open_memmap(folder / "official/fog.npy", "w+", np.uint8, (50000, 32, 32, 3))
     (folder / "official/snow.npy").symlink_to("fog.npy")
-    np.save(folder / "official/labels.npy", np.ones(50000, np.uint8))
+    np.save(folder / "official/labels.npy", np.full(50000, 4))
     return folder
 
 
@@ -138,7 +137,7 @@ def trained(tmp_path_factory):
     "--transfer --teacher a/checkpoint.pt",
 ])  # fmt: skip
 def test_evaluation(flags, memory, trained, watch, monkeypatch):
-    """Of images on the GPU, and of those that it cannot hold."""
+    """With images on the GPU, and with those that it cannot hold."""
     monkeypatch.chdir(trained)
     monkeypatch.setattr(
         evaluate, "CORRUPTIONS", {name: evaluate.CORRUPTIONS[name] for name in ("fog", "snow")}
