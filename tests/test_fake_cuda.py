@@ -136,7 +136,7 @@ def trained(tmp_path_factory):
     "--pgd 1 2 --restarts 2", "--pgd 1 --worst-start --cifar-c official", "--cifar-c",
     "--transfer --teacher a/checkpoint.pt",
 ])  # fmt: skip
-def test_evaluation(flags, memory, trained, watch, monkeypatch):
+def test_evaluation(flags, memory, trained, watch, monkeypatch, capsys):
     """With images on the GPU, and with those that it cannot hold."""
     monkeypatch.chdir(trained)
     monkeypatch.setattr(
@@ -150,6 +150,7 @@ def test_evaluation(flags, memory, trained, watch, monkeypatch):
     args = evaluate.parse_args()
     args.seed = 0
     evaluate.main(args)
+    assert capsys.readouterr().err == ""  # where a picture cannot be drawn
 
 
 def test_what_waits_makes_every_tensor_on_the_device_of_its_arguments():
