@@ -346,12 +346,6 @@ class Dataset(NamedTuple):
     test_digest: str = ""
 
     @property
-    def test_digest(self):
-        sha = hashlib.sha256(self.test_images.cpu().numpy().tobytes())
-        sha.update(self.test_labels.cpu().numpy().tobytes())
-        return sha.hexdigest()[:12]
-
-    @property
     def image_size(self):
         """The longer side of a test image in pixels, by which build_model chooses an architecture's form."""
         return max(self.test_images.shape[2:])

@@ -448,7 +448,7 @@ def kernels(args):
             (name, *flags), counts = line.split(), []
             for amp in ("--amp", "--no-amp"):
                 with contextlib.redirect_stdout(sys.stderr):
-                    epoch(load_script(name), "--dataset", "cifar10", amp, *flags)
+                    epoch(load_script(name), "--dataset", "cifar10", "--limit-train", 768, amp, *flags)
                 counts.append(watch.counts.copy())
             forward, augmentation, *after = (counts[1][part] for part in parts)
             row = forward + augmentation, augmentation, *after, counts[1].total(), counts[0].total()

@@ -55,7 +55,7 @@ class SameDraws(TorchFunctionMode):
 
 
 def assert_pixels_agree(function, images, tolerance, share):
-    """All values of function(images) but a `share` differ by at most `tolerance` where both devices draw the same."""
+    """Where both devices draw the same, at most a `share` of the values differs by more than `tolerance`."""
     results = []
     for device in ("cpu", DEVICE):
         torch.manual_seed(0)  # evaluate.corrupt gives its generator this seed too
@@ -236,7 +236,7 @@ def watch(monkeypatch, before, after):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_loop_does_not_wait_for_the_device(name, cli, monkeypatch):
-    """But that of dead leaves and that of BSS do: their data decide what is left to do."""
+    """Except those of dead leaves and of BSS: their data decide what is left to do."""
     noise = ["--source", "gaussian"] if name == "noise_data_free_kd" else []
     modes, switch = [], torch.cuda.set_sync_debug_mode
     watch(monkeypatch, lambda: modes.append(switch("error")), lambda: switch("default"))  # error: torch raises

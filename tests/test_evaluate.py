@@ -830,10 +830,6 @@ def test_axes_of_numbers_are_numeric(figures, values, places, labels, scale):
 # ----------------------------------------------------------------------------------------------- memory of wrong labels
 
 
-def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.mark.parametrize("script, per_sample", [
     ("nrd", False), ("cmd", False), ("kd_zoo", True), ("teacher", True),
 ])  # fmt: skip
@@ -847,15 +843,15 @@ def test_memory_is_measured_on_the_labels_of_training(run, figures, script, per_
     source = f"labels = common.noisy_labels(args, data{call})"
     checkpoint = write_checkpoint("a.pt", changes={"source": source}, **flags)
     run("a.pt", "--memory", 2, "--out", "ev")
-    (line,) = lines_of("ev/evaluation.jsonl")
+    (line,) = lines_of("ev")
     wrong = given != true
     images = data.train_images[common.evenly_spaced(40, 30)]
     p = common.predict(common.load_model(checkpoint), images).softmax(1)
-    plain = line["memory"]["images as they are"]
+    plain = line["numbers"]["memory"]["images as they are"]
     for subset, mask in (("clean", ~wrong), ("mislabelled", wrong), ("overall", wrong | ~wrong)):
         assert plain[subset] == pytest.approx(common.accuracy(p[mask], true[mask]))
     assert plain["ECE"] == pytest.approx(common.calibration(p, true)[0], abs=1e-6)
-    assert list(line["memory"]) == ["images as they are", "2 unseen views"] and 0 <= line["AUROC"] <= 1
+    assert list(line["numbers"]["memory"]) == ["images as they are", "2 unseen views"] and 0 <= line["numbers"]["AUROC"] <= 1
     histogram, _, *polygons = [axes for part in figures["memory"].subfigs for axes in part.axes]
     assert -p[wrong, true[wrong]].log().max() < histogram.get_xlim()[1] < 3  # an untrained net: about log 3
     assert len(polygons) == 8 and all("\nlabelled " not in axes.get_title() for axes in polygons[:4])
@@ -870,7 +866,7 @@ def test_what_has_memorised_is_told_from_what_has_not(cli, run, figures):
     flags += " --student-augment none --keep 20 --device cpu --out run"
     assert cli(importlib.import_module("nrd"), *flags.split())[0] == 0
     run("run/checkpoint20.pt", "run", "--memory", 4)
-    first, last = lines_of("run/evaluation.jsonl")
+    first, last = lines_of("run")
     assert [line["checkpoint"] for line in (first, last)] == ["run/checkpoint20.pt", "run/checkpoint.pt"]
     plain, unseen = last["memory"].values()
     assert plain["mislabelled"] < 20 and plain["clean"] > 80 and unseen["clean"] > 40

@@ -1,11 +1,12 @@
-"""On device "cuda" without a GPU: no tensor of a step is on another device, and in no step does the host wait.
+"""On device "cuda" without a GPU: a GPU would take every tensor, and in no step does the host wait.
 
-Fake tensors stand in for those of the GPU. Two functions wait, as their data decide what is left to do, and are tested
-on the CPU: the dead leaves of noise_data_free_kd.py and boundary_samples of kd_zoo.py.
+Fake tensors stand in for those of the GPU. Two functions wait, as their data decide what is left to do, and
+are tested on the CPU: the dead leaves of noise_data_free_kd.py and boundary_samples of kd_zoo.py.
 """
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -23,6 +24,7 @@ pytestmark = [
 ]
 names = "cmd fickle_teacher kd_zoo messy_collaboration noise_data_free_kd nrd soft_randomization"
 SCRIPTS = {name: load_script(name) for name in names.split()}
+TINY = ["--limit-train", 24, "--limit-test", 8, "--batch-size", 8]
 CMD, ZOO, NRD, FREE = (SCRIPTS[name] for name in ("cmd", "kd_zoo", "nrd", "noise_data_free_kd"))
 
 
@@ -58,15 +60,17 @@ def small(monkeypatch):
 ])  # fmt: skip
 def test_loop(line, watch, small, monkeypatch):
     monkeypatch.setattr(ZOO, "boundary_samples", lambda teacher, x, *others: x[:4])
-    monkeypatch.setattr(FREE, "dead_leaves", lambda n, size, _, device: torch.rand(n, 3, size, size, device=device))
+    monkeypatch.setattr(
+        FREE, "dead_leaves", lambda n, size, _, device: torch.rand(n, 3, size, size, device=device)
+    )
     name, *flags = line.split()
-    epoch(SCRIPTS[name], "--batch-size", 8, *flags)
+    epoch(SCRIPTS[name], *TINY, *flags)
 
 
 @pytest.mark.parametrize("method", ["fitnet", "fsp"])
 def test_second_stage(method, watch, small, monkeypatch):
     monkeypatch.setattr(common.Run, "epoch", 20)
-    epoch(ZOO, "--batch-size", 8, "--method", method, "--init-epochs", 20)
+    epoch(ZOO, *TINY, "--method", method, "--init-epochs", 20)
 
 
 @pytest.mark.parametrize("name", ["soft_randomization", "noise_data_free_kd"])  # by SGD and by Adam
@@ -74,7 +78,22 @@ def test_loop_of_the_teacher(name, watch, small):
     with pytest.MonkeyPatch.context() as patch:  # undone before fake_cuda's own
         patch.setattr(common, "load_teacher", LOAD_TEACHER)
         patch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
-        epoch(SCRIPTS[name], "--batch-size", 8)
+        epoch(SCRIPTS[name], *TINY)
+
+
+@pytest.mark.parametrize("line", [
+    "nrd --student-augment paper", "nrd --dataset food101", "cmd --validation 0.2",
+    "noise_data_free_kd --source data", "kd_zoo --method baseline --imbalance 1 --limit-train 240",
+])  # fmt: skip
+def test_images_that_the_gpu_cannot_hold_stay_on_the_host(line, watch, small):
+    """Steps have to wait for them, and for nothing else."""
+    name, *flags = line.split()
+    watch.memory = 1
+    with pytest.raises(AssertionError, match="aten._to_copy.default is given or gives a tensor of the CPU"):
+        epoch(SCRIPTS[name], *TINY, *flags, "--out", "waits")
+    watch.in_step = False
+    watch.waits = True
+    epoch(SCRIPTS[name], *TINY, *flags)
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
@@ -92,20 +111,46 @@ def test_corruption(name, watch):
         assert evaluate.CORRUPTIONS[name](x, constants, None).device.type == "cuda"
 
 
-def test_prediction_and_attack(watch):
-    model, x = common.build_model("wrn-10-1", 10).to("cuda").eval(), torch.rand(9, 3, 32, 32, device="cuda")
-    batches = []
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with two runs of nrd.py on the CPU, a and b, and a CIFAR-10-C with fake tensors' labels."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(common, "plot_curves", lambda *_: None)
+        cpu = ["--device=cpu", "--no-amp", "--epochs=1"]
+        for name in "ab":
+            patch.setattr("sys.argv", ["nrd.py", *map(str, TINY), *cpu, f"--out={name}"])
+            args = NRD.parse_args()
+            args.seed = 0
+            NRD.main(args)
+    (folder / "official").mkdir()
+    np.lib.format.open_memmap(folder / "official/fog.npy", "w+", np.uint8, (50000, 32, 32, 3))
+    (folder / "official/snow.npy").symlink_to("fog.npy")
+    np.save(folder / "official/labels.npy", np.full(50000, 4))
+    return folder
 
-    def after_a_batch(*_):  # after the last of three it may wait once, for what is NaN
-        batches.append(None)
-        watch.in_step = len(batches) < 3
 
-    hook = model.register_forward_hook(after_a_batch)
-    watch.in_step = True
-    logits = common.predict(model, x.byte(), 4)
-    hook.remove()
-    watch.in_step = True
-    assert logits.device == evaluate.pgd(model, x, logits.argmax(1), steps=2).device == x.device
+@pytest.mark.parametrize("memory", [1, 2**40])
+@pytest.mark.parametrize("flags", [
+    "--pgd 1 2 --restarts 2", "--pgd 1 --worst-start --cifar-c official", "--cifar-c",
+    "--transfer --teacher a/checkpoint.pt",
+])  # fmt: skip
+def test_evaluation(flags, memory, trained, watch, monkeypatch, capsys):
+    """With images on the GPU, and with those that it cannot hold."""
+    monkeypatch.chdir(trained)
+    monkeypatch.setattr(
+        evaluate, "CORRUPTIONS", {name: evaluate.CORRUPTIONS[name] for name in ("fog", "snow")}
+    )
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, dpi: path.touch())
+    monkeypatch.setattr(
+        "sys.argv", ["evaluate.py", "a", "b", *flags.split(), "--limit-test=9", "--device=cuda"]
+    )
+    watch.memory = memory
+    args = evaluate.parse_args()
+    args.seed = 0
+    evaluate.main(args)
+    assert "ensor" not in capsys.readouterr().err  # what is on the GPU cannot be drawn
 
 
 def test_what_waits_makes_every_tensor_on_the_device_of_its_arguments():
@@ -126,8 +171,13 @@ def test_what_waits_makes_every_tensor_on_the_device_of_its_arguments():
     (lambda x: x.mean().item(), "_local_scalar_dense"), (lambda x: bool(x.any()), "_local_scalar_dense"),
     (lambda x: x[:, 0, 0, 0].tolist(), "_local_scalar_dense"), (lambda x: x[x > 0], "aten.nonzero"),
     (lambda x: x.nonzero(), "aten.nonzero"), (lambda x: x.numpy(), "numpy"),
+    (lambda x: torch.rand(8, device="cuda", generator=torch.Generator()), "given a generator of cpu"),
+    (lambda x: torch.rand(8, generator=torch.Generator("cuda")), "given a generator of cuda"),
+    (lambda x: torch.rand(8)[x[:, 0, 0, 0].long()], "of the CPU is given an index of cuda"),
+    (lambda x: x.bfloat16()[:, 0] @ x[:, 1], "is given torch.bfloat16 and torch.float32"),
+    (lambda x: x.long().flatten().bincount(torch.ones(x.numel()), 9), "given tensors of two devices"),
 ])  # fmt: skip
 def test_these_tests_can_fail(fault, says, watch, small):
     with pytest.MonkeyPatch.context() as patch, pytest.raises((AssertionError, RuntimeError), match=says):
         patch.setattr(common, "crop_flip", lambda x, **options: (x, fault(x))[0])
-        epoch(SCRIPTS["messy_collaboration"], "--batch-size", 8)
+        epoch(SCRIPTS["messy_collaboration"], *TINY)
