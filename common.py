@@ -426,7 +426,7 @@ def load_dataset(
         sha = hashlib.sha256(digest.encode())
         for tensor in tensors[1:] if digest else tensors:
             sha.update(np.ascontiguousarray(tensor))
-        moved = [tensor.to(device) if tensor.numel() < most else tensor for tensor in tensors]
+        moved = [t if t.dim() > 1 and t.numel() >= most else t.to(device) for t in tensors]
         return *moved, sha.hexdigest()[:12]
 
     true_labels = data.train_labels if data.true_labels is None else data.true_labels

@@ -868,9 +868,9 @@ def test_what_has_memorised_is_told_from_what_has_not(cli, run, figures):
     run("run/checkpoint20.pt", "run", "--memory", 4)
     first, last = lines_of("run")
     assert [line["checkpoint"] for line in (first, last)] == ["run/checkpoint20.pt", "run/checkpoint.pt"]
-    plain, unseen = last["memory"].values()
+    plain, unseen = last["numbers"]["memory"].values()
     assert plain["mislabelled"] < 20 and plain["clean"] > 80 and unseen["clean"] > 40
-    assert 0.5 < last["AUROC"] <= 1 and unseen["ECE"] < plain["ECE"]
+    assert 0.5 < last["numbers"]["AUROC"] <= 1 and unseen["ECE"] < plain["ECE"]
     assert {"memory1", "memory2", "confidence"} <= figures.keys()
     clouds = [line.get_xydata().round(5) for line in figures["memory2"].subfigs[1].axes[7].lines[2:]]
     in_training, auto_augment = [len({tuple(point) for point in cloud}) for cloud in clouds]
