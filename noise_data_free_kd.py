@@ -232,8 +232,8 @@ def dead_leaves(n, size, generator, device):
         tables = torch.arange(len(unfinished), device=device, dtype=torch.int32) * (size + 1) ** 2
         at = (tables.unsqueeze(1) + top * (size + 1) + left).flatten()
         width, below = width.flatten(), at + height.flatten() * (size + 1)
-        count = [table.index_select(0, corner) for corner in (below + width, below, at + width, at)]
-        shows = (count[0] - count[1] != count[2] - count[3]).nonzero().squeeze(1).int()
+        sums = [table.index_select(0, corner) for corner in (below + width, below, at + width, at)]
+        shows = (sums[0] - sums[1] != sums[2] - sums[3]).nonzero().squeeze(1).int()
         x, y, r, top, height = (v.flatten().index_select(0, shows) for v in (x, y, r, top, height))
         normal, distance = leaf_edges(r, generator)
         colour = uniform(1, len(shows), 3)
