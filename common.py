@@ -48,7 +48,7 @@ except ImportError:  # Windows has none: run folders are not locked there
 
 # torchvision and matplotlib are imported where they are used: each takes a second, and --help does not wait.
 
-# ------------------------------------------------------------------------------------------------------------ arguments
+# -------------------------------------------------------------------------------------------------- arguments
 
 
 class UsageError(ValueError):
@@ -278,7 +278,7 @@ def setup(args):
     return device
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
+# -------------------------------------------------------------------------------------------------- processes
 # `torchrun --nproc_per_node=N script.py …` starts a script N times. Each process ("rank") has the whole model
 # and takes its part of every batch. Before a step, gradients and BatchNorm's running statistics are averaged
 # over the processes. All start from the same seed, so that weights stay the same everywhere. Rank 0 alone
@@ -328,7 +328,7 @@ def act_as_one(optimizer, modules):
     optimizer.register_step_pre_hook(before_step)
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
+# ------------------------------------------------------------------------------------------------------- data
 
 
 class Dataset(NamedTuple):
@@ -739,7 +739,7 @@ def to_float(images):
     return images / 255
 
 
-# ---------------------------------------------------------------------------------------------------------- label noise
+# ------------------------------------------------------------------------------------------------ label noise
 
 HUMAN = {  # kind: key in the file of CIFAR-10N, the last in that of CIFAR-100N
     "human-aggre": "aggre_label", "human-random1": "random_label1", "human-random2": "random_label2",
@@ -851,7 +851,7 @@ def human_labels(clean, kind, data_dir):
     return noisy[rows]
 
 
-# --------------------------------------------------------------------------------------------------------- augmentation
+# ----------------------------------------------------------------------------------------------- augmentation
 # Batched on the images' device, every sample with a draw of its own. What an operation does at a strength is
 # a row of a table of numbers: the matrix of a warp, the factor of a blend, and so on. A batch takes its rows.
 # Then each of six functions changes the images that are its own: few kernels, however large the batch is.
@@ -1251,7 +1251,7 @@ def _black_box(images, top, left, height, width):
     return images.masked_fill(box, 0)
 
 
-# --------------------------------------------------------------------------------------------------------------- models
+# ----------------------------------------------------------------------------------------------------- models
 
 
 class Classifier(nn.Module):
@@ -1652,7 +1652,7 @@ def calibration(probabilities, labels, bins=15):
     return ece, acc.tolist(), conf.tolist(), (size / len(labels)).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------- run folders
+# ------------------------------------------------------------------------------------------------ run folders
 
 
 @contextlib.contextmanager
@@ -2108,7 +2108,7 @@ class Run:
         return last
 
 
-# ------------------------------------------------------------------------------------------------------------- teachers
+# --------------------------------------------------------------------------------------------------- teachers
 
 
 def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
@@ -2238,7 +2238,7 @@ def train_teacher(args, device, data, labels, seed, recipe):
     return path, load_checkpoint(path, "teacher")
 
 
-# ------------------------------------------------------------------------------------------------------------ reporting
+# -------------------------------------------------------------------------------------------------- reporting
 
 
 def show(text, live=False):

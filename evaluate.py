@@ -57,7 +57,7 @@ from PIL import Image
 import common
 from common import UsageError, evenly_spaced, evenly_split, predict, to_float
 
-# ------------------------------------------------------------------------------------------------------------ arguments
+# -------------------------------------------------------------------------------------------------- arguments
 
 
 def fraction(text):
@@ -155,7 +155,7 @@ def parse_args():
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------------ PGD
+# -------------------------------------------------------------------------------------------------------- PGD
 
 
 def random_start(images, eps, generator):
@@ -190,7 +190,7 @@ def pgd(model, images, labels, eps=0.031, step_size=0.003, steps=20, generator=N
     return x
 
 
-# ---------------------------------------------------------------------------------------------------------- corruptions
+# ------------------------------------------------------------------------------------------------ corruptions
 # CIFAR-C (Hendrycks and Dietterich 2019), batched: each function takes x float [B, 3, H, W] in [0, 1], the constants of
 # its severity, made for 32×32 pixels, and a generator, and gives x corrupted, not yet clipped. All repeat the published
 # generator except three. JPEG's values differ from Pillow's by up to 50 of 255, its mean pixel distance by 0.3 %. Frost
@@ -237,7 +237,9 @@ def corrupt(images, name, severity, seed=0):
     parts = []
     for i, part in enumerate(images.split(1000)):
         x = function(to_float(part), constants, torch.Generator(images.device).manual_seed(seed + i))
-        parts.append((x * 255 + 1e-3).clamp(0, 255).byte())  # cut off, as CIFAR-C's; 1e-3: float32's own error
+        parts.append(
+            (x * 255 + 1e-3).clamp(0, 255).byte()
+        )  # cut off, as CIFAR-C's; 1e-3: float32's own error
     return torch.cat(parts)
 
 
@@ -303,7 +305,9 @@ def defocus_blur(x, constants, generator):
     squares = torch.arange(-reach, reach + 1) ** 2
     disc = (squares + squares.view(-1, 1) <= radius**2).float()
     soft = (-0.5 * (torch.arange(-1, 2) / alias) ** 2).exp()
-    kernel = F.conv2d((disc / disc.sum())[None, None], torch.outer(soft, soft)[None, None] / soft.sum() ** 2, padding=1)
+    kernel = F.conv2d(
+        (disc / disc.sum())[None, None], torch.outer(soft, soft)[None, None] / soft.sum() ** 2, padding=1
+    )
     x = F.pad(x, (reach,) * 4, mode="reflect").contiguous(memory_format=torch.channels_last)
     return F.conv2d(x, kernel.to(x.device).expand(3, -1, -1, -1), groups=3).contiguous()
 
@@ -337,7 +341,9 @@ def trail(x, radius, sigma, degrees):
     padded = F.pad(x, (reach,) * 4, mode="replicate")
     windows = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # a view, shifted images
     rows = torch.arange(len(x), device=x.device)
-    return sum(w * windows[rows, :, down[i], right[i]] for i, w in enumerate((weights / weights.sum()).tolist()))
+    return sum(
+        w * windows[rows, :, down[i], right[i]] for i, w in enumerate((weights / weights.sum()).tolist())
+    )
 
 
 def motion_blur(x, constants, generator):
@@ -389,7 +395,11 @@ def frost_texture(size, device):
     branches = 0.5 + 0.5 * torch.cos((along.abs() - across / math.tan(math.pi / 3)) * (2 * math.pi / 4.5))
     ice = 0.2 + 0.7 * (-across / 1.2).exp() + 0.7 * branches * (-across / 10).exp()
     clouds = blur(torch.randn(1, 1, size, size, generator=generator), 5)[0, 0]
-    ice = ice * (0.85 + 0.3 * clouds / clouds.std()) * (0.75 + 0.5 * torch.rand(size, size, generator=generator))
+    ice = (
+        ice
+        * (0.85 + 0.3 * clouds / clouds.std())
+        * (0.75 + 0.5 * torch.rand(size, size, generator=generator))
+    )
     ice = ice.clamp(0, 1) * torch.tensor([0.85, 0.95, 1.0]).view(3, 1, 1)
     return (0.4 + 0.6 * ice).to(device)  # as bright as the photographs, whose mean level is 157 … 176 of 255
 
@@ -399,7 +409,9 @@ def frost(x, constants, generator):
     height, width = x.shape[2:]
     pane = frost_texture(max(height, width) + 224, x.device)
     windows = pane.unfold(1, height, 1).unfold(2, width, 1)  # a view: [3, tops, lefts, H, W]
-    top, left = (torch.randint(n, (len(x),), device=x.device, generator=generator) for n in windows.shape[1:3])
+    top, left = (
+        torch.randint(n, (len(x),), device=x.device, generator=generator) for n in windows.shape[1:3]
+    )
     return keep * x + amount * windows[:, top, left].transpose(0, 1)
 
 
@@ -549,12 +561,16 @@ def elastic_transform(x, constants, generator):
     count, _, height, width = x.shape
     side = min(height, width)
     amount, smoothness, jitter = (share * side for share in constants)
-    rows, columns = torch.meshgrid(*(torch.arange(n, device=x.device) for n in (height, width)), indexing="ij")
+    rows, columns = torch.meshgrid(
+        *(torch.arange(n, device=x.device) for n in (height, width)), indexing="ij"
+    )
     points = torch.stack([columns, rows], -1).float()  # [H, W, 2]
     third = torch.tensor([[1.0, 1], [1, -1], [-1, -1]], device=x.device) * (side // 3)
     before = third + torch.tensor([width // 2, height // 2], device=x.device)
     after = before + uniform(-jitter, jitter, (count, 3, 2), x, generator)
-    inverse = torch.linalg.solve(F.pad(after, (0, 1), value=1.0), before.expand(count, 3, 2))  # after -> before
+    inverse = torch.linalg.solve(
+        F.pad(after, (0, 1), value=1.0), before.expand(count, 3, 2)
+    )  # after -> before
     x = sampled(x, torch.einsum("hwi,bij->bhwj", F.pad(points, (0, 1), value=1.0), inverse), repeat=False)
     if amount == 0:
         return x
@@ -599,7 +615,7 @@ def read_cifar_c(folder, subjects):
     return images
 
 
-# ---------------------------------------------------------------------------------------------------------------- CINIC
+# ------------------------------------------------------------------------------------------------------ CINIC
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
@@ -629,7 +645,7 @@ def load_cinic(folder, seed, per_class=2100):
     return images, torch.arange(len(CIFAR10)).repeat_interleave(per_class)
 
 
-# ---------------------------------------------------------------------------------------------------- what is evaluated
+# ------------------------------------------------------------------------------------------ what is evaluated
 
 
 @dataclasses.dataclass(eq=False)
@@ -822,7 +838,7 @@ def grouped(subjects, leave_out=()):
     return list(zip(unique, rows))
 
 
-# ----------------------------------------------------------------------------------------------------- what is measured
+# ------------------------------------------------------------------------------------------- what is measured
 
 
 def evaluate_images(subject, images, labels):
@@ -982,7 +998,7 @@ def measure(subject, args, attacks, official, cinic):
         numbers["natural robustness (%)"] = subject.corruptions["natural robustness"]["mean"]
 
 
-# ---------------------------------------------------------------------------------------------- memory of wrong labels
+# ------------------------------------------------------------------------------------- memory of wrong labels
 # Neural Vicinal Risk Minimization, section 3.5 and appendix B. A network that has memorised a wrong label
 # forgets it on views of the image on which it was not trained.
 
@@ -1014,7 +1030,9 @@ def views_of(subject):
         try:
             script = importlib.import_module(name)
         except ImportError:
-            raise UsageError(f"--memory: {subject.path} needs the views of {name}.py beside evaluate.py") from None
+            raise UsageError(
+                f"--memory: {subject.path} needs the views of {name}.py beside evaluate.py"
+            ) from None
         as_in_training = functools.partial(script.student_view, augment=augment, size=size)
     return plain, as_in_training, lambda images: common.auto_augment(plain(images))
 
@@ -1150,7 +1168,7 @@ def draw_confidence(args, confidence):
         legend_below(figure)
 
 
-# ------------------------------------------------------------------------------------------------------------ reporting
+# -------------------------------------------------------------------------------------------------- reporting
 
 
 def eps_name(eps):
@@ -1319,7 +1337,7 @@ def report_transfer(args, groups, teacher):
     return table
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 
 def heat_map(axes, values, rows, columns, title, low=None, high=None):
@@ -1559,7 +1577,7 @@ def show_corruptions(args, images):
         axes.spines[:].set_visible(False)
 
 
-# ----------------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 
 def main(args):

@@ -316,12 +316,13 @@ def parse_args():
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 
 def show_source(args, data):
     """SOURCE.png: 64 of the inputs that the student would see, clipped to [0, 1] to be drawn."""
     from torchvision.utils import make_grid  # a second to import, and only here
+
     device = data.train_labels.device
     index = torch.arange(64, device=device) % len(data.train_labels)
     mean, std = torch.tensor(common.channel_stats(data), device=device).view(2, 3, 1, 1)
@@ -364,7 +365,9 @@ def plot_activations(args, device):
     use_current_statistics(batch_norms(teacher_current) + batch_norms(student_current))
 
     source = "gaussian" if config["source"] == "data" else config["source"]
-    index = torch.randperm(len(data.train_labels), device=device)  # current statistics are those of mixed classes
+    index = torch.randperm(
+        len(data.train_labels), device=device
+    )  # current statistics are those of mixed classes
     real = common.crop_flip(data.batch(index), padding=0, size=data.image_size)
     noise = samples(source, index, data, student.mean, student.std)
     seen = real if config["source"] == "data" else noise
@@ -417,7 +420,10 @@ def plot_activations(args, device):
         axes.set_xticks(numbers, numbers)
         axes.minorticks_off()
         axes.legend()
-    print(f"batches of {size}: " + ", ".join(f"{k}: {score:.2f} %" for k, score in zip(numbers, scores["adjusted"])))
+    print(
+        f"batches of {size}: "
+        + ", ".join(f"{k}: {score:.2f} %" for k, score in zip(numbers, scores["adjusted"]))
+    )
 
 
 def toy(args):

@@ -54,7 +54,9 @@ def compare(work, ours, peers, args):
             if args.device.type == "cuda":
                 torch.cuda.synchronize(args.device)
             measured[name].append(count / (time.perf_counter() - start))
-    median = {name: statistics.median(values[1:]) for name, values in measured.items()}  # the first is the warm-up
+    median = {
+        name: statistics.median(values[1:]) for name, values in measured.items()
+    }  # the first is the warm-up
     for name in peers:
         ratio = median["ours"] / median[name]
         print(f"| {work} | {median['ours']:,.0f} | {name} | {median[name]:,.0f} | {ratio:.2f} |", flush=True)
@@ -185,7 +187,9 @@ def attack(args):
         return len(x)
 
     compare("accuracy under PGD-20, images/s", ours, {"torchattacks": theirs}, args)
-    compare("PGD-20 to the last step, images/s", to_the_last_step, {"torchattacks": theirs_to_the_last_step}, args)
+    compare(
+        "PGD-20 to the last step, images/s", to_the_last_step, {"torchattacks": theirs_to_the_last_step}, args
+    )
 
 
 def leaves(args):
@@ -197,7 +201,9 @@ def leaves(args):
         return count
 
     speed = compare("", ours, {}, args)
-    print(f"| dead leaves 32×32, images/s | {speed:,.0f} | public generator | {GENERATOR} | {speed / GENERATOR:.2f} |")
+    print(
+        f"| dead leaves 32×32, images/s | {speed:,.0f} | public generator | {GENERATOR} | {speed / GENERATOR:.2f} |"
+    )
 
 
 class Step(NamedTuple):
@@ -282,7 +288,10 @@ def train(args):
         with FlopCounterMode(display=False) as counter:
             count = epoch()
         dtype = torch.bfloat16 if common.multiplies_bfloat16(args.device.type) else torch.float32
-        a, x = torch.rand(4096, 4096, device=args.device, dtype=dtype), torch.rand(128, 3, 32, 32, device=args.device)
+        a, x = (
+            torch.rand(4096, 4096, device=args.device, dtype=dtype),
+            torch.rand(128, 3, 32, 32, device=args.device),
+        )
 
         times = 40 if args.device.type == "cuda" else 1  # so that starting and waiting do not count
 
@@ -330,7 +339,9 @@ def steps():
 
     def plain_js(S, T, y):
         weights = (0.2, 0.6, 0.2)
-        distributions = [p.clamp(1e-7, 1) for p in (F.one_hot(y, 10).float(), F.softmax(S, 1), F.softmax(T, 1))]
+        distributions = [
+            p.clamp(1e-7, 1) for p in (F.one_hot(y, 10).float(), F.softmax(S, 1), F.softmax(T, 1))
+        ]
         log_mean = sum(w * p for w, p in zip(weights, distributions)).log()
         return sum(w * F.kl_div(log_mean, p, reduction="batchmean") for w, p in zip(weights, distributions))
 
@@ -369,7 +380,9 @@ def photographs(args):
         for i, (image, label) in enumerate(zip(large, labels.tolist())):
             path = Path(folder) / "test" / f"class{label}" / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            v2.functional.to_pil_image((image + 0.03 * torch.randn_like(image)).clamp(0, 1)).save(path, quality=90)
+            v2.functional.to_pil_image((image + 0.03 * torch.randn_like(image)).clamp(0, 1)).save(
+                path, quality=90
+            )
         (Path(folder) / "train").symlink_to(Path(folder) / "test")
         data = common.load_dataset(f"imagefolder:{folder}", Path(folder) / "data", device=args.device)
         to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
@@ -394,7 +407,9 @@ def scaling(args):
 
     def epoch(count, batch_size, used=threads):
         torch.set_num_threads(used)
-        model = common.build_model("wrn-10-1", 10, amp=common.multiplies_bfloat16(args.device.type)).to(args.device)
+        model = common.build_model("wrn-10-1", 10, amp=common.multiplies_bfloat16(args.device.type)).to(
+            args.device
+        )
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
         batches = torch.randperm(count, device=args.device).split(batch_size)
         for step, index in enumerate([*batches[:3], *batches]):
@@ -442,7 +457,9 @@ def kernels(args):
     lines = [f"kd_zoo --method {method}" for method in kd_zoo.TABLE_I if method != "bss"]
     lines += ["nrd", "nrd --loss gjs", "cmd", "fickle_teacher", "soft_randomization", "messy_collaboration"]
     parts = "forward", "augmentation", "backward", "optimiser"
-    print("| step | forward | of it augmentation | backward | optimiser | all | bfloat16 |\n" + "|---" * 7 + "|")
+    print(
+        "| step | forward | of it augmentation | backward | optimiser | all | bfloat16 |\n" + "|---" * 7 + "|"
+    )
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), fake_cuda() as watch:
         for line in [*lines, "noise_data_free_kd --source gaussian"]:
             (name, *flags), counts = line.split(), []
@@ -460,15 +477,23 @@ WORKS = {work.__name__: work for work in (*ALL, compiled, kernels, scaling)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", nargs="?", default="all", choices=[*WORKS, "all"])
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.backends.cudnn.benchmark = True
-    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.processor() or "CPU"
-    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}")
+    name = (
+        torch.cuda.get_device_name(args.device)
+        if args.device.type == "cuda"
+        else platform.processor() or "CPU"
+    )
+    print(
+        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    )
     if args.work != "kernels":
         print("| work | ours | peer | its speed | ratio |\n|---|---|---|---|---|")
     for work in ALL if args.work == "all" else [WORKS[args.work]]:

@@ -54,7 +54,10 @@ leaves-rs | noise_data_free_kd.py --dataset cifar10 --student-arch resnet34 --so
 # name: command, the paper's test accuracy in %. A name in a command of evaluate.py is the folder of that run.
 JOBS = {"tests": ("pytest -q -rs tests/test_cuda.py", ""), "speed": ("tests/benchmark.py train", ""),
         "compiled": ("tests/benchmark.py compiled", "")}  # fmt: skip
-JOBS |= {name: (f"kd_zoo.py --dataset cifar10 --method {name}", acc) for name, acc in map(str.split, ZOO.split(","))}
+JOBS |= {
+    name: (f"kd_zoo.py --dataset cifar10 --method {name}", acc)
+    for name, acc in map(str.split, ZOO.split(","))
+}
 JOBS |= {name: rest for name, *rest in (row.split(" | ") for row in TABLE.strip().splitlines())}
 
 
@@ -87,7 +90,9 @@ def measured(job, args):
     lines, metrics = (args.out / f"{job}.txt").read_text().splitlines(), args.out / job / "metrics.jsonl"
     if not metrics.exists():
         return {"lines": lines[-60:]}
-    lines = [line for line in lines if line.startswith(("teacher: ", "peak device memory ", "test_acc "))][-3:]
+    lines = [line for line in lines if line.startswith(("teacher: ", "peak device memory ", "test_acc "))][
+        -3:
+    ]
     lines = [re.sub(r" \S*/\S+", "", line) for line in lines]  # paths are long
     return {"last": json.loads(metrics.read_text().splitlines()[-1]), "lines": lines}
 
@@ -104,7 +109,10 @@ def keep(job, result, args):
         results = read(args) | {job: result}
         with atomic_write(args.out / "gpu.json") as partial:
             partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        rows, others = ["| command | paper | test_acc | epoch | images/s in it | | measured |", "|---" * 7 + "|"], []
+        rows, others = (
+            ["| command | paper | test_acc | epoch | images/s in it | | measured |", "|---" * 7 + "|"],
+            [],
+        )
         for name in [name for name in JOBS if name in results]:
             (command, paper), result = JOBS[name], results[name]
             if "last" in result:
@@ -119,14 +127,18 @@ def keep(job, result, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--minutes", type=float, default=9, help="after which the job at work is cut off")
     add("--out", type=Path, default=ROOT / "runs/gpu", metavar="DIR")
     add("--data-dir", type=Path, default=ROOT / "data", metavar="DIR", help="where cifar10.npz lies")
     add("--device", default="cuda", help="cuda, cuda:N, or cpu, to try this program")
     add("--only", nargs="+", choices=JOBS, default=[*JOBS], metavar="NAME", help="do only these")
-    add("--extra", default="", help="flags for every training: --extra='--compile'; others want another --out")
+    add(
+        "--extra", default="", help="flags for every training: --extra='--compile'; others want another --out"
+    )
     add("--list", action="store_true", help="print the jobs, and do none")
     args = parser.parse_args()
     args.out, args.data_dir = args.out.resolve(), args.data_dir.resolve()
@@ -141,7 +153,9 @@ def main():
         if args.list:
             print(f"{job:9} {'done' if job in done else '-':4}  {command}  [{paper}]")
             continue
-        needed = {word for word in command.split() if word in JOBS and "evaluate.py" in command}  # runs that have ended
+        needed = {
+            word for word in command.split() if word in JOBS and "evaluate.py" in command
+        }  # runs that have ended
         if job in done or not needed <= done or time.monotonic() > end:
             continue
         print(f"{datetime.datetime.now():%H:%M:%S}  {job}", flush=True)

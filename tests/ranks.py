@@ -20,7 +20,10 @@ finish = common.Run.finish
 def written(run):
     """Run.finish, which also writes the parts of the training state as this process has them."""
     state = {name: part.state_dict() for name, part in run.parts.items()}
-    metrics = [{k: v for k, v in record.items() if k not in ("seconds", "images_per_second")} for record in run.metrics]
+    metrics = [
+        {k: v for k, v in record.items() if k not in ("seconds", "images_per_second")}
+        for record in run.metrics
+    ]
     content = {"state": state, "metrics": metrics, "draws": torch.rand(3)}
     torch.save(content, f"{folder}/{run.header['script']}-{os.environ['RANK']}.pt")
     return finish(run)

@@ -26,9 +26,13 @@ SPACES = {  # (the library's class, bins, arguments of op_table, how warps inter
 @pytest.fixture(scope="module")
 def pictures():
     """Images with structure, and degenerate ones: random, constant, of two values, dark and nearly constant."""
-    random = torch.randint(0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    random = torch.randint(
+        0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
+    )
     flat = torch.full((1, 3, 32, 32), 77, dtype=torch.uint8)
-    return torch.cat([draw_shapes(5, seed=7)[0], random, flat, (random[:1] > 128).byte() * 200, random[:1] // 64])
+    return torch.cat(
+        [draw_shapes(5, seed=7)[0], random, flat, (random[:1] > 128).byte() * 200, random[:1] // 64]
+    )
 
 
 def from_library(space, images, name, strength=0, sign=1):
@@ -40,7 +44,9 @@ def from_library(space, images, name, strength=0, sign=1):
     return library._apply_image_or_video_transform(images, name, magnitude, mode, fill={torch.Tensor: None})
 
 
-@pytest.mark.parametrize("space, name", [(s, name) for s in SPACES for name in SPACES[s][0]._AUGMENTATION_SPACE])
+@pytest.mark.parametrize(
+    "space, name", [(s, name) for s in SPACES for name in SPACES[s][0]._AUGMENTATION_SPACE]
+)
 def test_operations_are_the_library_s_at_every_strength(space, name, pictures):
     _, bins, arguments, mode = SPACES[space]
     table, op = op_table(bins, 32, 32, CPU, **arguments), torch.full((len(pictures),), OPS.index(name))
@@ -50,7 +56,9 @@ def test_operations_are_the_library_s_at_every_strength(space, name, pictures):
             expected = from_library(space, pictures, name, strength, (1, -1)[negative])
             result = apply_ops(pictures.float(), table, op, strength, negative, mode)
             error = (result - expected.float()).abs().max().item()
-            assert error < (1.001 if truncated else 0.501), f"strength {strength}, sign {negative}: {error:.3f}"
+            assert error < (1.001 if truncated else 0.501), (
+                f"strength {strength}, sign {negative}: {error:.3f}"
+            )
 
 
 def test_each_sample_gets_its_own_operation(pictures):
@@ -58,7 +66,9 @@ def test_each_sample_gets_its_own_operation(pictures):
     table, strength = op_table(10, 32, 32, CPU), torch.arange(15) % 3 + 7
     together = apply_ops(images.clone(), table, op, strength, negative)
     for i, image in enumerate(images.split(1)):
-        assert torch.equal(together[[i]], apply_ops(image.clone(), table, op[[i]], strength[[i]], negative[[i]]))
+        assert torch.equal(
+            together[[i]], apply_ops(image.clone(), table, op[[i]], strength[[i]], negative[[i]])
+        )
         assert torch.equal(together[[i]], image) == (i == IDENTITY)
 
 
@@ -95,7 +105,10 @@ def test_rand_augment_gives_the_library_s_images(pictures, magnitude):
     results = common.rand_augment(to_float(pictures[:1]).expand(2800, -1, -1, -1), 1, magnitude) * 255
     distance, found = torch.cdist(results.flatten(1), expected, p=torch.inf).min(1)
     assert (distance < 1.001).all()  # blends are not truncated
-    assert all(within(n, 2800, way / 28) for n, way in zip(torch.bincount(found).tolist(), ways.tolist(), strict=True))
+    assert all(
+        within(n, 2800, way / 28)
+        for n, way in zip(torch.bincount(found).tolist(), ways.tolist(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("arguments, severity, width, depth", [
@@ -105,14 +118,18 @@ def test_aug_mix_draws_operations_and_strengths(drawn, arguments, severity, widt
     common.aug_mix(torch.zeros(9000, 3, 8, 8), **arguments)
     assert len(drawn) == (3 if depth < 0 else depth)
     for position, (table, op, strength, negative, mode) in enumerate(drawn):
-        assert torch.equal(table, op_table(10, 8, 8, CPU, translate=1 / 3, posterize=4)) and mode == "bilinear"
+        assert (
+            torch.equal(table, op_table(10, 8, 8, CPU, translate=1 / 3, posterize=4)) and mode == "bilinear"
+        )
         total = 9000 * width
         assert len(op) == total and not (op == OPS.index("Invert")).any()
         share = 1 - position / 3 if depth < 0 else 1  # 1 to 3 operations a chain
         assert all(within(int((op == k).sum()), total, share / 13) for k in range(13))
         assert within(int((op != IDENTITY).sum()), total, share)
         assert all(within(count, total, 1 / severity) for count in torch.bincount(strength).tolist())
-        assert within(int(negative.sum()), total, 0.5) and within(int(negative[op == ROTATE].sum()), total, share / 26)
+        assert within(int(negative.sum()), total, 0.5) and within(
+            int(negative[op == ROTATE].sum()), total, share / 26
+        )
 
 
 def test_aug_mix_mixes_by_dirichlet_and_beta(drawn, monkeypatch):
@@ -133,7 +150,9 @@ def test_auto_augment_is_the_library_s_policy_at_its_frequencies(drawn):
     ops, probabilities, strengths = common.auto_augment_policy(CPU)
     rows = zip(ops.flatten().tolist(), probabilities.flatten().tolist(), strengths.flatten().tolist())
     expected = [step for policy in SPACES["auto"][0]._policies for step in policy]
-    assert [(OPS[op], p, s) for op, p, s in rows] == [(name, pytest.approx(p), s or 0) for name, p, s in expected]
+    assert [(OPS[op], p, s) for op, p, s in rows] == [
+        (name, pytest.approx(p), s or 0) for name, p, s in expected
+    ]
     common.auto_augment(torch.zeros(50000, 3, 8, 8))
     for turn, (table, op, strength, negative, mode) in enumerate(drawn):
         assert torch.equal(table, op_table(10, 8, 8, CPU)) and mode == "nearest"
@@ -191,7 +210,9 @@ def test_random_erasing_boxes_follow_the_library():
 def test_random_resized_crop_is_the_library_s(monkeypatch):
     """Boxes by their distribution, what is cut out pixel by pixel."""
     boxes, resize = [], common._resized_crop
-    monkeypatch.setattr(common, "_resized_crop", lambda images, *box: boxes.append(box[:4]) or resize(images, *box))
+    monkeypatch.setattr(
+        common, "_resized_crop", lambda images, *box: boxes.append(box[:4]) or resize(images, *box)
+    )
     images = torch.rand(3000, 3, 64, 64)
     out = common.random_resized_crop(images, 20)
     top, left, height, width = (column.flatten().numpy() for column in boxes[0])
@@ -199,8 +220,13 @@ def test_random_resized_crop_is_the_library_s(monkeypatch):
         expected = v2.functional.resized_crop(image, *map(int, box), [20, 20], antialias=False)
         assert torch.allclose(found, expected, atol=1e-5)
     library = [v2.RandomResizedCrop(20).make_params([images[0]]) for _ in range(3000)]
-    theirs = {key: np.array([params[key] for params in library]) for key in ("top", "left", "height", "width")}
-    pairs = [(height * width, theirs["height"] * theirs["width"]), (height / width, theirs["height"] / theirs["width"])]
+    theirs = {
+        key: np.array([params[key] for params in library]) for key in ("top", "left", "height", "width")
+    }
+    pairs = [
+        (height * width, theirs["height"] * theirs["width"]),
+        (height / width, theirs["height"] / theirs["width"]),
+    ]
     for mine, other in [*pairs, (top, theirs["top"]), (left, theirs["left"])]:
         assert ks_2samp(mine, other).pvalue > 1e-3
 
@@ -214,7 +240,9 @@ def test_colour_jitter_is_the_library_s(pictures, monkeypatch, name):
         return tensor
 
     monkeypatch.setattr(torch.Tensor, "uniform_", noted)
-    out = common.color_jitter(images, **{"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, name: 0.3})
+    out = common.color_jitter(
+        images, **{"brightness": 0, "contrast": 0, "saturation": 0, "hue": 0, name: 0.3}
+    )
     ((low, high, factor),) = [draw for draw in factors if draw[0] != draw[1]]
     assert (low, high) == ((-0.3, 0.3) if name == "hue" else (0.7, 1.3)) and len(set(factor)) == len(images)
     expected = [getattr(v2.functional, f"adjust_{name}")(image, f) for image, f in zip(images, factor)]
@@ -293,7 +321,9 @@ def test_compiled_an_augmentation_is_one_graph_of_few_kernels_with_the_same_imag
 
 
 def test_a_compiled_step_gives_the_loss_of_an_eager_one(pictures):
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.Flatten(), torch.nn.Linear(512, 10))
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, stride=4), torch.nn.Flatten(), torch.nn.Linear(512, 10)
+    )
 
     def step(images):
         student = net(cutout(common.crop_flip(rand_augment(images))))

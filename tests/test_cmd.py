@@ -36,7 +36,7 @@ def draw():
     return S_A, S_B, y, F.one_hot(y, C).float()
 
 
-# ----------------------------------------------------------------------------------------------------------- the method
+# ------------------------------------------------------------------------------------------------- the method
 
 
 def test_entropy_trust_and_threshold_by_hand():
@@ -113,10 +113,14 @@ def test_selection_by_hand():
     q_A, q_B = torch.tensor([[1.0, 0], [1, 0]]), torch.tensor([[0.0, 1], [0, 1]])
     loss_A, loss_B, sure = cmd.cmd_losses(q_A, q_B, p_A, p_B, 0.5)
     assert sure.tolist() == [[False, False], [True, False]]
-    assert loss_A.item() == pytest.approx(3 * math.log(2) / 2, rel=1e-5)  # two of its own and one of B's, over two
+    assert loss_A.item() == pytest.approx(
+        3 * math.log(2) / 2, rel=1e-5
+    )  # two of its own and one of B's, over two
     assert loss_B.item() == pytest.approx((math.log(10) + math.log(2)) / 2, rel=1e-5)
     uniform = cmd.entropy(torch.full((1, 2), 0.5)).item()
-    assert cmd.cmd_losses(q_A, q_B, p_A, p_B, uniform)[2].sum() == 1  # "<": a uniform prediction is not below H(u)
+    assert (
+        cmd.cmd_losses(q_A, q_B, p_A, p_B, uniform)[2].sum() == 1
+    )  # "<": a uniform prediction is not below H(u)
     for select, count in (("zero", 0), ("all", 2)):
         eta, _, b2 = cmd.SELECT[select]
         nearly = torch.tensor([[0.9, 0.1], [0.49, 0.51]])
@@ -130,7 +134,9 @@ def test_an_impossible_label_costs_no_more_than_supplement_c_says():
     losses = cmd.cross_entropy(torch.tensor([[1.0, 0], [1, 0]]), S.softmax(1))
     assert losses.tolist() == pytest.approx([6 * math.log(10), math.log(1 + math.exp(5))], rel=1e-3)
     losses.sum().backward()
-    assert S.grad[0].abs().max() < 1e-6 and S.grad[1, 0].item() == pytest.approx(-1 / (1 + math.exp(-5)), rel=1e-3)
+    assert S.grad[0].abs().max() < 1e-6 and S.grad[1, 0].item() == pytest.approx(
+        -1 / (1 + math.exp(-5)), rel=1e-3
+    )
 
 
 def test_kdcl_by_hand_and_in_numpy(draw):
@@ -138,7 +144,9 @@ def test_kdcl_by_hand_and_in_numpy(draw):
     T = cmd.kdcl_teacher(S_A.requires_grad_(), S_B, y)
     less = [[row - row[label] for row, label in zip(np.float64(S.detach()), y)] for S in (S_A, S_B)]
     assert np.allclose(T, np.minimum(*less), atol=1e-5) and not T.requires_grad
-    assert cmd.kdcl_teacher(torch.tensor([[3.0, 1]]), torch.tensor([[1.0, 2]]), torch.tensor([0])).tolist() == [[0, -2]]
+    assert cmd.kdcl_teacher(
+        torch.tensor([[3.0, 1]]), torch.tensor([[1.0, 2]]), torch.tensor([0])
+    ).tolist() == [[0, -2]]
     p, q = softmax(S_A.detach()), softmax(S_B)
     assert cmd.hinton_loss(S_A, S_B, 1).item() == pytest.approx((q * np.log(q / p)).sum() / B, abs=1e-5)
 
@@ -146,14 +154,16 @@ def test_kdcl_by_hand_and_in_numpy(draw):
 def test_the_standard_library_keeps_its_cmd():
     """For who imports it in the repository's root, and for Python's debugger, which runs the script nevertheless."""
     code = "import cmd, pdb, sys; print(issubclass(pdb.Pdb, cmd.Cmd), 'torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (result.stdout, result.stderr) == ("True False\n", "")
     command = [sys.executable, "-m", "pdb", "-c", "continue", "cmd.py", "x"]
     result = subprocess.run(command, cwd=ROOT, input="q\n", capture_output=True, text=True, timeout=60)
     assert "cmd.py: error: unrecognized arguments: x" in result.stdout + result.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.mark.parametrize("flags, sent", [
@@ -167,12 +177,19 @@ def test_a_run(cli, flags, sent):
     (last,) = checkpoint["metrics"]
     nets = [common.load_model(checkpoint, part) for part in ("model", "peer")]
     scores = [common.accuracy(common.predict(net, data.test_images), data.test_labels) for net in nets]
-    assert [last["test_acc_A"], last["test_acc_B"]] == scores and last["test_acc"] == pytest.approx(sum(scores) / 2)
-    assert [net.built_as["arch"] for net in nets] == ["wrn-10-1", "resnet8" if "resnet8" in flags else "wrn-10-1"]
+    assert [last["test_acc_A"], last["test_acc_B"]] == scores and last["test_acc"] == pytest.approx(
+        sum(scores) / 2
+    )
+    assert [net.built_as["arch"] for net in nets] == [
+        "wrn-10-1",
+        "resnet8" if "resnet8" in flags else "wrn-10-1",
+    ]
     assert not torch.equal(*(checkpoint[part]["stem.0.weight"] for part in ("model", "peer")))
     stats = torch.tensor(common.channel_stats(data.train_images))
     assert all(torch.allclose(torch.stack([net.mean, net.std]).flatten(1), stats) for net in nets)
-    assert (last["train_acc_wrong"] is None) == ("--rate 0" in flags) and all(0 <= r <= 1 for r in last["certainty"])
+    assert (last["train_acc_wrong"] is None) == ("--rate 0" in flags) and all(
+        0 <= r <= 1 for r in last["certainty"]
+    )
     assert last.get("communication") in sent
 
 
@@ -188,14 +205,31 @@ def spy(monkeypatch):
         return logits
 
     monkeypatch.setattr(common.Classifier, "forward", watched)
-    monkeypatch.setattr(common.Dataset, "batch", lambda data, index: seen["index"].append(index) or batch(data, index))
+    monkeypatch.setattr(
+        common.Dataset, "batch", lambda data, index: seen["index"].append(index) or batch(data, index)
+    )
     return seen
 
 
 @pytest.mark.parametrize("self_kd", ["mconf", "proselflc"])
 def test_the_loop_follows_the_equations(cli, spy, self_kd):
     """One step an epoch: trust in a network by its last epoch's certainty or by time, the falling threshold."""
-    flags = ["--self-kd", self_kd, "--eta", 1.5, "--b1", 6, "--b2", -2, "--lr", 0.01, "--epochs", 3, "--batch-size", 40]
+    flags = [
+        "--self-kd",
+        self_kd,
+        "--eta",
+        1.5,
+        "--b1",
+        6,
+        "--b2",
+        -2,
+        "--lr",
+        0.01,
+        "--epochs",
+        3,
+        "--batch-size",
+        40,
+    ]
     assert cli(cmd, *TINY, *NOISE, *flags, "--out", "run")[0] == 0
     labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, "abc", 0)
     certainty, metrics = [0, 0], saved("run")["metrics"]
@@ -209,15 +243,21 @@ def test_the_loop_follows_the_equations(cli, spy, self_kd):
         sure = [(entropy(x) < chi)[:, None] for x in p]
         loss = sum(-((own[i] + sure[1 - i] * own[1 - i]) * np.log(p[i] + 1e-6)).sum() / 40 for i in (0, 1))
         certainty = [1 - entropy(x).mean() / np.log(3) for x in p]
-        assert record["train_loss"] == pytest.approx(loss, rel=1e-4) and record["threshold"] == pytest.approx(chi)
-        assert record["communication"] == np.sum(sure) and record["certainty"] == pytest.approx(certainty, rel=1e-3)
+        assert record["train_loss"] == pytest.approx(loss, rel=1e-4) and record["threshold"] == pytest.approx(
+            chi
+        )
+        assert record["communication"] == np.sum(sure) and record["certainty"] == pytest.approx(
+            certainty, rel=1e-3
+        )
     assert 0 < metrics[1]["communication"] < 80
 
 
 @pytest.mark.parametrize("mutual", ["sync", "kdcl"])
 def test_the_loop_of_the_methods_compared(cli, spy, mutual):
     assert cli(cmd, *TINY, *NOISE, "--mutual", mutual, "--batch-size", 40, "--out", "run")[0] == 0
-    labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, "abc", 0)[spy["index"][0]]
+    labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, "abc", 0)[
+        spy["index"][0]
+    ]
     S, q = spy["S"], np.eye(3)[labels]
     p = [softmax(logits) for logits in S]
     if mutual == "sync":
@@ -246,10 +286,16 @@ def test_asynchronous_networks_take_turns(cli, monkeypatch, batch_size, steps):
 def test_crops_are_padded_by_four_and_flipped(cli, monkeypatch):
     """The student sees what crop_flip makes of the images, with its preset; on shapes nothing."""
     calls, crop_flip, batch, images = [], common.crop_flip, common.Dataset.batch, []
-    monkeypatch.setattr(common, "crop_flip", lambda x, **more: calls.append((x, more)) or crop_flip(x, **more))
-    monkeypatch.setattr(common.Dataset, "batch", lambda data, index: images.append(batch(data, index)) or images[-1])
+    monkeypatch.setattr(
+        common, "crop_flip", lambda x, **more: calls.append((x, more)) or crop_flip(x, **more)
+    )
+    monkeypatch.setattr(
+        common.Dataset, "batch", lambda data, index: images.append(batch(data, index)) or images[-1]
+    )
     assert cli(cmd, *TINY, "--mutual", "sync")[0] == 0
-    assert [x is image and more == {"size": 32} for (x, more), image in zip(calls, images, strict=True)] == [True] * 2
+    assert [x is image and more == {"size": 32} for (x, more), image in zip(calls, images, strict=True)] == [
+        True
+    ] * 2
     assert cli(cmd, *TINY, "--augment", "none", "--out", "run")[0] == 0 and len(calls) == 2
 
 
@@ -257,7 +303,20 @@ def test_validation_is_clean_and_never_trained_on(cli, spy, monkeypatch):
     """All labels are moved; those held out are the true ones."""
     scored, accuracy, true = [], common.accuracy, common.load_dataset("tiny.npz").train_labels
     monkeypatch.setattr(cmd, "accuracy", lambda S, labels: scored.append(labels) or accuracy(S, labels))
-    flags = ["--noise", "pair", "--rate", 1, "--validation", 0.25, "--batch-size", 10, "--epochs", 2, "--out", "run"]
+    flags = [
+        "--noise",
+        "pair",
+        "--rate",
+        1,
+        "--validation",
+        0.25,
+        "--batch-size",
+        10,
+        "--epochs",
+        2,
+        "--out",
+        "run",
+    ]
     status, out, _ = cli(cmd, *TINY, *flags)
     assert status == 0 and "30 training images, 100.00 % relabelled" in out
     trained = torch.cat(spy["index"])
@@ -273,7 +332,10 @@ def test_which_samples_are_held_out_does_not_follow_the_noise(cli, tmp_path, mon
         raise common.UsageError("far enough")
 
     monkeypatch.setattr(common, "channel_stats", stop)
-    pixels = {"train_images": np.zeros((9000, 3, 1, 1), np.uint8), "test_images": np.zeros((20, 3, 1, 1), np.uint8)}
+    pixels = {
+        "train_images": np.zeros((9000, 3, 1, 1), np.uint8),
+        "test_images": np.zeros((20, 3, 1, 1), np.uint8),
+    }
     write_npz(tmp_path / "many.npz", **pixels, train_labels=np.arange(9000) % 3)
     _, out, _ = cli(cmd, *TINY, "--dataset", "many.npz", "--noise", "sym", "--rate", 0.5, "--validation", 0.5)
     share = float(out.partition("images, ")[2].partition(" %")[0]) / 100
@@ -294,4 +356,9 @@ def test_an_interrupted_run_continues_to_the_same_bit(cli, flags, epochs):
 ])  # fmt: skip
 def test_what_other_methods_do_not_have_is_refused(cli, flags, refused):
     status, _, err = cli(cmd, *TINY, *flags.split())
-    assert status == 2 and err.startswith(f"error: {refused}: ") and err.count("\n") == 1 and not Path("runs").exists()
+    assert (
+        status == 2
+        and err.startswith(f"error: {refused}: ")
+        and err.count("\n") == 1
+        and not Path("runs").exists()
+    )

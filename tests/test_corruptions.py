@@ -34,7 +34,9 @@ def assert_close(found, expected, tolerance=1e-5, share=0):
 
 def gaussian(images, sigma, mode="nearest", truncate=4):
     """scipy's blur of the last two axes."""
-    return scipy.ndimage.gaussian_filter(images, (*[0] * (images.ndim - 2), sigma, sigma), mode=mode, truncate=truncate)
+    return scipy.ndimage.gaussian_filter(
+        images, (*[0] * (images.ndim - 2), sigma, sigma), mode=mode, truncate=truncate
+    )
 
 
 def cut_off(values):
@@ -47,7 +49,9 @@ def textured(size):
     random = np.random.default_rng(5)
     coarse = scipy.ndimage.gaussian_filter(random.random((4, 3, *size)), (0, 0, 3, 3), mode="wrap")
     coarse = (coarse - coarse.min()) / (coarse.max() - coarse.min())
-    images = torch.from_numpy((255 * (0.8 * coarse + 0.2 * random.random(coarse.shape))).round().astype(np.uint8))
+    images = torch.from_numpy(
+        (255 * (0.8 * coarse + 0.2 * random.random(coarse.shape))).round().astype(np.uint8)
+    )
     for x, level in enumerate(([0, 0, 0], [255, 255, 255], [90, 90, 90], [255, 0, 0], [0, 200, 200])):
         images[3, :, :4, 4 * x : 4 * x + 4] = torch.tensor(level).view(3, 1, 1)
     return images
@@ -127,7 +131,9 @@ def test_form_and_seed(name):
     assert torch.equal(out, corrupt(clean, name, 3, seed=3))
     assert torch.equal(out, corrupt(clean, name, 3, seed=4)) == (name not in RANDOM)
     different = len(corrupt(clean[:1].repeat(8, 1, 1, 1), name, 3).flatten(1).unique(dim=0))
-    assert different >= 6 if name in RANDOM else different == 1  # two angles of motion can give the same trail
+    assert (
+        different >= 6 if name in RANDOM else different == 1
+    )  # two angles of motion can give the same trail
 
 
 def test_the_draws_of_a_large_set_do_not_repeat():
@@ -243,14 +249,20 @@ def mapped(image, points, mode):
     return np.stack([scipy.ndimage.map_coordinates(plane, where, order=1, mode=mode) for plane in image])
 
 
-@by_severity("constants", (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03))
+@by_severity(
+    "constants", (0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)
+)
 def test_elastic_transform_is_scipy_s(x, severity, constants, drawn):
     out = applied("elastic_transform", severity, x).numpy()
     height, width = x.shape[2:]
     side, third = min(height, width), min(height, width) // 3
     amount, smooth, jitter = constants
-    assert [a[:2] for a, _ in drawn] == [pytest.approx((-jitter * side, jitter * side)), (-1, 1)][: 2 if amount else 1]
-    before = np.array([[width // 2, height // 2]] * 3) + np.array([[third, third], [third, -third], [-third, -third]])
+    assert [a[:2] for a, _ in drawn] == [pytest.approx((-jitter * side, jitter * side)), (-1, 1)][
+        : 2 if amount else 1
+    ]
+    before = np.array([[width // 2, height // 2]] * 3) + np.array(
+        [[third, third], [third, -third], [-third, -third]]
+    )
     points = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(float)  # [H, W, 2]: (x, y)
     for k, image in enumerate(x.double().numpy()):
         after = before + drawn[0][1][k].double().numpy()
@@ -298,8 +310,13 @@ def test_snow_is_scipy_s(x, severity, constants, drawn):
     out = applied("snow", severity, x)
     mean, std, zoom, threshold, radius, sigma, keep = constants
     (_, noise), ((low, high, *_), degrees) = drawn
-    assert (low, high) == (-135, -45)  # flakes fall downwards or to one side of it, and are drawn out backwards
-    for image, result, flakes, angle in zip(x.double().numpy(), out, noise.double().numpy(), degrees.tolist()):
+    assert (low, high) == (
+        -135,
+        -45,
+    )  # flakes fall downwards or to one side of it, and are drawn out backwards
+    for image, result, flakes, angle in zip(
+        x.double().numpy(), out, noise.double().numpy(), degrees.tolist()
+    ):
         flakes = zoomed(mean + std * flakes[0], zoom)
         flakes = cut_off(np.where(flakes < threshold, 0, flakes.clip(0, 1)))
         flakes = cut_off(trailed(flakes, radius, sigma, angle))

@@ -49,8 +49,12 @@ class SameDraws(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if function not in self.draws:
             return function(*args, **kwargs)
-        device = kwargs.pop("device", None) or next((arg.device for arg in args if torch.is_tensor(arg)), "cpu")
-        drawn = function(*map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()}).to(device)
+        device = kwargs.pop("device", None) or next(
+            (arg.device for arg in args if torch.is_tensor(arg)), "cpu"
+        )
+        drawn = function(*map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()}).to(
+            device
+        )
         return args[0].copy_(drawn) if function in self.in_place else drawn
 
 
@@ -122,7 +126,9 @@ def robust(name):
 
 def mutual(self_kd):
     def loss(S, T, q):
-        q_A, q_B = (CMD.refined_label(self_kd, q, p, CMD.self_trust(p, 0.5)) for p in (S.softmax(1), T.softmax(1)))
+        q_A, q_B = (
+            CMD.refined_label(self_kd, q, p, CMD.self_trust(p, 0.5)) for p in (S.softmax(1), T.softmax(1))
+        )
         return sum(CMD.cmd_losses(q_A, q_B, S.softmax(1), T.softmax(1), chi=1.9)[:2])
 
     return loss
@@ -239,7 +245,9 @@ def test_loop_does_not_wait_for_the_device(name, cli, monkeypatch):
     """Except those of dead leaves and of BSS: their data decide what is left to do."""
     noise = ["--source", "gaussian"] if name == "noise_data_free_kd" else []
     modes, switch = [], torch.cuda.set_sync_debug_mode
-    watch(monkeypatch, lambda: modes.append(switch("error")), lambda: switch("default"))  # error: torch raises
+    watch(
+        monkeypatch, lambda: modes.append(switch("error")), lambda: switch("default")
+    )  # error: torch raises
     try:
         assert cli(load_script(name), *TINY, *SCRIPTS[name], *noise, "--amp")[0] == 0
     finally:
@@ -251,6 +259,15 @@ def test_loop_does_not_wait_for_the_device(name, cli, monkeypatch):
 def test_memory_of_hinton_at_batch_128(amp, cli, monkeypatch):
     peaks, cuda = [], torch.cuda
     watch(monkeypatch, cuda.reset_peak_memory_stats, lambda: peaks.append(cuda.max_memory_allocated()))
-    flags = ["--teacher-arch", "wrn-40-2", "--student-arch", "wrn-16-2", "--batch-size", 128, "--limit-train", 512]
+    flags = [
+        "--teacher-arch",
+        "wrn-40-2",
+        "--student-arch",
+        "wrn-16-2",
+        "--batch-size",
+        128,
+        "--limit-train",
+        512,
+    ]
     assert cli(kd_zoo, *TINY, *flags, "--epochs", 1, amp)[0] == 0
     assert 0 < max(peaks) < 4e9

@@ -24,8 +24,13 @@ from common import UsageError, load_dataset
 def test_shapes_are_the_same_pixels_everywhere():
     data = load_dataset("shapes")
     assert data.train_images.shape == (2000, 3, 32, 32) and data.test_images.shape == (1000, 3, 32, 32)
-    content = b"".join(part.numpy().tobytes() for part in (data.train_images, data.train_labels, data.test_images))
-    assert hashlib.sha256(content).hexdigest() == "e24521d7ae8a32a35dc06af352cecccaa578a1bb7fd2832bf494647fa72a7425"
+    content = b"".join(
+        part.numpy().tobytes() for part in (data.train_images, data.train_labels, data.test_images)
+    )
+    assert (
+        hashlib.sha256(content).hexdigest()
+        == "e24521d7ae8a32a35dc06af352cecccaa578a1bb7fd2832bf494647fa72a7425"
+    )
 
 
 def test_npz_arrays_are_read_whatever_their_layout(tmp_path):
@@ -39,15 +44,21 @@ def test_npz_arrays_are_read_whatever_their_layout(tmp_path):
     for part in ("test_images", "test_labels", "classes"):
         assert np.array_equal(getattr(data, part), raw[part])
     batch = data.batch(torch.tensor([7, 3, 3])).numpy()
-    assert batch.dtype == np.float32 and np.array_equal(batch, np.float32(images[[7, 3, 3]]) / np.float32(255))
+    assert batch.dtype == np.float32 and np.array_equal(
+        batch, np.float32(images[[7, 3, 3]]) / np.float32(255)
+    )
 
 
 def test_limits_take_evenly_spaced_samples(tmp_path):
-    path = write_npz(tmp_path / "sorted.npz", train_labels=np.repeat(np.arange(4), 10), classes=np.array(list("abcd")))
+    path = write_npz(
+        tmp_path / "sorted.npz", train_labels=np.repeat(np.arange(4), 10), classes=np.array(list("abcd"))
+    )
     data, whole = load_dataset(str(path), limit_train=8, limit_test=1000), load_dataset(str(path))
     assert data.train_labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and len(data.test_labels) == 20
     assert torch.equal(data.train_images, whole.train_images[::5])
-    assert load_dataset(str(path), limit_test=3).test_labels.tolist() == whole.test_labels[[0, 6, 13]].tolist()
+    assert (
+        load_dataset(str(path), limit_test=3).test_labels.tolist() == whole.test_labels[[0, 6, 13]].tolist()
+    )
 
 
 @pytest.mark.parametrize("key, value, says", [
@@ -139,7 +150,9 @@ def test_damaged_files_are_refused(tiny_npz):
     page = b"<!DOCTYPE html><title>404</title>"
     for content in (b"", page, whole[: len(whole) // 2], whole[:5000] + bytes(4000) + whole[9000:]):
         tiny_npz.write_bytes(content)
-        with pytest.raises(UsageError, match="tiny.npz is no .npz file with train_images, .*; README says") as error:
+        with pytest.raises(
+            UsageError, match="tiny.npz is no .npz file with train_images, .*; README says"
+        ) as error:
             load_dataset(str(tiny_npz))
         assert "pickle" not in str(error.value)
     tiny_npz.rename(tiny_npz.with_name("cifar10.npz"))
@@ -153,7 +166,9 @@ def test_a_download_becomes_a_file(tmp_path, monkeypatch):
 
     def cifar(root, train, download):
         data = pixels[1 - train].permute(0, 2, 3, 1).numpy()
-        return types.SimpleNamespace(data=data, targets=labels[1 - train].tolist(), classes=list("abcdefghij"))
+        return types.SimpleNamespace(
+            data=data, targets=labels[1 - train].tolist(), classes=list("abcdefghij")
+        )
 
     def svhn(root, split, download):
         part = ["train", "test"].index(split)
@@ -274,7 +289,9 @@ def test_pixels_are_as_stored(tmp_path):
             assert image is None, name
         else:
             columns = expected[:, 2:-2]
-            assert np.array_equal(image, columns.transpose(2, 0, 1) if columns.ndim == 3 else [columns] * 3), name
+            assert np.array_equal(
+                image, columns.transpose(2, 0, 1) if columns.ndim == 3 else [columns] * 3
+            ), name
 
 
 def test_decoding_takes_the_cores_that_the_process_may_use(folder, monkeypatch):
@@ -395,7 +412,10 @@ def test_a_stopped_decode_leaves_nothing_that_looks_finished(folder, monkeypatch
             raise OSError(errno.ENOSPC, "No space left on device")
 
     full = "pictures-train-36-36.raw cannot be written: No space left"
-    for name, value, error, says in (("progress", stop, KeyboardInterrupt, None), ("open", FullDisk, OSError, full)):
+    for name, value, error, says in (
+        ("progress", stop, KeyboardInterrupt, None),
+        ("open", FullDisk, OSError, full),
+    ):
         with monkeypatch.context() as patch, pytest.raises(error, match=says):
             patch.setattr(common, name, value, raising=False)
             load(folder)

@@ -144,10 +144,14 @@ def test_clean_metrics_are_numpy_s(scale):
     log_p = log_p - np.log(np.exp(log_p).sum(1, keepdims=True))
     p, hit = np.exp(log_p), z.argmax(1) == y
     which = np.digitize(p.max(1), np.linspace(0, 1, 16), right=True) - 1
-    ece = sum((which == b).mean() * abs(hit[which == b].mean() - p.max(1)[which == b].mean()) for b in set(which))
+    ece = sum(
+        (which == b).mean() * abs(hit[which == b].mean() - p.max(1)[which == b].mean()) for b in set(which)
+    )
     brier = ((p - np.eye(7)[y]) ** 2).sum(1).mean()
     expected = {"ECE": ece, "NLL": -log_p[np.arange(250), y].mean(), "Brier": brier}
-    assert accuracy == pytest.approx(100 * hit.mean()) and numbers == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert accuracy == pytest.approx(100 * hit.mean()) and numbers == pytest.approx(
+        expected, rel=1e-9, abs=1e-9
+    )
     for key, values in (("accuracy", hit), ("confidence", p.max(1))):
         means = [values[which == b].mean() if (which == b).any() else 0 for b in range(15)]
         assert bins[key] == pytest.approx(means)
@@ -187,7 +191,7 @@ def test_transfer_by_hand(monkeypatch):
     assert [(a[0], len(a[1]), a[3:6]) for a in attacks] == [(source.model, 2, (0.0015, 0.003, 20))] * 2
 
 
-# --------------------------------------------------------------------------------------------------- the script itself
+# ------------------------------------------------------------------------------------------ the script itself
 
 
 @pytest.fixture(autouse=True)
@@ -208,11 +212,36 @@ def write_checkpoint(path, seed=0, changes=(), **flags):
     """A checkpoint as a training script leaves it, of an untrained net; `changes` are to its entries."""
     torch.manual_seed(seed)
     nets = {"model": common.build_model("wrn-10-1", 3), "ema": common.build_model("wrn-10-1", 3)}
-    config = {"script": "nrd", "dataset": "tiny.npz", "data_dir": "data", "noise": "sym", "lr": 0.1, "seed": seed}
-    config |= {"device": "cpu", "out": None, "resume": False, "name": "nrd-tiny", "commit": "c0ffee", "given": []}
+    config = {
+        "script": "nrd",
+        "dataset": "tiny.npz",
+        "data_dir": "data",
+        "noise": "sym",
+        "lr": 0.1,
+        "seed": seed,
+    }
+    config |= {
+        "device": "cpu",
+        "out": None,
+        "resume": False,
+        "name": "nrd-tiny",
+        "commit": "c0ffee",
+        "given": [],
+    }
     config |= flags
-    checkpoint = {"script": config["script"], "dataset": "tiny.npz", "classes": CLASSES, "config": config, "rng": {}}
-    checkpoint |= {"noise": {}, "epochs": 2, "epoch": 2, "source": {"nrd.py": "the text", "common.py": "its text"}}
+    checkpoint = {
+        "script": config["script"],
+        "dataset": "tiny.npz",
+        "classes": CLASSES,
+        "config": config,
+        "rng": {},
+    }
+    checkpoint |= {
+        "noise": {},
+        "epochs": 2,
+        "epoch": 2,
+        "source": {"nrd.py": "the text", "common.py": "its text"},
+    }
     checkpoint |= {"metrics": [{"epoch": epoch, "test_acc": 50.0 * epoch} for epoch in (1, 2)]}
     checkpoint |= {"built_as": {part: net.built_as for part, net in nets.items()}}
     checkpoint |= {part: net.state_dict() for part, net in nets.items()} | dict(changes)
@@ -282,7 +311,9 @@ def test_end_to_end():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr) == (0, "")
     missing = subprocess.run([*command[:2], "missing.pt"], capture_output=True, text=True, timeout=120)
-    assert missing.returncode == 2 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
+    assert (
+        missing.returncode == 2 and missing.stderr.startswith("error: ") and missing.stderr.count("\n") == 1
+    )
     pictures = [f"{name}.{kind}" for kind in ("png", "pdf")
                 for name in ("reliability", "pgd", "training", "cifar-c", "transfer")]  # fmt: skip
     assert {path.name for path in Path("out").iterdir()} == {*pictures, "table.csv", "evaluation.jsonl"}
@@ -422,7 +453,13 @@ def test_teacher_that_students_name_is_built_again(run, kind):
         "no weights": ({"teacher_model": "own.py:same"}, "own.py:same"),
     }
     flags, name = given[kind]
-    flags = {"teacher_model": None, "teacher_arch": "wrn-10-1", "mean": None, "std": None, "limit_train": 7} | flags
+    flags = {
+        "teacher_model": None,
+        "teacher_arch": "wrn-10-1",
+        "mean": None,
+        "std": None,
+        "limit_train": 7,
+    } | flags
     changes = {"model": state, "teacher": name}
     write_checkpoint("s/checkpoint.pt", changes=changes, **flags)
     write_checkpoint("o/checkpoint.pt")
@@ -501,7 +538,9 @@ def test_every_call_measures_what_is_there_now(run):
 
 
 def library_of(*attacks):
-    return SimpleNamespace(**{attack.__name__: attack for attack in attacks}, __all__=[a.__name__ for a in attacks])
+    return SimpleNamespace(
+        **{attack.__name__: attack for attack in attacks}, __all__=[a.__name__ for a in attacks]
+    )
 
 
 def test_attacks_of_a_library(rows, monkeypatch):
@@ -546,7 +585,9 @@ def test_auto_attack_as_its_standard(monkeypatch, classes):
     asked = []
 
     class AutoAttack:
-        def __init__(self, model, norm="Linf", eps=8 / 255, version="standard", n_classes=10, seed=None, verbose=False):
+        def __init__(
+            self, model, norm="Linf", eps=8 / 255, version="standard", n_classes=10, seed=None, verbose=False
+        ):
             asked.append({"eps": eps, "n_classes": n_classes, "seed": seed})
 
         def __call__(self, images, labels):
@@ -555,19 +596,23 @@ def test_auto_attack_as_its_standard(monkeypatch, classes):
 
     monkeypatch.setitem(sys.modules, "torchattacks", library_of(AutoAttack))
     if classes < 4:
-        with pytest.raises(common.UsageError, match="--attack: AutoAttack needs four classes, and there are 3"):
+        with pytest.raises(
+            common.UsageError, match="--attack: AutoAttack needs four classes, and there are 3"
+        ):
             evaluate.load_attack("AutoAttack", classes)
         return
     subject = subject_of(Lookup(torch.eye(classes)[[0, 1, 2, 3]]), numbered(4), torch.tensor([0, 1, 2, 2]))
     subject.data = subject.data._replace(classes=list(range(classes)))
     for _ in range(2):
         args = SimpleNamespace(seed=7)
-        assert evaluate.evaluate_attack(subject, evaluate.load_attack("AutoAttack", classes), 0.02, args) == 75
+        assert (
+            evaluate.evaluate_attack(subject, evaluate.load_attack("AutoAttack", classes), 0.02, args) == 75
+        )
     options = {"eps": 0.02, "n_classes": min(classes, 10), "seed": 7}
     assert asked[:2] == asked[2:] and asked[0] == options
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------- pictures
 
 
 def drawn_subject(path="a.pt", seed=0, flags=(), **fields):
@@ -598,13 +643,19 @@ def test_reliability_diagram(figures):
     """The bins of seeds are pooled; the hatched gap reaches from a bin's accuracy to its confidence, up or down."""
     bins = [
         {"share": [0.5, 0.5, 0.0, 0.0], "accuracy": [0.2, 0.9, 0, 0], "confidence": [0.25, 0.5, 0, 0]},
-        {"share": [0.5, 0.488, 0.0, 0.012], "accuracy": [0.4, 0.9, 0, 0.5], "confidence": [0.15, 0.5, 0, 0.75]},
+        {
+            "share": [0.5, 0.488, 0.0, 0.012],
+            "accuracy": [0.4, 0.9, 0, 0.5],
+            "confidence": [0.15, 0.5, 0, 0.75],
+        },
     ]
     members = [drawn_subject(bins=of, numbers={"ECE": 0.1 * i}) for i, of in enumerate(bins)]
     args = SimpleNamespace(out=Path("."), pdf=False)
     evaluate.draw_reliability(args, [("nrd", members)])
     (axes,) = figures["reliability"].axes
-    bars = [[(bar.get_x(), bar.get_y(), bar.get_y() + bar.get_height()) for bar in of] for of in axes.containers]
+    bars = [
+        [(bar.get_x(), bar.get_y(), bar.get_y() + bar.get_height()) for bar in of] for of in axes.containers
+    ]
     solid = [(0, 0, 0.3), (0.25, 0, 0.9)]
     assert bars[0] == [pytest.approx(bar) for bar in solid]
     assert bars[1] == [pytest.approx(bar) for bar in [(0, 0.3, 0.2), (0.25, 0.9, 0.5)]]
@@ -641,7 +692,10 @@ def test_picture_of_training(figures):
     """A line is the mean of the seeds, a band one sample standard deviation to either side."""
     runs = [[{"epoch": 1, "test_acc": 10.0, "loss": 0.1}, {"epoch": 2, "test_acc": 20.0, "loss": 0.1}],
             [{"epoch": 1, "test_acc": 14.0, "loss": 0.1}, {"epoch": 2, "test_acc": 30.0, "loss": 0.1}]]  # fmt: skip
-    groups = [("two", [drawn_subject(metrics=run) for run in runs]), ("one", [drawn_subject(metrics=runs[1])])]
+    groups = [
+        ("two", [drawn_subject(metrics=run) for run in runs]),
+        ("one", [drawn_subject(metrics=runs[1])]),
+    ]
     groups.append(("without", [drawn_subject(metrics=[{"epoch": 1, "test_acc": None}, {"epoch": 2}])]))
     evaluate.draw_curves(SimpleNamespace(out=Path("."), pdf=False, curves=["test_acc"]), groups)
     (axes,) = figures["training"].axes
@@ -650,7 +704,9 @@ def test_picture_of_training(figures):
     (band,) = axes.collections
     spread = [statistics.stdev([10, 14]), statistics.stdev([20, 30])]
     edges = {(x, round(y, 6)) for x, y in band.get_paths()[0].vertices.tolist()}
-    assert edges == {(x, round(mean + sign * s, 6)) for x, mean, s in zip((1, 2), (12, 25), spread) for sign in (-1, 1)}
+    assert edges == {
+        (x, round(mean + sign * s, 6)) for x, mean, s in zip((1, 2), (12, 25), spread) for sign in (-1, 1)
+    }
     assert axes.get_ylabel() == "test accuracy (%)"
     assert legend(figures["training"]) == ("mean ± standard deviation of 1 to 2 seeds", ["two", "one"])
 
@@ -674,8 +730,10 @@ def test_curves_are_of_every_metric_that_a_run_has(figures):
 
 def test_curves_of_one_run(figures):
     """A metric that comes late, that goes, that is None; lists and texts are not drawn."""
-    metrics = [{"epoch": 1, "lr": 0.1, "test_acc": 10.0, "gone": 1, "train_acc_wrong": None},
-               {"epoch": 2, "lr": 0.1, "test_acc": 20.0, "new": 2, "train_acc_wrong": 5.0, "two": [1, 2]}]
+    metrics = [
+        {"epoch": 1, "lr": 0.1, "test_acc": 10.0, "gone": 1, "train_acc_wrong": None},
+        {"epoch": 2, "lr": 0.1, "test_acc": 20.0, "new": 2, "train_acc_wrong": 5.0, "two": [1, 2]},
+    ]
     common.plot_curves(Path("curves.png"), metrics, "a $title$", teacher_acc=90)
     figure = figures["curves"]
     panels = {axes.get_ylabel(): [line.get_label() for line in axes.lines] for axes in figure.axes}
@@ -743,7 +801,12 @@ def test_picture_of_transfer(figures, monkeypatch):
     for _, members in groups:
         for subject in members:
             subject.data = common.Dataset(None, None, None, [0] * 4, CLASSES)
-    rates = {"a": [1.0, 2, 3], "b": [4.0, 6, 8], "c": [50.0, 60, 70], "t": [7.0, 8, 9]}  # source: rate on each target
+    rates = {
+        "a": [1.0, 2, 3],
+        "b": [4.0, 6, 8],
+        "c": [50.0, 60, 70],
+        "t": [7.0, 8, 9],
+    }  # source: rate on each target
     monkeypatch.setattr(evaluate, "evaluate_transfer", lambda source, *_: rates[source.path])
     args = SimpleNamespace(out=Path("."), pdf=False, eps=[0.031])
     evaluate.report_transfer(args, groups, [drawn_subject("t")])
@@ -751,7 +814,12 @@ def test_picture_of_transfer(figures, monkeypatch):
     assert lines_of()[0]["numbers"]["success_rate"] == expected
     (axes,) = figures["transfer"].axes
     assert axes.images[0].get_array().tolist() == expected
-    assert [text.get_text() for text in axes.get_yticklabels()] == ["1: a seed 0", "2: a seed 1", "3: c seed 0", "mean"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
+        "1: a seed 0",
+        "2: a seed 1",
+        "3: c seed 0",
+        "mean",
+    ]
     assert [text.get_text() for text in axes.get_xticklabels()] == ["1", "2", "3", "mean", "teacher"]
     assert axes.get_xlabel() == "source"
     rates["c"][1] = math.nan
@@ -761,7 +829,9 @@ def test_picture_of_transfer(figures, monkeypatch):
 
 def test_contact_sheet(figures, monkeypatch):
     """A corruption a row in the order of the names, then for each image the clean one and severity 1 to 5."""
-    monkeypatch.setattr(evaluate, "CORRUPTIONS", {"contrast": evaluate.contrast, "brightness": evaluate.brightness})
+    monkeypatch.setattr(
+        evaluate, "CORRUPTIONS", {"contrast": evaluate.contrast, "brightness": evaluate.brightness}
+    )
     images = common.read_npz(Path("tiny.npz")).test_images[:2]
     evaluate.show_corruptions(SimpleNamespace(out=Path("."), pdf=False, seed=0), images)
     (axes,) = figures["corruptions"].axes
@@ -795,14 +865,27 @@ def test_plot_by_flags(figures):
     subjects = []
     for i, (sigma, rate, seed) in enumerate(BY):
         given = {"rate": rate} | ({"sigma": sigma} if sigma else {})
-        config = {"script": "sr" if sigma else "teacher", "sigma": sigma, "rate": rate, "seed": seed, "given": given}
-        subjects.append(evaluate.Subject(f"{i}.pt", config, None, "some", None, 1, numbers={"accuracy (%)": 10.0 * i}))
-    evaluate.draw_by(SimpleNamespace(plot_by=["sigma", "rate"], out=Path("."), pdf=False), subjects, "heading")
+        config = {
+            "script": "sr" if sigma else "teacher",
+            "sigma": sigma,
+            "rate": rate,
+            "seed": seed,
+            "given": given,
+        }
+        subjects.append(
+            evaluate.Subject(f"{i}.pt", config, None, "some", None, 1, numbers={"accuracy (%)": 10.0 * i})
+        )
+    evaluate.draw_by(
+        SimpleNamespace(plot_by=["sigma", "rate"], out=Path("."), pdf=False), subjects, "heading"
+    )
     (axes,) = figures["by-sigma-rate"].axes
     expected = [[20, 30], [math.nan, 5], [math.nan, 40]]
     assert np.array_equal(np.ma.filled(axes.images[0].get_array(), math.nan), expected, equal_nan=True)
     assert [text.get_text() for text in axes.get_yticklabels()] == ["sr sigma=0.1", "sr sigma=0.2", "teacher"]
-    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.0", "0.5"] and axes.get_title() == "accuracy (%)"
+    assert [text.get_text() for text in axes.get_xticklabels()] == [
+        "0.0",
+        "0.5",
+    ] and axes.get_title() == "accuracy (%)"
 
     evaluate.draw_by(SimpleNamespace(plot_by=["sigma"], out=Path("."), pdf=False), subjects, "heading")
     (axes,) = figures["by-sigma"].axes
@@ -834,7 +917,7 @@ def test_axes_of_numbers_are_numeric(figures, values, places, labels, scale):
     assert " ".join(text.get_text() for text in axes.get_xticklabels()) == labels
 
 
-# ----------------------------------------------------------------------------------------------- memory of wrong labels
+# ------------------------------------------------------------------------------------- memory of wrong labels
 
 
 @pytest.mark.parametrize("script, per_sample", [
@@ -858,7 +941,10 @@ def test_memory_is_measured_on_the_labels_of_training(run, figures, script, per_
     for subset, mask in (("clean", ~wrong), ("mislabelled", wrong), ("overall", wrong | ~wrong)):
         assert plain[subset] == pytest.approx(common.accuracy(p[mask], true[mask]))
     assert plain["ECE"] == pytest.approx(common.calibration(p, true)[0], abs=1e-6)
-    assert list(line["numbers"]["memory"]) == ["images as they are", "2 unseen views"] and 0 <= line["numbers"]["AUROC"] <= 1
+    assert (
+        list(line["numbers"]["memory"]) == ["images as they are", "2 unseen views"]
+        and 0 <= line["numbers"]["AUROC"] <= 1
+    )
     histogram, _, *polygons = [axes for part in figures["memory"].subfigs for axes in part.axes]
     assert -p[wrong, true[wrong]].log().max() < histogram.get_xlim()[1] < 3  # an untrained net: about log 3
     assert len(polygons) == 8 and all("\nlabelled " not in axes.get_title() for axes in polygons[:4])
@@ -928,7 +1014,7 @@ def test_memory_that_cannot_be_measured_is_one_line(run, changes, says):
     assert not Path("evaluation.jsonl").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------- rows
+# ------------------------------------------------------------------------------------------------------- rows
 
 
 def test_rows_are_seeds(rows):
@@ -973,7 +1059,9 @@ def test_each_of_two_equal_networks_is_named(rows):
     changes["peer"] = common.build_model("wrn-10-1", 3).state_dict()
     write_checkpoint("c.pt", changes=changes | {"script": "cmd"}, script="cmd")
     write_checkpoint("n.pt")
-    names = [list(rows(*flags)) for flags in (["c.pt"], ["c.pt", "--part", "peer"], ["n.pt", "--part", "ema"])]
+    names = [
+        list(rows(*flags)) for flags in (["c.pt"], ["c.pt", "--part", "peer"], ["n.pt", "--part", "ema"])
+    ]
     assert names == [["cmd, network A"], ["cmd, network B"], ["nrd, network ema"]]
 
 
@@ -1086,7 +1174,9 @@ def official(folder):
 def test_the_official_files_are_read_by_severity_and_row(official, monkeypatch):
     """Of 10,000 test images the 20 evenly spaced ones are those of tiny.npz."""
     seen = []
-    monkeypatch.setattr(evaluate, "predict", lambda model, images, **_: seen.append(images) or torch.zeros(20, 3))
+    monkeypatch.setattr(
+        evaluate, "predict", lambda model, images, **_: seen.append(images) or torch.zeros(20, 3)
+    )
     subject = subject_of(Net(), numbered(20), torch.arange(20) % 3)
     files = evaluate.read_cifar_c(official, [subject])
     monkeypatch.setattr(evaluate, "CORRUPTIONS", ["fog"])
@@ -1110,14 +1200,18 @@ def test_damaged_files_of_cifar_c_are_named(official, run, kind):
     write_checkpoint("a.pt")
     (official / "fog.npy").unlink()
     DAMAGED[kind](official / "fog.npy")
-    with pytest.raises(common.UsageError, match="^--cifar-c: official/fog.npy is missing, damaged or not CIFAR-10-C's"):
+    with pytest.raises(
+        common.UsageError, match="^--cifar-c: official/fog.npy is missing, damaged or not CIFAR-10-C's"
+    ):
         run("a.pt", "--cifar-c", "official")
 
 
 def test_cifar_c_of_other_labels_and_numbers_is_refused(official, run):
     write_checkpoint("a.pt")
     np.save("official/labels.npy", np.zeros(50000, np.uint8))
-    with pytest.raises(common.UsageError, match="--cifar-c: official/labels.npy are not the labels of tiny.npz, 20 "):
+    with pytest.raises(
+        common.UsageError, match="--cifar-c: official/labels.npy are not the labels of tiny.npz, 20 "
+    ):
         run("a.pt", "--cifar-c", "official")
     (official / "fog.npy").unlink()
     np.lib.format.open_memmap("official/fog.npy", "w+", np.float32, (50000, 32, 32, 3))
@@ -1128,9 +1222,14 @@ def test_cifar_c_of_other_labels_and_numbers_is_refused(official, run):
 def test_cinic_takes_the_images_of_imagenet_class_by_class(folder):
     """Six of each class lie over three splits, their red 10 · class + number; others are not taken."""
     cinic = folder / "cinic"
-    files = {f"train/{name}/cifar10-train-1.png": 255 for name in evaluate.CIFAR10} | {"train/submarine/n11_0.png": 254}
+    files = {f"train/{name}/cifar10-train-1.png": 255 for name in evaluate.CIFAR10} | {
+        "train/submarine/n11_0.png": 254
+    }
     for c, name in enumerate(evaluate.CIFAR10):
-        files |= {f"{split}/{name}/n0{c}_{i}.png": 10 * c + i for i, split in enumerate(["train", "valid", "test"] * 2)}
+        files |= {
+            f"{split}/{name}/n0{c}_{i}.png": 10 * c + i
+            for i, split in enumerate(["train", "valid", "test"] * 2)
+        }
     for name, level in files.items():
         (cinic / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (level, 255 - level, 7)).save(cinic / name)
@@ -1138,8 +1237,12 @@ def test_cinic_takes_the_images_of_imagenet_class_by_class(folder):
     red = images[:, 0, 0, 0].long()
     expected = torch.stack([red, 255 - red, red * 0 + 7], 1).byte()[..., None, None].expand(60, 3, 32, 32)
     assert torch.equal(images, expected) and torch.equal(labels, red // 10)
-    assert sorted(red.tolist()) == sorted(10 * c + i for c in range(10) for i in range(6))  # nothing else, none twice
-    with pytest.raises(common.UsageError, match="--cinic: .*cinic has 6 images of ImageNet for airplane, not 7"):
+    assert sorted(red.tolist()) == sorted(
+        10 * c + i for c in range(10) for i in range(6)
+    )  # nothing else, none twice
+    with pytest.raises(
+        common.UsageError, match="--cinic: .*cinic has 6 images of ImageNet for airplane, not 7"
+    ):
         evaluate.load_cinic(cinic, 0, per_class=7)
     damaged = cinic / "train/frog/n06_0.png"
     Image.new("RGB", (28, 28)).save("small.png")
@@ -1165,15 +1268,24 @@ BAD = [
     ("a.pt --cinic nowhere", "--cinic: has the classes of cifar10"),
     ("a.pt --cifar-c nowhere", "--cifar-c: nowhere/gaussian_noise.npy is missing"),
     ("a.pt --image-size 32", "--image-size: the images of tiny.npz keep their size"),
-    ("--model soft.py:net --dataset tiny.npz --resize 40", "--resize: the images of tiny.npz keep their size"),
+    (
+        "--model soft.py:net --dataset tiny.npz --resize 40",
+        "--resize: the images of tiny.npz keep their size",
+    ),
     ("--model soft.py:net --dataset tiny.npz", "--model: soft.py:net gives probabilities, not logits"),
     ("--model soft.py:net --dataset tiny.npz --curves", "--curves: weights do not hold the metrics"),
     ("a.pt --memory --pgd 1", "--memory: looks at training images alone"),
     ("weights.pt --arch wrn-10-1 --dataset tiny.npz --memory", "--memory: weights.pt does not tell"),
-    ("--model soft.py:net --dataset tiny.npz --curves", "--curves: weights hold no metrics of their training"),
+    (
+        "--model soft.py:net --dataset tiny.npz --curves",
+        "--curves: weights hold no metrics of their training",
+    ),
     ("a.pt --plot-by sigma", "--plot-by: name one or two flags of the runs' config.json, not sigma"),
     ("a.pt --transfer --teacher", "--teacher: the checkpoints name no teacher; add the path of one"),
-    ("taught.pt other.pt --transfer --teacher", "--teacher: the checkpoints name t1.pt, t2.pt; add the path of one"),
+    (
+        "taught.pt other.pt --transfer --teacher",
+        "--teacher: the checkpoints name t1.pt, t2.pt; add the path of one",
+    ),
     ("a.pt --transfer --teacher missing.pt", "--teacher: no file missing.pt"),
     ("missing.pt weights.pt", "CKPT: none of these can be evaluated"),
     ("--show-corruptions --pgd 2", "CKPT: name the checkpoint.pt of a run folder"),
@@ -1186,7 +1298,10 @@ BAD = [
     ("weights.pt --model soft.py:net --dataset tiny.npz --std 1 1 1", f"--std: {NOTHING} --arch"),
     ("weights.pt --arch wrn-10-1 --dataset tiny.npz --part model", "--part: checkpoints of runs have parts"),
     ("a.pt --curves test_acc test_los", "--curves: no run has test_los; they have epoch, test_acc"),
-    ("weights.pt --arch wrn-10-1 --dataset only.npz --mean 0 0 0", "--mean, --std: are needed; there are no "),
+    (
+        "weights.pt --arch wrn-10-1 --dataset only.npz --mean 0 0 0",
+        "--mean, --std: are needed; there are no ",
+    ),
 ]
 
 

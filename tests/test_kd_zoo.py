@@ -28,7 +28,7 @@ def features(seed, widths=(4, 4, 6, 8), sizes=(8, 8, 4, 2)):
     return [torch.randn(B, k, n, n, generator=generator) for k, n in zip(widths, sizes)]
 
 
-# ------------------------------------------------------------------------------------------------------------- in numpy
+# --------------------------------------------------------------------------------------------------- in numpy
 
 
 def kl(log_p, log_q):
@@ -84,11 +84,15 @@ def attention(f):
 
 
 FEATURE_LOSSES = {
-    "attention_loss": lambda s, t: sum(((attention(a) - attention(b)) ** 2).mean() for a, b in zip(s[1:], t[1:])),
+    "attention_loss": lambda s, t: sum(
+        ((attention(a) - attention(b)) ** 2).mean() for a, b in zip(s[1:], t[1:])
+    ),
     "similarity_loss": lambda s, t: ((gram(s) - gram(t)) ** 2).sum() / B**2,
     "rkd_distance_loss": lambda s, t: huber(distances(s), distances(t)),
     "rkd_angle_loss": lambda s, t: huber(angles(s), angles(t)),
-    "fsp_loss": lambda s, t: sum(w * ((fsp(s, n) - fsp(t, n)) ** 2).mean() for n, w in ((1, 1), (2, 3), (3, 1))),
+    "fsp_loss": lambda s, t: sum(
+        w * ((fsp(s, n) - fsp(t, n)) ** 2).mean() for n, w in ((1, 1), (2, 3), (3, 1))
+    ),
 }
 
 
@@ -114,11 +118,13 @@ def test_logit_losses_in_numpy():
     assert kd_zoo.hinton_loss(S, T, tau).item() == pytest.approx(tau**2 * kl(t, s), rel=1e-5)
     dml = cross_entropy(S, y) + cross_entropy(T, y) + tau**2 * (kl(t, s) + kl(s, t))
     assert kd_zoo.dml_loss(S, T, y, tau).item() == pytest.approx(dml, rel=1e-5)
-    one = sum(cross_entropy(x, y) for x in (S, T, E)) + np.exp(-5 * (1 - 0.3) ** 2) * tau**2 * (kl(e, s) + kl(e, t))
+    one = sum(cross_entropy(x, y) for x in (S, T, E)) + np.exp(-5 * (1 - 0.3) ** 2) * tau**2 * (
+        kl(e, s) + kl(e, t)
+    )
     assert kd_zoo.one_loss([S, T], E, y, tau, 0.3).item() == pytest.approx(one, rel=1e-5)
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ---------------------------------------------------------------------------------------------------- by hand
 
 
 def image(*pixels):
@@ -131,12 +137,18 @@ def test_losses_by_hand():
     by_hand = 4 * (0.75 * np.log(1.5) + 0.25 * np.log(0.5))
     assert kd_zoo.hinton_loss(S, T, 2.0).item() == pytest.approx(by_hand, rel=1e-6)
     # attention maps (1, 0) and (0, 1): squared difference 1 at both positions; the stem does not count
-    assert kd_zoo.attention_loss([image(9.0), image(3.0, 0)], [image(1.0), image(0, 2.0)]).item() == pytest.approx(1)
+    assert kd_zoo.attention_loss(
+        [image(9.0), image(3.0, 0)], [image(1.0), image(0, 2.0)]
+    ).item() == pytest.approx(1)
     # two samples, parallel and orthogonal: Gram rows (1, 1)/√2 against (1, 0), twice
     s, t = (torch.tensor(rows).view(2, 2, 1, 1) for rows in ([[1.0, 0], [1, 0]], [[1.0, 0], [0, 1]]))
-    assert kd_zoo.similarity_loss([s], [t]).item() == pytest.approx(2 * ((1 - 0.5**0.5) ** 2 + 0.5) / 4, rel=1e-6)
+    assert kd_zoo.similarity_loss([s], [t]).item() == pytest.approx(
+        2 * ((1 - 0.5**0.5) ** 2 + 0.5) / 4, rel=1e-6
+    )
     # points 0, 1, 3 on a line have distances 1, 3, 2, mean 2
-    assert kd_zoo.relative_distances(torch.tensor([[0.0], [1], [3]]))[0].tolist() == pytest.approx([0, 0.5, 1.5])
+    assert kd_zoo.relative_distances(torch.tensor([[0.0], [1], [3]]))[0].tolist() == pytest.approx(
+        [0, 0.5, 1.5]
+    )
     # directions at 0°, 60°, 180°: chords 1, 2, √3; at 0°, 90°, 180°: √2, 2, √2
     points = ([1.0, 0], [0.5, 0.75**0.5], [-1.0, 0]), ([3.0, 0], [0.0, 1], [-2.0, 0])
     s, t = (torch.tensor(three).view(3, 2, 1, 1) for three in points)
@@ -152,7 +164,9 @@ def test_losses_by_hand():
     assert matrix.tolist() == [[[3.0], [6.0]]]
     regressor = torch.nn.Conv2d(1, 1, 1, bias=False)
     torch.nn.init.constant_(regressor.weight, 2.0)  # 2, 4 against 2, 1
-    assert kd_zoo.fitnet_loss(regressor, [0, 0, image(1.0, 2.0)], [0, 0, image(2.0, 1.0)]).item() == pytest.approx(4.5)
+    assert kd_zoo.fitnet_loss(
+        regressor, [0, 0, image(1.0, 2.0)], [0, 0, image(2.0, 1.0)]
+    ).item() == pytest.approx(4.5)
 
 
 def test_invariances():
@@ -162,9 +176,15 @@ def test_invariances():
     relations = ("rkd_distance_loss", "rkd_angle_loss")
     for changed, same in (
         ([f * 7 for f in s], ("attention_loss", "similarity_loss", *relations)),
-        ([*s[:-1], torch.einsum("kl,blhw->bkhw", turn, s[-1])], ("attention_loss", "similarity_loss", *relations)),
+        (
+            [*s[:-1], torch.einsum("kl,blhw->bkhw", turn, s[-1])],
+            ("attention_loss", "similarity_loss", *relations),
+        ),
         ([f + 1 for f in s], ()),
-        ([f * (3 + torch.rand(B, 1, 1, 1)) for f in s], ("attention_loss", *relations)),  # each by its own factor
+        (
+            [f * (3 + torch.rand(B, 1, 1, 1)) for f in s],
+            ("attention_loss", *relations),
+        ),  # each by its own factor
     ):
         for loss in (getattr(kd_zoo, name) for name in FEATURE_LOSSES):
             equal = loss(changed, t).item() == pytest.approx(loss(s, t).item(), rel=1e-3)
@@ -193,7 +213,7 @@ def test_no_loss_waits_for_the_device():
     sum(losses).backward()
 
 
-# ------------------------------------------------------------------------------------------------------------- the nets
+# --------------------------------------------------------------------------------------------------- the nets
 
 
 def test_boundary_samples_begin_where_the_nets_differ_most():
@@ -256,7 +276,9 @@ def test_one_shares_its_trunk_and_weighs_its_branches():
         assert torch.allclose(ensemble, expected, atol=1e-5) and torch.equal(one(x), ensemble)
     shared = {id(p) for p in alone[0].parameters()} & {id(p) for p in alone[2].parameters()}
     trunk = [alone[0].stem, *alone[0].blocks[:-1]]
-    assert shared == {id(p) for part in trunk for p in part.parameters()}  # last group and classifier are its own
+    assert shared == {
+        id(p) for part in trunk for p in part.parameters()
+    }  # last group and classifier are its own
 
 
 def test_class_accuracies():
@@ -264,7 +286,7 @@ def test_class_accuracies():
     assert kd_zoo.class_accuracies(logits, torch.tensor([0, 1, 1, 0])) == [50, 50, 0, 0]
 
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 
 IMBALANCED = {  # the sizes of the group's code for CIFAR-10
@@ -280,13 +302,17 @@ def test_imbalance_has_the_sizes_of_the_group_s_code(gamma, capsys):
     assert labels[kept].bincount().tolist() == IMBALANCED[gamma] and torch.equal(kept, kept.unique())
     assert capsys.readouterr().out == ""
     for c in range(10):  # the first of each class
-        assert torch.equal(kept[labels[kept] == c], (labels == c).nonzero().squeeze(1)[: IMBALANCED[gamma][c]])
+        assert torch.equal(
+            kept[labels[kept] == c], (labels == c).nonzero().squeeze(1)[: IMBALANCED[gamma][c]]
+        )
 
 
 def test_imbalance_says_which_class_is_too_small(capsys):
     labels = torch.tensor([0] * 4 + [1] * 32 + [2] * 32)  # the formula has 22, 2 and 1
     assert labels[kd_zoo.imbalance(labels, 1, 3)].bincount().tolist() == [4, 2, 1]
-    assert capsys.readouterr().out == "--imbalance: class 0 has 4 training images, not the 22 of the formula\n"
+    assert (
+        capsys.readouterr().out == "--imbalance: class 0 has 4 training images, not the 22 of the formula\n"
+    )
 
 
 def test_student_and_teacher_have_the_same_imbalanced_images(cli, tmp_path, monkeypatch):
@@ -297,7 +323,9 @@ def test_student_and_teacher_have_the_same_imbalanced_images(cli, tmp_path, monk
     monkeypatch.setattr(F, "cross_entropy", lambda S, labels: y.append(labels) or loss(S, labels))
     flags = ["--dataset", "large.npz", "--imbalance", 2, "--batch-size", 1000]
     assert cli(kd_zoo, *TINY, *flags)[::2] == (0, "")
-    number = [(pixels[:, 0, 0, 0] * 255).round().long() for pixels in x]  # of an image, which has it as its colour
+    number = [
+        (pixels[:, 0, 0, 0] * 255).round().long() for pixels in x
+    ]  # of an image, which has it as its colour
     kept = kd_zoo.imbalance(torch.arange(120) % 3, 2, 3)
     assert len(number) == 2 and all(torch.equal(n.sort().values, kept) for n in number) and len(kept) < 120
     assert torch.equal(torch.cat(number) % 3, torch.cat(y))
@@ -308,15 +336,21 @@ STAGES = {"fitnet": ["--init-epochs", 1], "fsp": ["--init-epochs", 1]}
 
 @pytest.mark.parametrize("method", kd_zoo.TABLE_I)
 def test_every_method_runs(cli, method):
-    status, out, err = cli(kd_zoo, *small(method), "--method", method, *STAGES.get(method, []), "--out", "run")
+    status, out, err = cli(
+        kd_zoo, *small(method), "--method", method, *STAGES.get(method, []), "--out", "run"
+    )
     assert (status, err) == (0, "") and ("training a teacher first" in out) == (method not in kd_zoo.ALONE)
     checkpoint, data = saved("run"), common.load_dataset("tiny.npz")
     *_, last = metrics = checkpoint["metrics"]
     logits = common.predict(common.load_model(checkpoint), data.test_images)
-    assert len(metrics) == 1 + (method in STAGES) and last["test_acc"] == common.accuracy(logits, data.test_labels)
+    assert len(metrics) == 1 + (method in STAGES) and last["test_acc"] == common.accuracy(
+        logits, data.test_labels
+    )
     assert last["class_acc"] == kd_zoo.class_accuracies(logits, data.test_labels)
     if method in ("one", "dml"):  # the best of several networks
-        assert last["test_acc"] == max(last["each_test_acc"]) and len(last["each_test_acc"]) == 2 + (method == "one")
+        assert last["test_acc"] == max(last["each_test_acc"]) and len(last["each_test_acc"]) == 2 + (
+            method == "one"
+        )
         assert not torch.equal(*(checkpoint[part]["blocks.2.0.conv1.weight"] for part in ("net1", "net2")))
 
 
@@ -347,7 +381,9 @@ def test_the_loop_adds_up_the_terms_of_table_1(cli, monkeypatch, method):
     monkeypatch.setattr(common, "load_teacher", lambda *a, **k: teachers.append(load(*a, **k)) or teachers[0])
     steps, step = [], torch.optim.SGD.step
     monkeypatch.setattr(
-        torch.optim.SGD, "step", lambda sgd: steps.append((sgd.param_groups[0]["lr"], len(sgd.state))) or step(sgd)
+        torch.optim.SGD,
+        "step",
+        lambda sgd: steps.append((sgd.param_groups[0]["lr"], len(sgd.state))) or step(sgd),
     )
     name, *add = method.split()
     flags = [*STAGES.get(name, []), "--epochs", len(SUMS[method]) - (name in STAGES), "--batch-size", 40]
@@ -355,10 +391,18 @@ def test_the_loop_adds_up_the_terms_of_table_1(cli, monkeypatch, method):
     metrics = saved("run")["metrics"]
     assert [record["train_loss"] for record in metrics] == pytest.approx(SUMS[method])
     assert [lr for lr, _ in steps[-len(metrics) :]] == [record["lr"] for record in metrics]
-    assert name not in STAGES or [state for _, state in steps[-2:]] == [0, 0]  # stage 2 begins without momentum
+    assert name not in STAGES or [state for _, state in steps[-2:]] == [
+        0,
+        0,
+    ]  # stage 2 begins without momentum
     for teacher, _ in teachers:
-        modes = {type(module).__name__: (module.training, getattr(module, "p", 0)) for module in teacher.modules()}
-        assert modes["Dropout"] == ((True, 0.4) if add[-1:] == ["ft"] else (False, 0)) and not modes["BatchNorm2d"][0]
+        modes = {
+            type(module).__name__: (module.training, getattr(module, "p", 0)) for module in teacher.modules()
+        }
+        assert (
+            modes["Dropout"] == ((True, 0.4) if add[-1:] == ["ft"] else (False, 0))
+            and not modes["BatchNorm2d"][0]
+        )
 
 
 @pytest.mark.parametrize("method, stops", [("fitnet", 5), ("one", 2), ("dml", 2)])

@@ -55,7 +55,10 @@ def test_initial_weights_have_the_deviation_of_the_authors_code(arch, deviation)
 
 def test_normalisation_is_part_of_the_model_and_of_its_checkpoint():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    plain, model = build_model("wrn-10-1", 3).eval(), build_model("wrn-10-1", 3, 0.1, mean, std, image_size=40)
+    plain, model = (
+        build_model("wrn-10-1", 3).eval(),
+        build_model("wrn-10-1", 3, 0.1, mean, std, image_size=40),
+    )
     images = torch.rand(4, 3, 40, 40)
     with torch.no_grad():
         assert not torch.equal(model(images), model(images))  # dropout, in training only
@@ -70,7 +73,9 @@ def test_normalisation_is_part_of_the_model_and_of_its_checkpoint():
 def test_photographs_get_the_library_s_architecture(arch, monkeypatch):
     """With the same weights the logits are those of torchvision's model."""
     made, get_model, x = [], torchvision.models.get_model, torch.rand(2, 3, 128, 128)
-    monkeypatch.setattr(torchvision.models, "get_model", lambda *a, **k: made.append(get_model(*a, **k)) or made[-1])
+    monkeypatch.setattr(
+        torchvision.models, "get_model", lambda *a, **k: made.append(get_model(*a, **k)) or made[-1]
+    )
     model = build_model(arch, 7, image_size=128).eval()
     for bn in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         torch.nn.init.normal_(bn.bias)
@@ -96,7 +101,10 @@ def test_pretrained_weights_but_for_a_classifier_of_another_size(monkeypatch):
 
 
 def test_predict_is_the_model_in_evaluation_mode_row_by_row():
-    model, images = build_model("wrn-10-1", 10).train(), torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)
+    model, images = (
+        build_model("wrn-10-1", 10).train(),
+        torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8),
+    )
     state = {key: value.clone() for key, value in model.state_dict().items()}
     logits = common.predict(model, images, batch_size=7)
     model.amp = True
@@ -104,7 +112,9 @@ def test_predict_is_the_model_in_evaluation_mode_row_by_row():
     model.amp = False
     assert model.training and all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert logits.dtype == half.dtype == torch.float32 and not logits.requires_grad
-    assert torch.allclose(half, logits, atol=0.1) and not torch.equal(half, logits)  # bfloat16: to its precision
+    assert torch.allclose(half, logits, atol=0.1) and not torch.equal(
+        half, logits
+    )  # bfloat16: to its precision
     with torch.no_grad():
         assert torch.allclose(logits, model.eval()(images / 255), atol=1e-4)
 

@@ -55,7 +55,9 @@ def flags_of(script, monkeypatch):
         elif action.nargs == 0:
             flags[action.dest] = [[option], []]
         else:
-            values = list(action.choices or {common.count: (3, 7), int: (3, 7), Path: ("a", "b")}.get(action.type, ()))
+            values = list(
+                action.choices or {common.count: (3, 7), int: (3, 7), Path: ("a", "b")}.get(action.type, ())
+            )
             values = values or ([0.37, 0.61] if action.type else ["wrn-10-3", "wrn-16-3"])
             length = action.nargs if isinstance(action.nargs, int) else 1
             flags[action.dest] = [[option, *[value] * length] for value in values]
@@ -120,6 +122,9 @@ def test_a_folder_is_named_by_what_is_typed(parse, typed, name, given):
 def test_help_shows_the_preset(parse, capsys):
     parse(load_script("fickle_teacher"), ["--dataset", "cifar10", "--dropout", 0.3, "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    for line in ("--epochs EPOCHS passes over the training set; the schedule scales along (default: 300)",
-                 "initial learning rate (default: 0.1)", "random seed; several: one run per seed (default: [0])"):
+    for line in (
+        "--epochs EPOCHS passes over the training set; the schedule scales along (default: 300)",
+        "initial learning rate (default: 0.1)",
+        "random seed; several: one run per seed (default: [0])",
+    ):
         assert line in shown

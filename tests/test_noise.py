@@ -25,7 +25,9 @@ def test_noise_follows_its_seed_and_nothing_else(kind):
     assert torch.equal(torch.get_rng_state(), state)  # the training's random numbers stay as they are
     torch.rand(5)
     assert torch.equal(first, corrupt(kind, 0.4)) and not torch.equal(first, corrupt(kind, 0.4, seed=1))
-    assert torch.equal(LABELS, before) and first.dtype == torch.int64 and torch.equal(corrupt(kind, 0.0), LABELS)
+    assert (
+        torch.equal(LABELS, before) and first.dtype == torch.int64 and torch.equal(corrupt(kind, 0.0), LABELS)
+    )
 
 
 @pytest.mark.parametrize("rate", [0.2, 1.0])
@@ -58,11 +60,15 @@ def test_pair_moves_to_the_next_class():
 def test_asym_cifar10_moves_class_by_class_over_the_labels_as_they_then_are(rate, wrong):
     noisy = corrupt("asym", rate, torch.arange(50000) % 10)
     labels = torch.arange(50000) % 10
-    assert int((noisy != labels).sum()) == pytest.approx(wrong * 50000, abs=120)  # by chance: which dogs were cats
+    assert int((noisy != labels).sum()) == pytest.approx(
+        wrong * 50000, abs=120
+    )  # by chance: which dogs were cats
     for source, target in (("bird", "airplane"), ("deer", "horse"), ("dog", "cat"), ("truck", "automobile")):
         of_source = noisy[labels == CIFAR10.index(source)]
         moved = of_source == CIFAR10.index(target)
-        if source == "dog":  # 5000 dogs and the cats that became dogs before; the share `rate` of all of them moves
+        if (
+            source == "dog"
+        ):  # 5000 dogs and the cats that became dogs before; the share `rate` of all of them moves
             assert within(int(moved.sum()), 5000, rate)
         else:
             assert int(moved.sum()) == round(rate * 5000)
@@ -130,11 +136,20 @@ def test_files_that_are_not_cifar_n_s_are_refused(human, tmp_path, monkeypatch):
     path, hundred = tmp_path / "CIFAR-10_human.pt", (tmp_path / "CIFAR-100_human.pt").read_bytes()
     torch.save({"clean_label": Command()}, "command.pt")
     command = (tmp_path / "command.pt").read_bytes()
-    for content in (b"<!DOCTYPE html><title>404</title>", path.read_bytes()[:-1000], b"", hundred, command, None):
+    for content in (
+        b"<!DOCTYPE html><title>404</title>",
+        path.read_bytes()[:-1000],
+        b"",
+        hundred,
+        command,
+        None,
+    ):
         path.unlink()
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(UsageError, match="^--noise human-worse: cannot read .*CIFAR-10_human.pt .*; take it from"):
+        with pytest.raises(
+            UsageError, match="^--noise human-worse: cannot read .*CIFAR-10_human.pt .*; take it from"
+        ):
             corrupt("human-worse", None, human["clean"], data_dir=tmp_path)
         path.touch()
     assert not (tmp_path / "made").exists()  # nothing in a file is executed

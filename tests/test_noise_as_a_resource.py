@@ -17,7 +17,18 @@ import kd_zoo
 import messy_collaboration as mc
 import soft_randomization as sr
 
-ALONE = ["--dataset", "tiny.npz", "--batch-size", 20, "--epochs", 1, "--device", "cpu", "--student-arch", "resnet8"]
+ALONE = [
+    "--dataset",
+    "tiny.npz",
+    "--batch-size",
+    20,
+    "--epochs",
+    1,
+    "--device",
+    "cpu",
+    "--student-arch",
+    "resnet8",
+]
 TINY = [*ALONE, "--teacher-arch", "wrn-10-1"]
 
 
@@ -72,7 +83,9 @@ def seen(monkeypatch):
 
     monkeypatch.setattr(common.Classifier, "forward", watched)
     monkeypatch.setattr(common, "load_teacher", loaded)
-    monkeypatch.setattr(common, "crop_flip", lambda x, mode, size: seen["x"].append(x) or x)  # pixels tell the image
+    monkeypatch.setattr(
+        common, "crop_flip", lambda x, mode, size: seen["x"].append(x) or x
+    )  # pixels tell the image
     monkeypatch.setattr(F, "cross_entropy", lambda S, y: seen["y"].append(y) or loss(S, y))
     return seen
 
@@ -135,7 +148,9 @@ def test_messy_targets_by_counting():
 def test_labels_are_corrupted_once_and_targets_in_every_batch(cli, seen, monkeypatch):
     """By --noise-seed alone. The labels that targets start from are those that the teacher was given."""
     given, load = [], common.load_teacher
-    monkeypatch.setattr(common, "load_teacher", lambda *args, **recipe: given.append(args[3]) or load(*args, **recipe))
+    monkeypatch.setattr(
+        common, "load_teacher", lambda *args, **recipe: given.append(args[3]) or load(*args, **recipe)
+    )
     flags = [*TINY, "--noise", "sym", "--rate", 0.5, "--target-noise", 0.3, "--epochs", 10]
     status, out, err = cli(mc, *flags, "--noise-seed", 3)
     data = common.load_dataset("tiny.npz")
@@ -146,10 +161,14 @@ def test_labels_are_corrupted_once_and_targets_in_every_batch(cli, seen, monkeyp
     images = (torch.cat(seen["x"]) * 255).round().byte()
     index = torch.tensor([place[image.numpy().tobytes()] for image in images])
     changed = torch.cat(seen["y"]) != labels[index]
-    assert within(int(changed.sum()), 400, 0.3 * 2 / 3) and len(index[changed].unique()) > 30  # others in every epoch
+    assert (
+        within(int(changed.sum()), 400, 0.3 * 2 / 3) and len(index[changed].unique()) > 30
+    )  # others in every epoch
     for seeds in ("--noise-seed 3 --seed 1", "--noise-seed 4"):
         cli(mc, *flags, "--epochs", 1, *seeds.split())
-    assert torch.equal(given[0], labels) and torch.equal(given[1], labels) and not torch.equal(given[2], labels)
+    assert (
+        torch.equal(given[0], labels) and torch.equal(given[1], labels) and not torch.equal(given[2], labels)
+    )
 
 
 @pytest.mark.parametrize("script", [ft, sr, mc, kd_zoo])
@@ -209,7 +228,9 @@ def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch, 
 
     def load_teacher(*args, **how):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(common, "predict", lambda *_: (_ for _ in ()).throw(common.UsageError("far enough")))
+            patch.setattr(
+                common, "predict", lambda *_: (_ for _ in ()).throw(common.UsageError("far enough"))
+            )
             return load(*args, **how)
 
     def teachers(*change):
@@ -228,7 +249,9 @@ def test_what_would_make_another_teacher_names_another_folder(cli, monkeypatch, 
     teachers()
     write_npz(tiny_npz, train_images=np.zeros((40, 3, 32, 32), np.uint8))
     teachers()
-    assert all(re.fullmatch(r"[\w-]+-tiny-(clean|\w+0\.[23])-epochs=[12]-[0-9a-f]{8}-seed0", f.name) for f in folders)
+    assert all(
+        re.fullmatch(r"[\w-]+-tiny-(clean|\w+0\.[23])-epochs=[12]-[0-9a-f]{8}-seed0", f.name) for f in folders
+    )
     cli(ft, *TINY, "--tau", 3, "--alpha", 0.5, "--epochs", 2, "--teacher-epochs", 1, "--seed", 1)
     assert set(Path("runs/teachers").iterdir()) == set(folders)  # which change nothing of it
 
@@ -243,7 +266,10 @@ def test_other_data_of_the_same_name_is_another_run_and_another_teacher(cli, tin
 
 @pytest.mark.parametrize("best", [0, 1])
 def test_the_best_of_several_teachers_teaches(cli, monkeypatch, best):
-    scores = [50 + (seed == best) for seed in (0, 1)] + [51, 90]  # of the teachers, the best again, the student
+    scores = [50 + (seed == best) for seed in (0, 1)] + [
+        51,
+        90,
+    ]  # of the teachers, the best again, the student
     monkeypatch.setattr(common, "accuracy", lambda *_: float(scores.pop(0)))
     assert cli(sr, *TINY, "--teacher-seeds", 2, "--out", "run")[::2] == (0, "")
     paths = sorted(map(str, Path("runs/teachers").glob("*/checkpoint.pt")))

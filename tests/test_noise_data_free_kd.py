@@ -20,7 +20,7 @@ import noise_data_free_kd as dfkd
 
 SMALL = [*TINY, "--student-arch", "wrn-10-1", "--teacher-epochs", 1]
 
-# ------------------------------------------------------------------------------------------------------------ BatchNorm
+# -------------------------------------------------------------------------------------------------- BatchNorm
 
 
 def test_each_layer_normalises_by_its_own_statistics():
@@ -41,7 +41,9 @@ def test_each_layer_normalises_by_its_own_statistics():
         net(torch.randn(6, 3, 32, 32))
     for layer, x, y in seen:
         mean, var = kept.get(layer) or (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0))
-        x, mean, var, weight, bias = (np.float64(v.detach()) for v in (x, mean, var, layer.weight, layer.bias))
+        x, mean, var, weight, bias = (
+            np.float64(v.detach()) for v in (x, mean, var, layer.weight, layer.bias)
+        )
         expected = (np.moveaxis(x, 1, 3) - mean) / np.sqrt(var + layer.eps) * weight + bias
         assert np.allclose(np.moveaxis(y.numpy(), 1, 3), expected, atol=1e-4)
     assert len(seen) == 9 and all(torch.equal(layer.running_mean, kept[layer][0]) for layer in kept)
@@ -80,7 +82,9 @@ def test_logits_by_current_running_and_adjusted_statistics():
             layer.register_forward_hook(lambda layer, x, y, name=name: seen.setdefault(name, []).append(x[0]))
     with torch.no_grad():
         assert torch.allclose(logits["running"], net(common.to_float(images)), atol=1e-5)
-        assert torch.allclose(logits["current"][order], torch.cat([direct(part) for part in parts]), atol=1e-5)
+        assert torch.allclose(
+            logits["current"][order], torch.cat([direct(part) for part in parts]), atol=1e-5
+        )
         for name, batches in seen.items():
             layer = adjusted.get_submodule(name)
             layer.running_mean = sum(x.mean((0, 2, 3)) for x in batches[:2]) / 2
@@ -90,7 +94,7 @@ def test_logits_by_current_running_and_adjusted_statistics():
     assert not torch.allclose(logits["adjusted"], logits["current"], atol=1e-2)
 
 
-# ---------------------------------------------------------------------------------------------------------- dead leaves
+# ------------------------------------------------------------------------------------------------ dead leaves
 
 
 def test_radii_have_the_density():
@@ -105,7 +109,9 @@ def test_radii_have_the_density():
     assert within(len(kept), len(r), mass(1) / ((0.03**-2 - 1) / 2))
     edges = [0.03, 0.032, 0.035, 0.04, 0.05, 0.065, 0.08, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0]
     for low, high in zip(edges, edges[1:]):
-        assert within(int(((kept >= low) & (kept < high)).sum()), len(kept), (mass(high) - mass(low)) / mass(1.0))
+        assert within(
+            int(((kept >= low) & (kept < high)).sum()), len(kept), (mass(high) - mass(low)) / mass(1.0)
+        )
 
 
 def test_shapes_are_equally_likely_and_have_their_corners_on_the_circle():
@@ -184,7 +190,7 @@ def test_samples_are_of_the_form_of_the_images():
     assert leaves.shape == (7, 3, 24, 32) and leaves.min() >= 0 and leaves.max() <= 1 and leaves.std() > 0.2
 
 
-# ----------------------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.mark.parametrize("source, flags, running", [
@@ -217,7 +223,10 @@ def test_a_run(cli, monkeypatch, source, flags, running):
     if source == "gaussian":
         normalised = (seen[0][0] - teacher.mean) / teacher.std
         assert abs(normalised.mean()) < 0.02 and abs(normalised.std() - 1) < 0.02
-    assert len(made) == 2 and [x is noise for (x, _), noise in zip(seen, [made[0]] * 2 + [made[1]] * 2)] == [True] * 4
+    assert (
+        len(made) == 2
+        and [x is noise for (x, _), noise in zip(seen, [made[0]] * 2 + [made[1]] * 2)] == [True] * 4
+    )
     T, S = (torch.cat([logits.detach() for _, logits in steps]) for steps in (seen[:4:2], seen[1:4:2]))
     loss = -(np.exp(log_softmax(T)) * log_softmax(S)).sum(1).mean()
     last, mode = checkpoint["metrics"][-1], "running" if source == "data" else "current"
@@ -254,7 +263,9 @@ def test_the_rate_falls_on_a_plateau_or_as_a_cosine_or_not(cli, monkeypatch, fla
 def figures(monkeypatch):
     """The matplotlib figures, in the order in which they are saved."""
     drawn, savefig = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure) or savefig(figure, path))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, dpi: drawn.append(figure) or savefig(figure, path)
+    )
     return drawn
 
 
@@ -286,7 +297,9 @@ def test_the_picture_of_activations(cli, monkeypatch, figures, made):
     assert cli(dfkd, *SMALL, "--epochs", 2, "--out", "a")[0] == 0
     made.clear()
     crops, crop = [], common.crop_flip
-    monkeypatch.setattr(common, "crop_flip", lambda x, **how: crops.append((x, how, crop(x, **how))) or crops[-1][2])
+    monkeypatch.setattr(
+        common, "crop_flip", lambda x, **how: crops.append((x, how, crop(x, **how))) or crops[-1][2]
+    )
     flags = ["--plot-activations", "a/checkpoint.pt", "--device", "cpu", "--eval-batch-size", 5]
     status, out, err = cli(dfkd, *flags)
     assert (status, err) == (0, "") and Path("a/activations.png").exists() and Path("a/adjust.png").exists()
@@ -304,7 +317,11 @@ def test_the_picture_of_activations(cli, monkeypatch, figures, made):
 
     figure, adjust = figures
     *of_teacher, scatter, density = [axes for part in figure.subfigs for axes in part.axes]
-    red, blue, black = layers(teacher, real, False), layers(teacher, noise, False), layers(teacher, noise, True)
+    red, blue, black = (
+        layers(teacher, real, False),
+        layers(teacher, noise, False),
+        layers(teacher, noise, True),
+    )
     assert [axes.get_title() for axes in of_teacher] == ["stem", "block 1", "block 2", "block 3"]
     for i, axes in enumerate(of_teacher):
         assert_histograms(axes, {"red": red[i].mean(1), "blue": blue[i].mean(1), "black": black[i].mean(1)})
@@ -323,14 +340,19 @@ def test_the_picture_of_activations(cli, monkeypatch, figures, made):
     for number in numbers:
         for name, logits in dfkd.logits_by_statistics(student, data.test_images, 5, number).items():
             expected[name].append(common.accuracy(logits, data.test_labels))
-    assert points(adjust.axes[0]) == {f"{name} statistics": (numbers, scores) for name, scores in expected.items()}
+    assert points(adjust.axes[0]) == {
+        f"{name} statistics": (numbers, scores) for name, scores in expected.items()
+    }
     assert list(adjust.axes[0].get_xticks()) == numbers
     for axes in (*of_teacher, scatter, density, adjust.axes[0]):
         ticks = [*axes.xaxis.get_ticklabels(which="both"), *axes.yaxis.get_ticklabels(which="both")]
         assert not any("$" in tick.get_text() for tick in ticks)
     status, _, err = cli(dfkd, "--plot-activations", checkpoint["teacher"], "--device", "cpu")
     assert status == 2 and re.match("error: --plot-activations: .* is no student of this script", err)
-    assert "batches of 5: " + ", ".join(f"{k}: {acc:.2f} %" for k, acc in zip(numbers, expected["adjusted"])) in out
+    assert (
+        "batches of 5: " + ", ".join(f"{k}: {acc:.2f} %" for k, acc in zip(numbers, expected["adjusted"]))
+        in out
+    )
 
 
 @pytest.mark.parametrize("source", ["gaussian", "dead-leaves", "data"])

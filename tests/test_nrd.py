@@ -38,7 +38,10 @@ NUMPY = {  # name: (hyperparameters, loss of p and y), each written from its pap
     "ce": ((), lambda p, y: -np.log((p * y).sum(1))),
     "bs": ((0.7,), lambda p, y, t: -((t * p + (1 - t) * y) * np.log(np.maximum(p, FLOOR))).sum(1)),
     "ls": ((0.3,), lambda p, y, e: -(((1 - e) * y + e / p.shape[1]) * np.log(p)).sum(1)),
-    "sce": ((0.2, 1.5), lambda p, y, a, b: -a * np.log((p * y).sum(1)) - b * (p * np.log(np.maximum(y, 1e-4))).sum(1)),
+    "sce": (
+        (0.2, 1.5),
+        lambda p, y, a, b: -a * np.log((p * y).sum(1)) - b * (p * np.log(np.maximum(y, 1e-4))).sum(1),
+    ),
     "gce": ((0.7,), lambda p, y, q: (1 - np.maximum((p * y).sum(1), FLOOR) ** q) / q),
     "nce+rce": (
         (10, 0.1),
@@ -55,7 +58,9 @@ NUMPY = {  # name: (hyperparameters, loss of p and y), each written from its pap
 def test_loss_equals_numpy(name, scale):
     logits, y, p, y64 = case(scale=scale)
     params, reference = NUMPY[name]
-    assert LOSSES[name](logits, y, *params).numpy() == pytest.approx(reference(p, y64, *params), rel=1e-4, abs=1e-6)
+    assert LOSSES[name](logits, y, *params).numpy() == pytest.approx(
+        reference(p, y64, *params), rel=1e-4, abs=1e-6
+    )
 
 
 def test_gjs_equals_numpy():
@@ -119,7 +124,9 @@ def test_losses_and_gradients_stay_finite_at_extremes(name):
 def test_gradient_of_bootstrapping_flows_through_its_target():
     logits, y, _, _ = case()
     logits.requires_grad_()
-    nrd.bs(logits, y, 1.0).mean().backward()  # pure entropy: with a detached target the gradient would be zero
+    nrd.bs(
+        logits, y, 1.0
+    ).mean().backward()  # pure entropy: with a detached target the gradient would be zero
     assert logits.grad.abs().max() > 1e-3
 
 
@@ -166,7 +173,10 @@ def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(train, monke
     for (y, y_s, y_t), weights in seen:
         assert y_s.requires_grad and not y_t.requires_grad and not y.requires_grad
         assert list(weights) == [0.2, 0.6, 0.2]
-        assert torch.allclose(y_t.sum(1), torch.ones(20), atol=1e-5) and set(y.unique().tolist()) == {0.0, 1.0}
+        assert torch.allclose(y_t.sum(1), torch.ones(20), atol=1e-5) and set(y.unique().tolist()) == {
+            0.0,
+            1.0,
+        }
     # before the first step the EMA is the initial model, which the seed gives again
     torch.manual_seed(0)
     data = common.load_dataset("shapes", limit_train=40, limit_test=10)
@@ -194,7 +204,10 @@ def test_views_are_the_appendix_s(monkeypatch):
     resized, flip = ("random_resized_crop", 32, (0.08, 1.0), (3 / 4, 4 / 3)), ("crop_flip", 0, "zero", None)
     aug_mix = ("aug_mix", 3, 3, -1)  # severity, width, depth 1-3
     cases = [
-        (lambda: nrd.student_view(small, "paper", 32), [("rand_augment", 1, 3), (*crop, None), ("cutout", 5)]),
+        (
+            lambda: nrd.student_view(small, "paper", 32),
+            [("rand_augment", 1, 3), (*crop, None), ("cutout", 5)],
+        ),
         (lambda: nrd.teacher_view(small, 32), [aug_mix, (*crop, None)]),
         (lambda: nrd.student_view(small, "crop", 32), [(*crop, 32)]),
         (lambda: nrd.student_view(small, "none", 32), []),
@@ -216,7 +229,10 @@ def test_views_compile_without_a_graph_break():
 
 
 def test_jsd_scale_divides_the_loss(train):
-    scaled, plain = train("--lr", "1e-30")["train_loss"], train("--lr", "1e-30", "--no-jsd-scale")["train_loss"]
+    scaled, plain = (
+        train("--lr", "1e-30")["train_loss"],
+        train("--lr", "1e-30", "--no-jsd-scale")["train_loss"],
+    )
     assert plain / scaled == pytest.approx(-0.8 * math.log(0.8), rel=1e-5)
 
 
@@ -232,8 +248,12 @@ def test_the_loop_has_the_loss_that_is_named(train, monkeypatch, loss):
 
     monkeypatch.setitem(LOSSES, loss, watched)
     last = train("--loss", loss)
-    Z = {"js": -0.3 * math.log(0.3), "gjs": -0.1 * math.log(0.1)}.get(loss, 1)  # pi1 of Table 5 at 50 %: 0.7, 0.9
-    assert last["train_loss"] == pytest.approx(torch.stack([step[0] for step in steps]).mean().item() / Z, rel=1e-5)
+    Z = {"js": -0.3 * math.log(0.3), "gjs": -0.1 * math.log(0.1)}.get(
+        loss, 1
+    )  # pi1 of Table 5 at 50 %: 0.7, 0.9
+    assert last["train_loss"] == pytest.approx(
+        torch.stack([step[0] for step in steps]).mean().item() / Z, rel=1e-5
+    )
     assert {step[1:] for step in steps} == {(2 if loss == "gjs" else 1, len(params) - 2)} and len(steps) == 2
 
 
@@ -276,14 +296,21 @@ def test_ema_by_hand_over_two_steps(train):
             assert averaged != ("running" in name), name
             if not torch.equal(t0, t2):
                 moved.add(name)
-    assert moved >= {"stem.0.weight", "blocks.0.0.bn1.running_mean", "blocks.2.0.bn2.running_var", "head.4.bias"}
+    assert moved >= {
+        "stem.0.weight",
+        "blocks.0.0.bn1.running_mean",
+        "blocks.2.0.bn2.running_var",
+        "head.4.bias",
+    }
 
 
 def test_every_row_of_table_5_fits_its_loss():
     assert nrd.HYPERPARAMETERS["sce"] == ["alpha", "beta"] and nrd.HYPERPARAMETERS["ce"] == []
     for text in nrd.TABLE_5.values():
         header, *rows = [line.split() for line in text.strip().splitlines()]
-        assert {row[0] for row in rows} == nrd.HYPERPARAMETERS.keys() and all(len(row) == len(header) for row in rows)
+        assert {row[0] for row in rows} == nrd.HYPERPARAMETERS.keys() and all(
+            len(row) == len(header) for row in rows
+        )
         for loss, _, _, *cells in rows:
             for cell in cells:
                 params = [] if cell == "-" else [float(p) for p in cell.split(",")]
@@ -303,7 +330,9 @@ def test_calibration_by_hand_and_against_a_loop():
     for i in range(15):
         inside = (p.max(1) > i / 15) & (p.max(1) <= (i + 1) / 15)
         if inside.any():
-            expected += inside.mean() * abs((p.argmax(1) == labels.numpy())[inside].mean() - p.max(1)[inside].mean())
+            expected += inside.mean() * abs(
+                (p.argmax(1) == labels.numpy())[inside].mean() - p.max(1)[inside].mean()
+            )
     assert ece == pytest.approx(expected)
 
 

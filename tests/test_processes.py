@@ -16,7 +16,9 @@ import common
 CPU = "--epochs 1 --device cpu --no-amp"
 SMALL = f"--dataset tiny.npz --batch-size 20 {CPU}"
 NETS = "--teacher-arch wrn-10-1 --student-arch wrn-10-1"
-ONE_STEP = f"nrd.py --loss ce --lr 0.05 --student-augment none --limit-train 32 --batch-size 32 {CPU} --out one-step"
+ONE_STEP = (
+    f"nrd.py --loss ce --lr 0.05 --student-augment none --limit-train 32 --batch-size 32 {CPU} --out one-step"
+)
 COMMANDS = [
     f"nrd.py {SMALL} --arch wrn-10-1",
     f"cmd.py {SMALL} --arch wrn-10-1",

@@ -95,14 +95,24 @@ FORMS = {
     "alone": lambda state: state,
     "model": lambda state: {"epoch": 240, "model": state, "best_acc": torch.tensor(75.6)},
     "net, parallel": lambda state: {"net": prefixed("module.", state)},
-    "tutorial": lambda state: {"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {}, "loss": 0.4},
+    "tutorial": lambda state: {
+        "epoch": 3,
+        "model_state_dict": state,
+        "optimizer_state_dict": {},
+        "loss": 0.4,
+    },
     "named": lambda state: {"model": "wrn_16_1", "state_dict": state},
     "student": lambda state: {"student": state, "teacher": {}},
-    "distiller": lambda state: {"model": prefixed("module.student.", state) | prefixed("module.teacher.", state)},
+    "distiller": lambda state: {
+        "model": prefixed("module.student.", state) | prefixed("module.teacher.", state)
+    },
     "student's names": lambda state: prefixed("student.", state),
     "compiled": lambda state: prefixed("_orig_mod.", state),
     "averaged": lambda state: {"n_averaged": torch.tensor(5)} | prefixed("module.", state),
-    "before 0.4.1": lambda state: {"state_dict": prefixed("module.", without_counts(state)), "best_prec1": 91.7},
+    "before 0.4.1": lambda state: {
+        "state_dict": prefixed("module.", without_counts(state)),
+        "best_prec1": 91.7,
+    },
 }
 
 
@@ -110,12 +120,16 @@ FORMS = {
 def test_the_logits_are_those_of_the_network_that_the_weights_come_from(form):
     """Taken by their order, and by a module that has their names."""
     net, images = public_net(), torch.rand(5, 3, 32, 32)
-    torch.save(FORMS[form](net.state_dict()), "wrn.pth", _use_new_zipfile_serialization=form != "before 0.4.1")
+    torch.save(
+        FORMS[form](net.state_dict()), "wrn.pth", _use_new_zipfile_serialization=form != "before 0.4.1"
+    )
     normalised = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     with torch.no_grad():
         logits = load_public(Path("wrn.pth"), "--teacher", "wrn-16-1", MEAN, STD)(images)
         assert logits.shape == (5, 3) and torch.allclose(logits, net(normalised), atol=1e-4)
-        Path("mine.py").write_text("from test_public import WideResNet\ndef net(): return WideResNet(3)", "utf-8")
+        Path("mine.py").write_text(
+            "from test_public import WideResNet\ndef net(): return WideResNet(3)", "utf-8"
+        )
         assert torch.equal(common.load_module("mine.py:net", "--model", "wrn.pth")(images), net(images))
 
 
@@ -152,14 +166,22 @@ def test_what_cannot_be_the_weights_is_refused_in_a_line(cli, name):
     content, says = REFUSED[name]
     torch.save(content(public_net().state_dict()), f"{name}.pth")
     status, _, err = cli(kd_zoo, *TINY, "--teacher", f"{name}.pth", "--teacher-arch", "wrn-16-1")
-    assert status == 2 and err.count("\n") == 1 and err.startswith(f"error: --teacher: {name}.pth ") and says in err
+    assert (
+        status == 2
+        and err.count("\n") == 1
+        and err.startswith(f"error: --teacher: {name}.pth ")
+        and says in err
+    )
     assert not Path("foreign code ran").exists()
 
 
 def test_weights_of_ours_have_their_normalisation():
     model = common.build_model("resnet8", 4, 0.0, MEAN, STD).eval()
     torch.save(model.state_dict(), "ours.pth")
-    loaded, images = load_public(Path("ours.pth"), "", "resnet8", (0, 0, 0), (1, 1, 1)), torch.rand(2, 3, 32, 32)
+    loaded, images = (
+        load_public(Path("ours.pth"), "", "resnet8", (0, 0, 0), (1, 1, 1)),
+        torch.rand(2, 3, 32, 32),
+    )
     assert torch.equal(loaded(images), model(images))
 
 
@@ -188,7 +210,9 @@ def test_mean_and_std_are_of_public_weights_in_0_1(cli):
                         (["--teacher-model", "mine.py:net", "--mean", *MEAN], "every other teacher has its own"),
                         (["--mean", *MEAN], "every other teacher has its own")):  # fmt: skip
         status, _, err = cli(kd_zoo, *TINY[:-1], "other", *flags)
-        assert status == 2 and err.count("\n") == 1 and err.startswith("error: --mean, --std: ") and says in err
+        assert (
+            status == 2 and err.count("\n") == 1 and err.startswith("error: --mean, --std: ") and says in err
+        )
 
 
 @pytest.mark.parametrize("script, flags, refused", [
@@ -208,7 +232,16 @@ def test_a_given_teacher_is_not_built_or_trained(cli, script, flags, refused):
 def test_public_weights_teach(cli):
     net = public_net()
     torch.save({"state_dict": net.state_dict()}, "wrn.pth")
-    flags = ["--teacher", "wrn.pth", "--teacher-arch", "wrn-16-1", "--student-arch", "wrn-10-1", "--method", "at"]
+    flags = [
+        "--teacher",
+        "wrn.pth",
+        "--teacher-arch",
+        "wrn-16-1",
+        "--student-arch",
+        "wrn-10-1",
+        "--method",
+        "at",
+    ]
     status, out, err = cli(kd_zoo, *TINY, *flags)
     assert (status, err) == (0, "")
     data, checkpoint = common.load_dataset("tiny.npz"), saved("run")
@@ -237,7 +270,10 @@ def test_any_module_is_evaluated_and_teaches(cli):
     assert cli(evaluate, *flags)[::2] == (0, "")
     with torch.no_grad():
         expected = common.accuracy(net(data.test_images / 255), data.test_labels)
-    assert json.loads(Path("evaluation.jsonl").read_text(encoding="utf-8"))["numbers"]["accuracy (%)"] == expected
+    assert (
+        json.loads(Path("evaluation.jsonl").read_text(encoding="utf-8"))["numbers"]["accuracy (%)"]
+        == expected
+    )
     flags = ["--teacher-model", "mine.py:net", "--teacher", "weights.pt", "--student-arch", "wrn-10-1"]
     assert cli(kd_zoo, *TINY, *flags)[0] == 0 and saved("run")["teacher_acc"] == expected
 
@@ -368,7 +404,9 @@ def wide():
 """
 
 
-@pytest.mark.parametrize("method, flags", [("fitnet", ["--init-epochs", 1]), ("fsp", ["--init-epochs", 1]), ("at", [])])
+@pytest.mark.parametrize(
+    "method, flags", [("fitnet", ["--init-epochs", 1]), ("fsp", ["--init-epochs", 1]), ("at", [])]
+)
 def test_a_module_with_features_teaches_as_the_same_network_of_ours(cli, method, flags):
     """What is compared are the teacher's own features, whatever a standard teacher would be."""
     Path("mine.py").write_text(FEATURES)
@@ -376,8 +414,10 @@ def test_a_module_with_features_teaches_as_the_same_network_of_ours(cli, method,
     torch.save(state, "ours.pth")
     torch.save(prefixed("inner.", state), "theirs.pth")
     flags = ["--method", method, "--student-arch", "wrn-10-1", *flags]
-    teachers = {"one": ["--teacher", "ours.pth", "--teacher-arch", "wrn-16-1"],
-                "two": ["--teacher", "theirs.pth", "--teacher-model", "mine.py:Net"]}
+    teachers = {
+        "one": ["--teacher", "ours.pth", "--teacher-arch", "wrn-16-1"],
+        "two": ["--teacher", "theirs.pth", "--teacher-model", "mine.py:Net"],
+    }
     for out, teacher in teachers.items():
         assert cli(kd_zoo, *TINY[:-1], out, *flags, *teacher)[::2] == (0, "")
     ours, theirs = saved("one"), saved("two")
@@ -390,10 +430,17 @@ def test_features_that_cannot_be_compared_are_refused(cli):
     flags = [*TINY, "--student-arch", "wrn-16-1", "--teacher-model"]
     for method in ("fitnet", "at", "rkd-a"):
         status, _, err = cli(kd_zoo, *flags, "mine.py:net", "--method", method)
-        assert status == 2 and err.count("\n") == 1 and "for fitnet, fsp, at, sp and rkd module(x, features" in err
+        assert (
+            status == 2
+            and err.count("\n") == 1
+            and "for fitnet, fsp, at, sp and rkd module(x, features" in err
+        )
     status, _, err = cli(kd_zoo, *flags, "mine.py:wide", "--method", "fsp")
     assert status == 2 and err.count("\n") == 1
-    assert "features [(16, 32, 32), (16, 32, 32), (32" in err and "teacher's [(16, 32, 32), (32, 32, 32), (64" in err
+    assert (
+        "features [(16, 32, 32), (16, 32, 32), (32" in err
+        and "teacher's [(16, 32, 32), (32, 32, 32), (64" in err
+    )
     assert cli(kd_zoo, *flags, "mine.py:net")[::2] == (0, "")  # Hinton
 
 
@@ -417,7 +464,11 @@ def test_a_fickle_teacher_of_other_people_has_dropout_modules(cli, monkeypatch):
         flags = [*TINY[:-1], script.__name__, "--student-arch", "wrn-10-1", *flags, "--teacher-model"]
         for name in ("Functional", "none"):
             status, _, err = cli(script, *flags, f"mine.py:{name}")
-            assert status == 2 and err.count("\n") == 1 and "the teacher has no dropout module to switch on" in err
+            assert (
+                status == 2
+                and err.count("\n") == 1
+                and "the teacher has no dropout module to switch on" in err
+            )
         assert cli(script, *flags, "mine.py:some")[::2] == (0, "")
         assert [layer.training for layer in modes[-1]] == [True, False, False]
     flags = ["--student-arch", "wrn-10-1", "--dropout", 0, "--teacher-model", "mine.py:some"]
@@ -428,20 +479,44 @@ def test_a_fickle_teacher_of_other_people_has_dropout_modules(cli, monkeypatch):
 def test_a_teacher_of_other_labels_is_the_user_s_decision(cli):
     flags = ["--student-arch", "wrn-10-1"]
     assert cli(kd_zoo, *TINY, *flags, "--method", "baseline")[0] == 0
-    flags += ["--noise", "sym", "--rate", 0.5, "--noise-seed", 1, "--imbalance", 2, "--teacher", "run/checkpoint.pt"]
+    flags += [
+        "--noise",
+        "sym",
+        "--rate",
+        0.5,
+        "--noise-seed",
+        1,
+        "--imbalance",
+        2,
+        "--teacher",
+        "run/checkpoint.pt",
+    ]
     status, out, err = cli(kd_zoo, *TINY[:-1], "other", *flags)
     assert (status, err) == (0, "")
-    assert "the teacher has noise {'kind': 'none', 'rate': None, 'seed': 0}; a trained one would have {" in out
+    assert (
+        "the teacher has noise {'kind': 'none', 'rate': None, 'seed': 0}; a trained one would have {" in out
+    )
     assert "the teacher has imbalance None; a trained one would have 2.0" in out
     assert saved("other")["teacher_acc"] == saved("run")["metrics"][0]["test_acc"]
-    status, out, _ = cli(kd_zoo, *TINY[:-1], "clean", "--student-arch", "wrn-10-1", *flags[-2:], "--noise-seed", 1)
+    status, out, _ = cli(
+        kd_zoo, *TINY[:-1], "clean", "--student-arch", "wrn-10-1", *flags[-2:], "--noise-seed", 1
+    )
     assert status == 0 and "a trained one would have" not in out  # no labels are wrong, by whatever seed
 
 
 def test_public_weights_are_evaluated(cli):
     net = public_net()
     torch.save(net.state_dict(), "wrn.pth")
-    flags = ["--arch", "wrn-16-1", "--dataset", "tiny.npz", "--mean", *map(str, MEAN), "--std", *map(str, STD)]
+    flags = [
+        "--arch",
+        "wrn-16-1",
+        "--dataset",
+        "tiny.npz",
+        "--mean",
+        *map(str, MEAN),
+        "--std",
+        *map(str, STD),
+    ]
     assert cli(evaluate, "wrn.pth", *flags, "--device", "cpu")[::2] == (0, "")
     data = common.load_dataset("tiny.npz")
     logits = load_public(Path("wrn.pth"), "", "wrn-16-1", MEAN, STD)(data.test_images / 255)
@@ -464,7 +539,9 @@ def test_accuracies_go_to_tensorboard(cli, monkeypatch):
         def close(self):
             written.append("closed")
 
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    )
     assert cli(nrd, *TINY, "--arch", "wrn-10-1", "--tensorboard")[0] == 0
     (metrics,) = saved("run")["metrics"]
     assert ("test_acc", metrics["test_acc"], 1) in written and written[-1] == "closed"

@@ -39,16 +39,30 @@ def test_a_run_from_the_command_line(nrd_cli, tmp_path):
     start = lines.index(f"runs/{folder.name}, given: limit_train=96 limit_test=40 epochs=2 batch_size=32")
     assert lines[start + 1].startswith("preset: dataset=shapes noise=sym rate=0.5 noise_seed=0 ")
     preset = lines[start + 1].split()
-    assert {"lr=0.5", "loss_params=0.2,0.6,0.2", "seed=0"} <= set(preset) and lines[start + 2].startswith("epoch 1/2 ")
-    assert not {"epochs", "device", "data_dir", "out", "resume", "keep"} & {flag.split("=")[0] for flag in preset}
+    assert {"lr=0.5", "loss_params=0.2,0.6,0.2", "seed=0"} <= set(preset) and lines[start + 2].startswith(
+        "epoch 1/2 "
+    )
+    assert not {"epochs", "device", "data_dir", "out", "resume", "keep"} & {
+        flag.split("=")[0] for flag in preset
+    }
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == 2 and all("images/s" in line and "left" in line for line in epochs)
-    names = {"lr", "train_loss", "test_acc", "ema_test_acc", "seconds", "train_acc_wrong", "train_acc_wrong_true"}
+    names = {
+        "lr",
+        "train_loss",
+        "test_acc",
+        "ema_test_acc",
+        "seconds",
+        "train_acc_wrong",
+        "train_acc_wrong_true",
+    }
     assert metrics[0].keys() >= names
     best = max(record["test_acc"] for record in metrics)
     assert lines[-1].startswith(f"test_acc {metrics[-1]['test_acc']:.2f} % after epoch 2, best {best:.2f} %")
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
-    assert again.returncode == 0 and again.stdout.splitlines()[-1] == lines[-1] and metrics_of(folder) == metrics
+    assert (
+        again.returncode == 0 and again.stdout.splitlines()[-1] == lines[-1] and metrics_of(folder) == metrics
+    )
     config = json.loads((folder / "config.json").read_text())
     assert (config["lr"], config["noise"], config["rate"], config["arch"]) == (0.5, "sym", 0.5, "wrn-10-1")
     assert config["given"] == {"limit_train": 96, "limit_test": 40, "epochs": 2, "batch_size": 32}
@@ -61,7 +75,9 @@ def test_a_run_from_the_command_line(nrd_cli, tmp_path):
     assert checkpoint["noise"] == {"kind": "sym", "rate": 0.5, "seed": 0} and checkpoint["metrics"] == metrics
     data = common.load_dataset("shapes", limit_train=96, limit_test=40)
     for part, key in (("model", "test_acc"), ("ema", "ema_test_acc")):
-        logits = common.predict(common.load_model(checkpoint, part, amp=checkpoint["config"]["amp"]), data.test_images)
+        logits = common.predict(
+            common.load_model(checkpoint, part, amp=checkpoint["config"]["amp"]), data.test_images
+        )
         assert common.accuracy(logits, data.test_labels) == pytest.approx(metrics[-1][key], abs=0.01)
 
 
@@ -83,7 +99,9 @@ def test_a_killed_run_continues_to_the_same_bit(nrd_cli, tmp_path):
     flags = [*TINY, "--limit-train", "320", "--epochs", "4", "--amp"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert nrd_cli(*flags, "--out", whole)[0] == 0
-    assert [record["lr"] for record in metrics_of(whole)] == pytest.approx([0.5, 0.5, 0.05, 0.005])  # appendix A.1
+    assert [record["lr"] for record in metrics_of(whole)] == pytest.approx(
+        [0.5, 0.5, 0.05, 0.005]
+    )  # appendix A.1
     command = [sys.executable, ROOT / "nrd.py", *flags, "--out", broken]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -107,7 +125,10 @@ def test_a_folder_is_never_shared(nrd_cli, tmp_path):
     for flags, says in (
         ([], "run holds this run; --resume continues it"),
         (["--resume", "--seed", "1", "--beta", "0.9"], "run holds another run: beta (0.95 there, 0.9 here)"),
-        (["--resume", "--amp"], "amp (False there, True here); name another folder, or add --no-amp to compute as"),
+        (
+            ["--resume", "--amp"],
+            "amp (False there, True here); name another folder, or add --no-amp to compute as",
+        ),
     ):
         status, _, err = nrd_cli(*TINY, "--out", "run", *flags)
         assert status == 2 and err.count("\n") == 1 and says in err, err
@@ -226,7 +247,9 @@ def test_bad_input_is_one_line_and_status_2(nrd_cli, monkeypatch, flags, says):
 ])  # fmt: skip
 def test_numbers_that_cannot_be_are_refused_by_the_flag_s_name(cli, script, flag, value):
     status, _, err = cli(importlib.import_module(script), flag, value)
-    assert status == 2 and re.search(f"error: argument {flag}: {value} is ", err) and not Path("runs").exists()
+    assert (
+        status == 2 and re.search(f"error: argument {flag}: {value} is ", err) and not Path("runs").exists()
+    )
 
 
 def test_bfloat16_is_asked_of_the_device_that_is_named(monkeypatch):
