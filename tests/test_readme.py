@@ -1,45 +1,48 @@
-"""README's fork section: its diffs, applied to a copy of two scripts in an empty folder, make a project that runs."""
+"""README: the step is nrd.py's loop; the fork's diffs, applied to copies of two files, make a project that runs."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 
-from conftest import ROOT
+from conftest import ROOT, write_npz
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def apply(text, diff):
-    """`text` with a diff of one hunk applied, whose context stands in it just once."""
-    lines = diff.splitlines()
-    before = "\n".join(line[1:] for line in lines if line[0] in " -") + "\n"
-    after = "\n".join(line[1:] for line in lines if line[0] in " +") + "\n"
-    assert text.count(before) == 1, diff
-    return text.replace(before, after)
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_step_is_the_text_of_the_loop():
+    step = textwrap.indent(blocks("python")[0], " " * 12)
+    assert "# equation 25" in step and "# equation 24" in step
+    assert step in (ROOT / "nrd.py").read_text(encoding="utf-8")
 
 
 def test_the_fork_section_is_a_project(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    section = readme[readme.index("## Fork") : readme.index("## Results")]
-    blocks = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
-    diffs = [diff for block in blocks for diff in block.split("@@\n")]
-    command = re.search(r"`(python nrd.py --dataset tinted[^`]*)`", section)[1].split()[1:]
-    assert len(diffs) == 6 and sum(line.startswith("+") for diff in diffs for line in diff.splitlines()) < 20
+    """On data of its own and on CIFAR-100's kind; two seeds are one row."""
     for name in ("nrd.py", "common.py", "evaluate.py"):
-        text = (ROOT / name).read_text()
-        for diff in diffs if name != "evaluate.py" else []:
-            first = diff.splitlines()[-1 if diff.startswith("+") else 0][1:]
-            text = apply(text, diff) if f"{first}\n" in text else text
-        (tmp_path / name).write_text(text)
+        shutil.copy(ROOT / name, tmp_path)
+    write_npz(tmp_path / "cifar100.npz")
 
-    def run(*arguments):
-        result = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    def run(*command, **options):
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, **options)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    flags = [*command, "--epochs", "2", "--batch-size", "32", "--device", "cpu", "--no-amp", "--out", "run"]
-    out = run(*flags)
-    metrics = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert f"weight_norm {metrics[-1]['weight_norm']:#.4g}" in out and "loss_params=2.0" in out
+    patch = "".join(blocks("diff"))
+    run("git", "apply", "-", input=patch)
+    assert sum(line.startswith("+") for line in patch.splitlines()) < 25
+    (command,) = re.findall(r"`python (nrd.py --dataset tinted[^`]*)`", README)
+    flags = [*command.split(), "--epochs", "2", "--batch-size", "32", "--device", "cpu", "--no-amp"]
+    out = run(sys.executable, *flags, "--seed", "0", "1", "--out", "tinted")
+    metrics = [json.loads(line) for line in (tmp_path / "tinted-seed0/metrics.jsonl").read_text().splitlines()]
+    assert f"weight_norm {metrics[-1]['weight_norm']:#.4g}" in out and "2 seeds" in out
     assert metrics[-1]["test_acc"] > 90  # red against blue
-    assert run(*flags, "--resume").splitlines()[-1] == out.splitlines()[-1]
-    assert f"{metrics[-1]['test_acc']:.2f}" in run("evaluate.py", "run/checkpoint.pt")
+    row = run(sys.executable, "evaluate.py", "tinted-seed0", "tinted-seed1").splitlines()[-1]
+    assert row.startswith("nrd ") and " ± " in row and "(2)" in row
+    flags[flags.index("tinted")] = "cifar100.npz"
+    assert "test_acc" in run(sys.executable, *flags)
