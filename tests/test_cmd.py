@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,18 +346,3 @@ def test_which_samples_are_held_out_does_not_follow_the_noise(cli, tmp_path, mon
 ])  # fmt: skip
 def test_an_interrupted_run_continues_to_the_same_bit(cli, flags, epochs):
     assert_resumes_to_the_same_bit(cli, cmd, *TINY, *NOISE, *flags.split(), "--epochs", epochs, stops=epochs)
-
-
-@pytest.mark.parametrize("flags, refused", [
-    ("--eta 0", "--eta"), ("--validation 1", "--validation"), ("--pretrained", "--pretrained"),
-    ("--mutual sync --self-kd ls", "--self-kd"), ("--mutual async --b1 3", "--b1"), ("--mutual kdcl --eta 3", "--eta"),
-    ("--mutual kdcl --epsilon 0.1", "--epsilon"), ("--epsilon 0.1", "--epsilon"), ("--self-kd ls --b1 3", "--b1"),
-])  # fmt: skip
-def test_what_other_methods_do_not_have_is_refused(cli, flags, refused):
-    status, _, err = cli(cmd, *TINY, *flags.split())
-    assert (
-        status == 2
-        and err.startswith(f"error: {refused}: ")
-        and err.count("\n") == 1
-        and not Path("runs").exists()
-    )

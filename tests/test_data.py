@@ -61,23 +61,6 @@ def test_limits_take_evenly_spaced_samples(tmp_path):
     )
 
 
-@pytest.mark.parametrize("key, value, says", [
-    ("train_images", np.zeros((40, 3, 32, 32), np.float32), "train_images is float32 [40, 3, 32, 32], not uint8"),
-    ("train_labels", np.arange(40) % 3 + 0.5, "train_labels is float64 [40], not integer [40]"),
-    ("train_labels", np.arange(39) % 3, "train_labels is int64 [39]"),
-    ("train_labels", np.arange(40) % 4, "train_labels are 0 to 3, but 3 classes are named"),
-    ("true_labels", np.arange(40) % 3 - 1, "true_labels are -1 to 1, but 3 classes are named"),
-    ("true_labels", np.arange(20) % 3, "true_labels is int64 [20], not integer [40]"),
-    ("test_images", np.zeros((20, 3, 32), np.uint8), "test_images is uint8 [20, 3, 32], not uint8 [N, 3, H, W]"),
-    ("test_images", np.zeros((20, 3, 32, 40), np.uint8), "test_images have another height or width than train_im"),
-])  # fmt: skip
-def test_wrong_arrays_are_refused_by_name(tmp_path, key, value, says):
-    path = write_npz(tmp_path / "bad.npz", **{key: value})
-    with pytest.raises(UsageError) as error:
-        load_dataset(str(path))
-    assert says in str(error.value) and str(error.value).startswith(f"--dataset: {path}")
-
-
 @pytest.mark.parametrize("changes, train, test", [  # which digests differ from those of the file as it is
     ({}, False, False), ({"limit_train": 40, "limit_test": 20}, False, False), ({"test_only": True}, None, False),
     ({"limit_train": 39}, True, False), ({"limit_test": 19}, False, True),
@@ -147,17 +130,13 @@ def test_a_test_part_alone(tmp_path, folder, capsys):
 
 def test_damaged_files_are_refused(tiny_npz):
     whole = tiny_npz.read_bytes()
-    page = b"<!DOCTYPE html><title>404</title>"
-    for content in (b"", page, whole[: len(whole) // 2], whole[:5000] + bytes(4000) + whole[9000:]):
+    for content in (b"", whole[: len(whole) // 2], whole[:5000] + bytes(4000) + whole[9000:]):
         tiny_npz.write_bytes(content)
         with pytest.raises(
             UsageError, match="tiny.npz is no .npz file with train_images, .*; README says"
         ) as error:
             load_dataset(str(tiny_npz))
         assert "pickle" not in str(error.value)
-    tiny_npz.rename(tiny_npz.with_name("cifar10.npz"))
-    with pytest.raises(UsageError, match="cifar10.npz is no .npz file .*; remove it to download it again"):
-        load_dataset("cifar10", tiny_npz.parent)
 
 
 def test_a_download_becomes_a_file(tmp_path, monkeypatch):

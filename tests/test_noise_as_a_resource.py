@@ -118,8 +118,6 @@ def test_a_fickle_teacher_changes_its_mind_and_nothing_else():
     with torch.no_grad():
         assert (teacher(x) != teacher(x)).any(1).all()
         assert_same(before, teacher.state_dict())
-    with pytest.raises(common.UsageError, match="no dropout module"):
-        ft.fickle(common.build_model("wrn-10-1", 10, dropout=0.0))
 
 
 @pytest.mark.parametrize("clip", [[], ["--clip"]])
@@ -278,23 +276,13 @@ def test_the_best_of_several_teachers_teaches(cli, monkeypatch, best):
     assert not torch.equal(first, second)
 
 
-def test_a_given_teacher_is_used_where_it_fits_and_refused_where_not(cli, tmp_path):
-    small = np.zeros((40, 3, 16, 16), np.uint8)
-    write_npz(tmp_path / "small.npz", train_images=small, test_images=small[:20])
-    write_npz(tmp_path / "other.npz", classes=np.array(["ant", "bee", "cow"]))
+def test_a_given_teacher_is_used_by_its_file_or_its_run_folder(cli):
     assert cli(sr, *ALONE, "--method", "ga", "--out", "made")[0] == 0
     flags = [*ALONE, "--teacher", "made/checkpoint.pt"]
-    for script, changes, says in (
-        (sr, ["--dataset", "other.npz"], "classes ['ant', 'bee', 'cat'], not ['ant', 'bee', 'cow'];"),
-        (sr, ["--dataset", "small.npz"], "image_size 32, not 16;"),
-    ):
-        status, _, err = cli(script, *flags, *changes)
-        assert status == 2 and err.count("\n") == 1
-        assert err.startswith(f"error: --teacher: made/checkpoint.pt has {says}")
     for out, teacher in (("run", "made/checkpoint.pt"), ("by-folder", "made")):
         assert cli(mc, *flags[:-1], teacher, "--out", out)[::2] == (0, "")
         assert saved(out)["teacher"] == "made/checkpoint.pt"
-    assert not Path("runs").exists()  # nothing is trained, and what is refused leaves no folder
+    assert not Path("runs").exists()  # nothing is trained
 
 
 def test_an_interrupted_run_continues_to_the_same_bit(cli):
