@@ -1,13 +1,17 @@
-"""Shared by the tests: the scripts' folder on the path, tiny data, and a way to run a script as a user would."""
+"""Shared by the tests: the scripts' folder on the path, tiny data, ways to run a script and to look on."""
 
+import contextlib
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib  # noqa: F401 - where its folder cannot be written, it says so now, and not in the middle of a test
 import numpy as np
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +47,66 @@ def write_npz(path, **changes):
     return path
 
 
+def colours(count):
+    """Images uint8 [count, 3, 32, 32], each of one colour, its number. No crop and no flip changes them."""
+    return np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 32, 32), np.uint8)
+
+
+def numbers_of(images):
+    """int64 [B], of images float32 [B, 3, H, W] that `colours` has made."""
+    return (images[:, 0, 0, 0] * 255).round().long()
+
+
+@contextlib.contextmanager
+def forward_passes():
+    """Give a list of the forward passes within, of every common.Classifier: net, training, images, logits."""
+    import common
+
+    passes = []
+
+    def note(net, arguments, logits):
+        if isinstance(net, common.Classifier):
+            step = {"net": net, "training": net.training, "images": arguments[0], "logits": logits}
+            passes.append(SimpleNamespace(**step))
+
+    handle = register_module_forward_hook(note)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+class Calls(TorchFunctionMode):
+    """Within, `calls` lists the calls of `function`, one of torch's: (*arguments, result)."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is self.function:
+            self.calls.append((*args, result))
+        return result
+
+
+@contextlib.contextmanager
+def stopped_after_each_epoch():
+    """Within, a run is stopped by Ctrl-C as soon as an epoch is saved."""
+    import common
+
+    end_epoch = common.Run.end_epoch
+
+    def interrupt(run, *losses, **metrics):
+        end_epoch(run, *losses, **metrics)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.Run, "end_epoch", interrupt)
+        yield
+
+
 def saved(folder):
     """The checkpoint of a run folder, without its config and without what a clock measured."""
     import common
@@ -63,19 +127,10 @@ def assert_same(a, b):
 
 def assert_resumes_to_the_same_bit(cli, script, *flags, stops):
     """A run that Ctrl-C stops after each epoch, of its teacher too, ends as one that nobody disturbed."""
-    import common
-
-    end_epoch = common.Run.end_epoch
-
-    def interrupt(run, *losses, **metrics):
-        end_epoch(run, *losses, **metrics)
-        raise KeyboardInterrupt
-
     assert cli(script, *flags, "--out", "whole")[::2] == (0, "")
     if Path("runs").exists():
         Path("runs").rename("kept")  # so that a teacher is trained again
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Run, "end_epoch", interrupt)
+    with stopped_after_each_epoch():
         assert [cli(script, *flags, "--out", "broken", "--resume")[0] for _ in range(stops)] == [130] * stops
     status, out, err = cli(script, *flags, "--out", "broken", "--resume")
     assert (status, err) == (0, "") and "\nepoch " not in out
@@ -102,7 +157,7 @@ def float32(monkeypatch):
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    """cli(module, *flags) runs a script in this process, in an empty folder: (exit status, stdout, stderr)."""
+    """cli(module, *flags) runs a script in this process, in an empty folder: (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(module, *flags):
