@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,26 +49,47 @@ def write_npz(path, **changes):
 
 
 def colours(count):
-    """Images uint8 [count, 3, 32, 32], each of one colour, its number. No crop and no flip changes them."""
+    """Images uint8 [count, 3, 32, 32], each of one colour, its number. Crops and flips do not hide it."""
     return np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 32, 32), np.uint8)
 
 
 def numbers_of(images):
     """int64 [B], of images float32 [B, 3, H, W] that `colours` has made."""
-    return (images[:, 0, 0, 0] * 255).round().long()
+    return (images[:, 0, images.shape[2] // 2, images.shape[3] // 2] * 255).round().long()
+
+
+def crops_of(images, mode):
+    """{bytes: (top, left, flipped)} of every crop of uint8 images [N, 3, H, W], padded by four pixels.
+
+    mode: of the padding, as in np.pad.
+    """
+    padded = np.pad(images, ((0, 0), (0, 0), (4, 4), (4, 4)), mode)
+    height, width = images.shape[2:]
+    crops = {}
+    for top, left in itertools.product(range(9), repeat=2):
+        cropped = padded[:, :, top : top + height, left : left + width]
+        crops |= {image.tobytes(): (top, left, False) for image in cropped}
+        crops |= {image.tobytes(): (top, left, True) for image in cropped[..., ::-1]}
+    return crops
 
 
 @contextlib.contextmanager
-def forward_passes():
-    """Give a list of the forward passes within, of every common.Classifier: net, training, images, logits."""
+def forward_passes(scale=1):
+    """Give a list of the forward passes within, of every common.Classifier: net, training, images, logits.
+
+    scale: what all logits are multiplied by, so that networks that have hardly been trained are confident.
+    """
     import common
 
     passes = []
 
-    def note(net, arguments, logits):
+    def note(net, arguments, output):
         if isinstance(net, common.Classifier):
-            step = {"net": net, "training": net.training, "images": arguments[0], "logits": logits}
+            if scale != 1:
+                output = scale * output
+            step = {"net": net, "training": net.training, "images": arguments[0], "logits": output}
             passes.append(SimpleNamespace(**step))
+            return output
 
     handle = register_module_forward_hook(note)
     try:

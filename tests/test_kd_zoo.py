@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_resumes_to_the_same_bit, saved, within, write_npz
+from conftest import (
+    Calls,
+    assert_resumes_to_the_same_bit,
+    colours,
+    forward_passes,
+    numbers_of,
+    saved,
+    within,
+    write_npz,
+)
 from test_noise_as_a_resource import ALONE, TINY, log_softmax, quick  # noqa: F401
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 import common
@@ -314,20 +324,16 @@ def test_imbalance_says_which_class_is_too_small(capsys):
     )
 
 
-def test_student_and_teacher_have_the_same_imbalanced_images(cli, tmp_path, monkeypatch):
-    images = np.arange(120, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 32, 32), np.uint8)
-    write_npz(tmp_path / "large.npz", train_images=images, train_labels=np.arange(120) % 3)
-    x, y, batch, loss = [], [], common.Dataset.batch, F.cross_entropy
-    monkeypatch.setattr(common.Dataset, "batch", lambda data, index: x.append(batch(data, index)) or x[-1])
-    monkeypatch.setattr(F, "cross_entropy", lambda S, labels: y.append(labels) or loss(S, labels))
+def test_student_and_teacher_have_the_same_imbalanced_images(cli, tmp_path):
+    write_npz(tmp_path / "large.npz", train_images=colours(120), train_labels=np.arange(120) % 3)
     flags = ["--dataset", "large.npz", "--imbalance", 2, "--batch-size", 1000]
-    assert cli(kd_zoo, *TINY, *flags)[::2] == (0, "")
-    number = [
-        (pixels[:, 0, 0, 0] * 255).round().long() for pixels in x
-    ]  # of an image, which has it as its colour
+    with forward_passes() as passes, Calls(F.cross_entropy) as losses:
+        assert cli(kd_zoo, *TINY, *flags)[::2] == (0, "")
+    number = [numbers_of(step.images) for step in passes if step.training]
     kept = kd_zoo.imbalance(torch.arange(120) % 3, 2, 3)
     assert len(number) == 2 and all(torch.equal(n.sort().values, kept) for n in number) and len(kept) < 120
-    assert torch.equal(torch.cat(number) % 3, torch.cat(y))
+    labels = [y for S, y, _ in losses.calls if S.requires_grad]
+    assert torch.equal(torch.cat(number) % 3, torch.cat(labels))
 
 
 STAGES = {"fitnet": ["--init-epochs", 1], "fsp": ["--init-epochs", 1]}
@@ -376,17 +382,14 @@ def test_the_loop_adds_up_the_terms_of_table_1(cli, monkeypatch, method):
         monkeypatch.setattr(kd_zoo, name, constant(value))
     monkeypatch.setattr(F, "cross_entropy", constant(2))
     monkeypatch.setattr(kd_zoo, "boundary_samples", lambda teacher, x, *_: x[:2])
-    teachers, load = [], common.load_teacher
-    monkeypatch.setattr(common, "load_teacher", lambda *a, **k: teachers.append(load(*a, **k)) or teachers[0])
-    steps, step = [], torch.optim.SGD.step
-    monkeypatch.setattr(
-        torch.optim.SGD,
-        "step",
-        lambda sgd: steps.append((sgd.param_groups[0]["lr"], len(sgd.state))) or step(sgd),
-    )
+    steps = []
+    note = lambda sgd, *_: steps.append((sgd.param_groups[0]["lr"], len(sgd.state)))  # noqa: E731
+    handle = register_optimizer_step_pre_hook(note)
     name, *add = method.split()
     flags = [*STAGES.get(name, []), "--epochs", len(SUMS[method]) - (name in STAGES), "--batch-size", 40]
-    assert cli(kd_zoo, *small(name), *flags, "--method", name, *add, "--out", "run")[0] == 0
+    with forward_passes() as passes:
+        assert cli(kd_zoo, *small(name), *flags, "--method", name, *add, "--out", "run")[0] == 0
+    handle.remove()
     metrics = saved("run")["metrics"]
     assert [record["train_loss"] for record in metrics] == pytest.approx(SUMS[method])
     assert [lr for lr, _ in steps[-len(metrics) :]] == [record["lr"] for record in metrics]
@@ -394,7 +397,9 @@ def test_the_loop_adds_up_the_terms_of_table_1(cli, monkeypatch, method):
         0,
         0,
     ]  # stage 2 begins without momentum
-    for teacher, _ in teachers:
+    teachers = {step.net for step in passes if not any(p.requires_grad for p in step.net.parameters())}
+    assert len(teachers) == (name not in kd_zoo.ALONE)
+    for teacher in teachers:
         modes = {
             type(module).__name__: (module.training, getattr(module, "p", 0)) for module in teacher.modules()
         }

@@ -1,7 +1,6 @@
 """fickle_teacher.py, soft_randomization.py, messy_collaboration.py: losses, noise, teachers, whole runs."""
 
 import copy
-import itertools
 import re
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from conftest import (
     assert_resumes_to_the_same_bit,
     assert_same,
     colours,
+    crops_of,
     forward_passes,
     numbers_of,
     saved,
@@ -173,12 +173,7 @@ def test_student_and_teacher_see_crops_padded_by_reflection(cli, script):
     flags = ["--sigma", 0] if script is sr else []
     with forward_passes() as passes:
         assert cli(script, *TINY, *flags)[0] == 0
-    padded = np.pad(common.load_dataset("tiny.npz").train_images, ((0, 0), (0, 0), (4, 4), (4, 4)), "reflect")
-    places = {}
-    for top, left in itertools.product(range(9), repeat=2):
-        crops = padded[:, :, top : top + 32, left : left + 32]
-        for flipped, images in ((False, crops), (True, crops[..., ::-1])):
-            places |= {image.tobytes(): (top, left, flipped) for image in images}
+    places = crops_of(common.load_dataset("tiny.npz").train_images, "reflect")
     seen = torch.cat([step.images for step in passes if step.training])
     found = {places[image.numpy().tobytes()] for image in (seen * 255).round().byte()}
     assert len(seen) == 80 and len(found) > 30
