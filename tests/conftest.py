@@ -178,6 +178,14 @@ def float32(monkeypatch):
 
 
 @pytest.fixture
+def quick(monkeypatch):
+    """No curves.png, which takes most of the time of a tiny run."""
+    import common
+
+    monkeypatch.setattr(common, "plot_curves", lambda *_: None)
+
+
+@pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
     """cli(module, *flags) runs a script in this process, in an empty folder: (status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)

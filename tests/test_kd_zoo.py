@@ -16,13 +16,14 @@ from conftest import (
     within,
     write_npz,
 )
-from test_noise_as_a_resource import ALONE, TINY, log_softmax, quick  # noqa: F401
+from test_noise_as_a_resource import ALONE, TINY, log_softmax
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_leaves
 
 import common
 import kd_zoo
 
+pytestmark = pytest.mark.usefixtures("quick", "tiny_npz")
 B, C = 6, 5
 SMALL = [*TINY, "--student-arch", "wrn-10-1"]
 

@@ -226,7 +226,7 @@ noise_data_free_kd --dataset tiny.npz SMALL --epochs 1 --lr .03 --weight-decay .
 
 
 @pytest.fixture
-def data(tmp_path, monkeypatch):
+def data(tmp_path, quick):
     images = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
     few = {"train_images": images[:20], "train_labels": np.arange(20) % 3, "test_images": images[20:]}
     for name in ("tiny", "cifar100"):
@@ -235,7 +235,6 @@ def data(tmp_path, monkeypatch):
         path = tmp_path / "pictures" / ("train", "test")[i // 8] / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.kron(pixels.transpose(1, 2, 0), np.ones((2, 2, 1), np.uint8))).save(path)
-    monkeypatch.setattr(common, "plot_curves", lambda *_: None)
 
 
 def assert_trained(folder, rates, options):
