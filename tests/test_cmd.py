@@ -66,8 +66,8 @@ def test_entropy_trust_and_threshold_by_hand():
 
 
 @pytest.mark.parametrize("self_kd, by_hand", [
-    ("ce", None), ("ls", [0.75, 0.25]), ("cp", [0.4, -0.4]), ("boot-soft", [0.6, 0.4]), ("proselflc", [0.6, 0.4]),
-    ("mconf", [0.6, 0.4]), ("tf-kd-reg", None),
+    ("ce", None), ("ls", [0.75, 0.25]), ("cp", [0.4, -0.4]), ("boot-soft", [0.6, 0.4]),
+    ("proselflc", [0.6, 0.4]), ("mconf", [0.6, 0.4]), ("tf-kd-reg", None),
 ])  # fmt: skip
 def test_refined_labels_by_hand_and_in_numpy(draw, self_kd, by_hand):
     if by_hand:  # half of the label (1, 0), and half of something else where p = (0.2, 0.8)
@@ -124,23 +124,22 @@ def test_selection_by_hand():
     q_A, q_B = torch.tensor([[1.0, 0], [1, 0]]), torch.tensor([[0.0, 1], [0, 1]])
     loss_A, loss_B, sure = cmd.cmd_losses(q_A, q_B, p_A, p_B, 0.5)
     assert sure.tolist() == [[False, False], [True, False]]
-    assert loss_A.item() == pytest.approx(
-        3 * math.log(2) / 2, rel=1e-5
-    )  # two of its own and one of B's, over two
+    # two of its own and one of B's, over two
+    assert loss_A.item() == pytest.approx(3 * math.log(2) / 2, rel=1e-5)
     assert loss_B.item() == pytest.approx((math.log(10) + math.log(2)) / 2, rel=1e-5)
     uniform = cmd.entropy(torch.full((1, 2), 0.5)).item()
-    assert (
-        cmd.cmd_losses(q_A, q_B, p_A, p_B, uniform)[2].sum() == 1
-    )  # "<": a uniform prediction is not below H(u)
+    # "<": a uniform prediction is not below H(u)
+    assert cmd.cmd_losses(q_A, q_B, p_A, p_B, uniform)[2].sum() == 1
     for select, count in (("zero", 0), ("all", 2)):
         eta, _, b2 = cmd.SELECT[select]
         nearly = torch.tensor([[0.9, 0.1], [0.49, 0.51]])
-        assert all(cmd.cmd_losses(q_A, q_B, nearly, nearly, cmd.threshold(t, eta, b2, 2))[2].sum() == 2 * count
-                   for t in (0.1, 0.5, 1))  # fmt: skip
+        for t in (0.1, 0.5, 1):
+            chi = cmd.threshold(t, eta, b2, 2)
+            assert cmd.cmd_losses(q_A, q_B, nearly, nearly, chi)[2].sum() == 2 * count
 
 
 def test_an_impossible_label_costs_no_more_than_supplement_c_says():
-    """-log(0 + 1e-6), and where p is far below that, no gradient; where it is far above, that of cross-entropy."""
+    """-log(0 + 1e-6). Where p is far below 1e-6, no gradient; where it is far above, that of cross-entropy."""
     S = torch.tensor([[0.0, 40.0], [0.0, 5.0]], requires_grad=True)
     losses = cmd.cross_entropy(torch.tensor([[1.0, 0], [1, 0]]), S.softmax(1))
     assert losses.tolist() == pytest.approx([6 * math.log(10), math.log(1 + math.exp(5))], rel=1e-3)
@@ -163,7 +162,7 @@ def test_kdcl_by_hand_and_in_numpy(draw):
 
 
 def test_the_standard_library_keeps_its_cmd():
-    """For who imports it in the repository's root, and for Python's debugger, which runs the script nevertheless."""
+    """For code that imports it in the repository's root, and for Python's debugger, which runs the script."""
     code = "import cmd, pdb, sys; print(issubclass(pdb.Pdb, cmd.Cmd), 'torch' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -214,7 +213,7 @@ def coloured(tmp_path):
 
 @pytest.mark.parametrize("self_kd", ["mconf", "proselflc"])
 def test_the_loop_follows_the_equations(cli, coloured, self_kd):
-    """One step per epoch: trust in a network by its last epoch's certainty or by time, the falling threshold."""
+    """One step per epoch: trust in a network by its last epoch's certainty or by time, falling threshold."""
     flags = ["--self-kd", self_kd, "--eta", 1.5, "--b1", 6, "--b2", -2, "--lr", 0.01, "--epochs", 3]
     with forward_passes(scale=8) as passes:
         assert cli(cmd, *TINY, *NOISE, *flags, "--batch-size", 40, "--out", "run")[0] == 0
@@ -326,7 +325,8 @@ def test_which_samples_are_held_out_does_not_follow_the_noise(cli, tmp_path):
 
 
 @pytest.mark.parametrize("flags, epochs", [
-    ("--self-kd mconf --arch-b resnet8 --validation 0.25 --batch-size 10", 3), ("--mutual async --batch-size 13", 2),
+    ("--self-kd mconf --arch-b resnet8 --validation 0.25 --batch-size 10", 3),
+    ("--mutual async --batch-size 13", 2),
 ])  # fmt: skip
 def test_an_interrupted_run_continues_to_the_same_bit(cli, flags, epochs):
     assert_resumes_to_the_same_bit(cli, cmd, *TINY, *NOISE, *flags.split(), "--epochs", epochs, stops=epochs)

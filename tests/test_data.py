@@ -62,10 +62,11 @@ def test_limits_take_evenly_spaced_samples(tmp_path):
 
 
 @pytest.mark.parametrize("changes, train, test", [  # which digests differ from those of the file as it is
-    ({}, False, False), ({"limit_train": 40, "limit_test": 20}, False, False), ({"test_only": True}, None, False),
-    ({"limit_train": 39}, True, False), ({"limit_test": 19}, False, True),
-    ({"train_images": -1}, True, False), ({"train_labels": -1}, True, False), ({"true_labels": -1}, True, False),
-    ({"test_images": -1}, False, True), ({"test_labels": -1}, False, True),
+    ({}, False, False), ({"limit_train": 40, "limit_test": 20}, False, False),
+    ({"test_only": True}, None, False), ({"limit_train": 39}, True, False), ({"limit_test": 19}, False, True),
+    ({"train_images": -1}, True, False), ({"train_labels": -1}, True, False),
+    ({"true_labels": -1}, True, False), ({"test_images": -1}, False, True),
+    ({"test_labels": -1}, False, True),
 ])  # fmt: skip
 def test_digests_are_of_all_that_is_in_a_part(tmp_path, changes, train, test):
     path = write_npz(tmp_path / "a.npz", true_labels=np.zeros(40, int))
@@ -158,7 +159,8 @@ def test_a_download_becomes_a_file(tmp_path, monkeypatch):
 
     for name, source, classes in (("CIFAR100", cifar, "abcdefghij"), ("SVHN", svhn, "0123456789")):
         monkeypatch.setattr(torchvision.datasets, name, web_page)
-        says = f"--dataset {name.lower()}: torchvision's download failed .File not found or corrupted..; try again"
+        says = "torchvision's download failed .File not found or corrupted..; try again"
+        says = f"--dataset {name.lower()}: {says}"
         with pytest.raises(UsageError, match=says):
             load_dataset(name.lower(), tmp_path)
         for now in (source, web_page):  # downloaded, and not again
@@ -197,7 +199,7 @@ def labels_of(images):
 
 
 def assert_pictures(images, files, resize, side):
-    """That images are the files through torchvision's transforms of PIL images, which round a little differently."""
+    """Images are the files through torchvision's transforms of PIL images, which round a little otherwise."""
     square = v2.Compose([v2.Resize(resize), v2.CenterCrop(side), v2.PILToTensor()])
     expected = torch.stack([square(Image.open(file).convert("RGB")) for file in files])
     assert images.dtype == torch.uint8 and images.shape == expected.shape
@@ -207,8 +209,10 @@ def assert_pictures(images, files, resize, side):
 @pytest.fixture
 def folder(tmp_path):
     """An ImageFolder of two classes, pictures of odd sizes and modes: four for training and two for tests."""
-    sizes = {"train/ape/1.png": (60, 80), "train/ape/2.jpg": (91, 45), "train/bat/1.png": (36, 36), "train/bat/9.JPG":
-             (200, 101), "test/ape/1.jpg": (50, 70), "test/bat/1.png": (30, 20)}  # fmt: skip
+    sizes = {
+        "train/ape/1.png": (60, 80), "train/ape/2.jpg": (91, 45), "train/bat/1.png": (36, 36),
+        "train/bat/9.JPG": (200, 101), "test/ape/1.jpg": (50, 70), "test/bat/1.png": (30, 20),
+    }  # fmt: skip
     for seed, (name, size) in enumerate(sizes.items()):
         write_picture(tmp_path / "pictures" / name, size, seed, "L" if seed == 2 else "RGB")
     return tmp_path / "pictures"
@@ -243,13 +247,14 @@ def test_pixels_are_as_stored(tmp_path):
     turned[0x0112] = 6
     palette = Image.fromarray(grey // 64)
     palette.putpalette([10, 20, 30, 200, 0, 7, 0, 255, 1, 90, 90, 90])
+    colours = np.array(palette.getpalette("RGB")).reshape(-1, 3)
     big_endian = Image.frombytes("I;16B", (40, 36), deep.astype(">u2").tobytes())
     (tmp_path / "deep.pgm").write_bytes(b"P5 40 36 65535\n" + deep.astype(">u2").tobytes())
     pictures = {
         "rgb.png": (Image.fromarray(rgb), rgb, {"exif": turned}),
         "rgba.png": (Image.fromarray(np.dstack([rgb, alpha])), rgb, {}),
         "la.png": (Image.fromarray(np.dstack([grey, alpha])), grey, {}),
-        "palette.png": (palette, np.array(palette.getpalette("RGB")).reshape(-1, 3)[grey // 64], {"transparency": 1}),
+        "palette.png": (palette, colours[grey // 64], {"transparency": 1}),
         "bits.png": (Image.fromarray(grey > 99), (grey > 99) * 255, {}),
         "frames.webp": (Image.fromarray(rgb), rgb,
                         {"save_all": True, "append_images": [Image.fromarray(255 - rgb)], "lossless": True}),

@@ -1,4 +1,4 @@
-"""kd_zoo.py: every loss against a float64 numpy version and by hand, invariances, gradients, and whole runs."""
+"""kd_zoo.py: every loss against a float64 numpy version and by hand, invariances, gradients, whole runs."""
 
 import itertools
 
@@ -108,7 +108,7 @@ FEATURE_LOSSES = {
 
 @pytest.mark.parametrize("name", FEATURE_LOSSES)
 def test_feature_losses_in_numpy_and_their_gradients(name):
-    """Gradients against finite differences, and finite where two samples coincide and a root has no derivative."""
+    """Gradients against finite differences; finite where two samples coincide and a root has no derivative."""
     s, t, loss = features(1), features(2), getattr(kd_zoo, name)
     expected = FEATURE_LOSSES[name](*([np.float64(f) for f in part] for part in (s, t)))
     assert loss(s, t).item() == pytest.approx(expected, rel=1e-4) and expected > 1e-4
@@ -257,14 +257,14 @@ def test_boundary_samples_cross_the_boundary_or_stop_at_ten_steps():
     gap, new_gap = gap.abs(), new_gap * gap.sign()
     crossed = new_gap < 0
     assert crossed.any() and (new_gap < gap).all()
-    # just across: the last step began before the boundary, and covered (gap + 1e-4) times 0.3 times ‖gradient‖
+    # just across: the last step began before the boundary and covered (gap + 1e-4) times 0.3 times ‖gradient‖
     assert (new_gap[crossed] > -0.3 * (w[0] - w[1]).norm() * gap[crossed] - 1e-3).all()
     far = kd_zoo.boundary_samples(teacher, x, y, S, T, step_size=30)
     assert (far - start).abs().max() > 0.5 and far.min() == 0 and far.max() == 1
 
 
 def test_boundary_samples_aim_in_proportion_to_the_teacher():
-    """Wrong classes 1 and 2 have teacher probabilities 3 : 1, so that three of four samples go towards class 1."""
+    """Wrong classes 1 and 2 have teacher probabilities 3 : 1: three of four samples go towards class 1."""
     x = torch.full((4000, 3, 1, 1), 0.5)
     T = torch.tensor([8.0, 3.0, 1.0]).log().repeat(4000, 1)
     y = torch.zeros(4000, dtype=torch.int64)
@@ -300,8 +300,10 @@ def test_class_accuracies():
 
 
 IMBALANCED = {  # the sizes of the group's code for CIFAR-10
-    0.2: [5000, 858, 557, 439, 375, 333, 304, 282, 264, 250], 0.6: [5000, 1166, 720, 539, 440, 376, 331, 297, 271, 250],
-    1: [5000, 1607, 957, 682, 529, 433, 366, 317, 280, 250], 2: [5000, 3173, 1972, 1289, 892, 648, 490, 382, 306, 250],
+    0.2: [5000, 858, 557, 439, 375, 333, 304, 282, 264, 250],
+    0.6: [5000, 1166, 720, 539, 440, 376, 331, 297, 271, 250],
+    1: [5000, 1607, 957, 682, 529, 433, 366, 317, 280, 250],
+    2: [5000, 3173, 1972, 1289, 892, 648, 490, 382, 306, 250],
 }  # fmt: skip
 
 
@@ -360,11 +362,14 @@ def test_every_method_runs(cli, method):
         assert not torch.equal(*(checkpoint[part]["blocks.2.0.conv1.weight"] for part in ("net1", "net2")))
 
 
-TERMS = {"hinton_loss": 3, "attention_loss": 5, "similarity_loss": 7, "rkd_distance_loss": 11, "rkd_angle_loss": 13,
-         "fitnet_loss": 17, "fsp_loss": 19}  # fmt: skip
+TERMS = {
+    "hinton_loss": 3, "attention_loss": 5, "similarity_loss": 7, "rkd_distance_loss": 11, "rkd_angle_loss": 13,
+    "fitnet_loss": 17, "fsp_loss": 19,
+}  # fmt: skip
 SUMS = {  # what the loop makes of them, epoch by epoch, cross-entropy being 2
-    "baseline": [2], "hinton": [0.1 * 2 + 0.9 * 3], "at": [2 + 1000 * 5], "sp": [2 + 3000 * 7], "rkd-d": [2 + 25 * 11],
-    "rkd-a": [2 + 50 * 13], "rkd-da": [2 + 25 * 11 + 50 * 13], "fitnet": [17, 2.9], "fsp": [19, 2.9],
+    "baseline": [2], "hinton": [0.1 * 2 + 0.9 * 3], "at": [2 + 1000 * 5], "sp": [2 + 3000 * 7],
+    "rkd-d": [2 + 25 * 11], "rkd-a": [2 + 50 * 13], "rkd-da": [2 + 25 * 11 + 50 * 13],
+    "fitnet": [17, 2.9], "fsp": [19, 2.9],
     "at --add hinton": [2.9 + 1000 * 5], "at --ce 3 --alpha 0.5": [3 * 2 + 0.5 * 3 + 1000 * 5],
     "sp --add ft": [2.9 + 3000 * 7], "dml": [2 * 2 + 2 * 3],
     "one": [4 * 2 + np.exp(-5 * (1 - min(300 / 80 * e / 4, 1)) ** 2) * 3 * 3 for e in (0, 1, 2, 3)],

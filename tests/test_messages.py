@@ -15,7 +15,7 @@ from PIL import Image
 import common
 
 # Script and flags | how the line begins, after "error: ". In it [^] stands for any characters.
-# An "argument …" is refused by argparse, which prints the usage first. SHORT says what words in capitals mean.
+# An "argument …" is refused by argparse, which prints the usage first. SHORT explains words in capitals.
 ROWS = """
 arguments
 nrd --lr -1 | argument --lr: -1 is
@@ -57,7 +57,7 @@ nrd --dataset few.npz | --dataset: few.npz: true_labels is int64 [20], not integ
 nrd --dataset flat.npz | --dataset: flat.npz: test_images is uint8 [20, 3, 32], not uint8 [N, 3, H, W]
 nrd --dataset wide.npz | --dataset: wide.npz: test_images have another height or width than train_images
 nrd --dataset imagefolder:nowhere | --dataset imagefolder:nowhere: [^]; README says
-nrd --dataset imagefolder:pictures | --dataset imagefolder:pictures: train has other classes than the test part: bat, cow
+nrd --dataset imagefolder:pictures | --dataset imagefolder:pictures: train has other classes
 nrd --dataset imagefolder:x --resize 32 --image-size 36 | --resize: 32 is smaller than --image-size 36
 nrd --noise none --rate 0.2 | --rate: --noise none has no rate; leave it out
 nrd --dataset tiny.npz --noise asym | --noise asym: only CIFAR-10 and CIFAR-100
@@ -133,7 +133,7 @@ ZOO --teacher-model mine.py:net --teacher five.pth | --teacher-model: five.pth d
 ZOO --teacher-model mine.py:net --method fitnet | --teacher-model: for fitnet, fsp, at, sp and rkd
 ZOO --teacher-model mine.py:net --method at | --teacher-model: for fitnet, fsp, at, sp and rkd
 ZOO --teacher-model mine.py:net --method rkd-a | --teacher-model: for fitnet, fsp, at, sp and rkd
-ZOO --teacher-model mine.py:features --method fsp | --student-arch: fsp cannot compare [^]features [(16, 32, 32), (16, 32, 32), (32
+ZOO --teacher-model mine.py:features --method fsp | --student-arch: fsp cannot compare [^]features [(16,
 ZOO --teacher-model mine.py:net --add ft | [^]the teacher has no dropout module to switch on
 FICKLE --teacher-model mine.py:net | [^]the teacher has no dropout module
 FICKLE --teacher-model mine.py:nought | [^]the teacher has no dropout module

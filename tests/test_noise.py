@@ -35,7 +35,7 @@ def test_noise_follows_its_seed_and_nothing_else(kind):
 def test_sym_draws_all_classes_alike(rate, per_sample):
     noisy = corrupt("sym", rate, per_sample=per_sample)
     changed = noisy != LABELS
-    # round(rate·N) are drawn, or each with that probability; a drawn label stays the same with probability 1/10
+    # round(rate·N) are drawn, or each with that probability; a drawn one stays the same with probability 1/10
     total, p = (20000, rate * 0.9) if per_sample else (round(rate * 20000), 0.9)
     assert within(int(changed.sum()), total, p)
     for classes in (LABELS, noisy):

@@ -1,4 +1,4 @@
-"""noise_data_free_kd.py: statistics of BatchNorm layer by layer, dead leaves by counting, whole runs, pictures."""
+"""noise_data_free_kd.py: BatchNorm layer by layer, dead leaves by counting, whole runs, pictures."""
 
 import copy
 import math
@@ -83,7 +83,7 @@ def test_logits_by_current_running_and_adjusted_statistics():
     assert_same(before, net.state_dict())
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     parts = [common.to_float(images[part]) for part in order.split(8)]
-    # adjusted: layer by layer, the mean of the first two batches' means and unbiased variances, as each batch had them
+    # adjusted: layer by layer, the mean of the first two batches' means and unbiased variances
     direct, adjusted, seen = copy.deepcopy(net).train(), copy.deepcopy(net), {}
     for name, layer in direct.named_modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -294,7 +294,7 @@ def assert_histograms(axes, values):
 
 
 def test_the_picture_of_activations(cli, monkeypatch, figures, made):
-    """Figures 2, 3a and 5 to 8: each curve is of the images and the statistics that its label and colour say."""
+    """Figures 2, 3a and 5 to 8: each curve is of the images and statistics that its label and colour say."""
     assert cli(dfkd, *SMALL, "--epochs", 2, "--out", "a")[0] == 0
     made.clear()
     crops, crop = [], common.crop_flip
@@ -328,8 +328,10 @@ def test_the_picture_of_activations(cli, monkeypatch, figures, made):
         assert_histograms(axes, {"red": red[i].mean(1), "blue": blue[i].mean(1), "black": black[i].mean(1)})
     labels = [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
     assert labels == [
-        "original data, running statistics", "dead-leaves, running statistics", "dead-leaves, current statistics",
-    ]  # fmt: skip
+        "original data, running statistics",
+        "dead-leaves, running statistics",
+        "dead-leaves, current statistics",
+    ]
     red, blue, black = (layers(student, *case)[-1] for case in ((real, False), (noise, False), (real, True)))
     assert_histograms(density, {"red": red.flatten(), "blue": blue.flatten(), "black": black.flatten()})
     for line, colour, values in zip(scatter.lines, ("red", "blue", "black"), (red, blue, black), strict=True):

@@ -18,7 +18,7 @@ FLOOR = 1e-7
 
 
 def case(batch=16, classes=10, scale=3.0, seed=0):
-    """Random logits and labels: torch float32 (logits, one-hot) and numpy float64 (probabilities, one-hot)."""
+    """Random logits and labels: torch float32 (logits, one-hot), numpy float64 (probabilities, one-hot)."""
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(batch, classes, generator=generator)
     y = F.one_hot(torch.randint(classes, (batch,), generator=generator), classes).float()
@@ -139,7 +139,7 @@ LABELS = common.corrupt_labels(torch.arange(40) % 3, "sym", 0.5, "abc", 0)
 
 @pytest.fixture
 def train(nrd_cli, tmp_path, quick):
-    """train(*flags): one step of nrd.py on 40 images of one colour each. Gives its metrics and forward passes."""
+    """train(*flags): one step of nrd.py on 40 images of one colour each. Its metrics and forward passes."""
     write_npz(tmp_path / "tiny.npz", train_images=colours(40))
 
     def run(*flags):
@@ -200,7 +200,7 @@ def test_two_student_views_share_pi2_on_photographs(train, tmp_path):
 
 
 def test_views_are_the_appendix_s(monkeypatch):
-    """A.1: RandAugment(1, 3), crop, flip, Cutout(5), and AugMix, crop, flip; A.2, for photographs: resized crops."""
+    """A.1: RandAugment(1, 3), crop, flip, Cutout(5), and AugMix, crop, flip; A.2, photographs: resized crops."""
     calls = []
     for name in ("rand_augment", "crop_flip", "cutout", "aug_mix", "random_resized_crop", "color_jitter"):
         signature = inspect.signature(getattr(common, name))

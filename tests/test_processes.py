@@ -55,7 +55,7 @@ def test_both_processes_end_with_the_same_weights(folder, name):
 
 
 def test_the_first_step_is_that_of_the_mean_gradient_of_the_halves(folder):
-    """Without augmentation: gradients of the two halves of the batch, averaged; then SGD with Nesterov momentum."""
+    """Without augmentation: gradients of the batch's two halves, averaged; SGD with Nesterov momentum."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two had: other sums would be rounded otherwise

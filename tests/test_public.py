@@ -160,8 +160,10 @@ def test_weights_of_ours_have_their_normalisation():
 
 def test_another_architecture_is_refused_by_the_first_tensor_that_differs():
     torch.save(public_net().state_dict(), "wrn.pth")
-    for arch, theirs, ours in (("wrn-16-2", "block1.layer.0.conv1.weight", "blocks.0.0.conv1.weight"),
-                               ("wrn-10-1", "block1.layer.1.conv1.weight", "blocks.1.0.conv1.weight")):  # fmt: skip
+    for arch, theirs, ours in (
+        ("wrn-16-2", "block1.layer.0.conv1.weight", "blocks.0.0.conv1.weight"),
+        ("wrn-10-1", "block1.layer.1.conv1.weight", "blocks.1.0.conv1.weight"),
+    ):
         with pytest.raises(UsageError) as error:
             load_public(Path("wrn.pth"), "--teacher", arch, MEAN, STD)
         says = rf"--teacher: wrn.pth is no {arch}: where that has {ours} \[.*\], the file has {theirs} \[.*\]"
@@ -218,10 +220,12 @@ def test_any_module_is_evaluated_and_teaches(cli):
 
 
 OTHER_KINDS = {  # file: how it is written, what is said
-    "script.pt": (lambda path: torch.jit.save(torch.jit.trace(nn.Flatten(), torch.rand(1, 3, 4, 4)), path),
-                  'is a TorchScript archive; save its weights alone: torch.save(torch.jit.load("script.pt").state_d'),
-    "net.onnx": (lambda path: Path(path).write_bytes(b"\x08\x07\x12\x07pytorch"), "is an ONNX model; save the state_"),
-    "net.h5": (lambda path: Path(path).write_bytes(b"\x89HDF\r\n"), "is damaged or no checkpoint (UnpicklingError)"),
+    "script.pt": (
+        lambda path: torch.jit.save(torch.jit.trace(nn.Flatten(), torch.rand(1, 3, 4, 4)), path),
+        'is a TorchScript archive; save its weights alone: torch.save(torch.jit.load("script.pt").state_dict(',
+    ),
+    "net.onnx": (lambda path: Path(path).write_bytes(b"\x08\x07\x12\x07pytorch"), "is an ONNX model; save the"),
+    "net.h5": (lambda path: Path(path).write_bytes(b"\x89HDF\r\n"), "is damaged or no checkpoint (Unpickling"),
     "net.safetensors": (lambda path: Path(path).touch(), "needs the package; pip install safetensors"),
     "folder": (os.mkdir, "folder/checkpoint.pt; runs/*/checkpoint.pt are checkpoints"),
 }  # fmt: skip
@@ -297,8 +301,10 @@ class Colours(nn.Module):
 
 
 def test_strange_modules(cli):
-    """One without parameters, from a file that imports its neighbour, is a teacher. What its own code raises is
-    shown."""
+    """One without parameters, from a file that imports its neighbour, is a teacher.
+
+    What their own code raises is shown as it is.
+    """
     Path("theirs").mkdir()
     Path("theirs/mine.py").write_text(STRANGE)
     Path("theirs/beside.py").write_text("def sharpen(x):\n    return 100 * x")
