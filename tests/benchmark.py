@@ -1,13 +1,13 @@
-"""Speed, side by side in one run: ours and what a user would otherwise pick, in turns; medians after a warm-up.
+"""Speed in one run: ours and what a user would otherwise pick, in turns. Medians after a warm-up.
 
     python tests/benchmark.py [augment|corrupt|attack|leaves|train|photographs|all] [--device …] [--repeats 5]
     python tests/benchmark.py compiled  # training steps with torch.compile and without; minutes
     python tests/benchmark.py kernels   # operations that a step starts on a GPU, counted without one
-    python tests/benchmark.py scaling   # seconds per epoch by images, batch size, threads: .github/scaling.png
+    python tests/benchmark.py scaling   # seconds per epoch by images, batch size, threads: scaling.png
 
 torchvision is there. `pip install -r tests/benchmark-requirements.txt` installs the other peers: kornia,
-imagecorruptions and torchattacks. A peer that is missing, or fails with the installed libraries, is named in a
-line and left out.
+imagecorruptions and torchattacks. A peer that is missing, or fails with the installed libraries, is named and
+left out.
 """
 
 import argparse
@@ -379,7 +379,7 @@ def steps():
 
 
 def photographs(args):
-    """An epoch of random resized crops of 224 pixels and flips, of 500×375 JPEG files, decoded before or not."""
+    """An epoch of random resized crops of 224 pixels and flips, of 500×375 JPEG files, decoded or not."""
     images, labels = common.draw_shapes(512, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         large = F.interpolate(to_float(images), (375, 500), mode="bilinear")
@@ -453,7 +453,7 @@ def scaling(args):
 
 
 def kernels(args):
-    """Operations of a step at the paper's size, without views. A GPU's host has to start them, in 5 to 10 µs each.
+    """Operations of a step at the paper's size, without views. A GPU's host starts each in 5 to 10 µs.
 
     backward: nodes of autograd's graph. optimiser: that, EMA and what is kept of a step. bfloat16: all of it
     with --amp, which casts weights and images. BSS has no row: it waits.

@@ -139,7 +139,7 @@ def test_selection_by_hand():
 
 
 def test_an_impossible_label_costs_no_more_than_supplement_c_says():
-    """-log(0 + 1e-6). Where p is far below 1e-6, no gradient; where it is far above, that of cross-entropy."""
+    """-log(0 + 1e-6). Where p is far below 1e-6, no gradient; far above, that of cross-entropy."""
     S = torch.tensor([[0.0, 40.0], [0.0, 5.0]], requires_grad=True)
     losses = cmd.cross_entropy(torch.tensor([[1.0, 0], [1, 0]]), S.softmax(1))
     assert losses.tolist() == pytest.approx([6 * math.log(10), math.log(1 + math.exp(5))], rel=1e-3)

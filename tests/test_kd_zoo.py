@@ -108,7 +108,7 @@ FEATURE_LOSSES = {
 
 @pytest.mark.parametrize("name", FEATURE_LOSSES)
 def test_feature_losses_in_numpy_and_their_gradients(name):
-    """Gradients against finite differences; finite where two samples coincide and a root has no derivative."""
+    """Gradients against finite differences; finite where two samples coincide: a root has no derivative."""
     s, t, loss = features(1), features(2), getattr(kd_zoo, name)
     expected = FEATURE_LOSSES[name](*([np.float64(f) for f in part] for part in (s, t)))
     assert loss(s, t).item() == pytest.approx(expected, rel=1e-4) and expected > 1e-4
@@ -363,8 +363,8 @@ def test_every_method_runs(cli, method):
 
 
 TERMS = {
-    "hinton_loss": 3, "attention_loss": 5, "similarity_loss": 7, "rkd_distance_loss": 11, "rkd_angle_loss": 13,
-    "fitnet_loss": 17, "fsp_loss": 19,
+    "hinton_loss": 3, "attention_loss": 5, "similarity_loss": 7, "rkd_distance_loss": 11,
+    "rkd_angle_loss": 13, "fitnet_loss": 17, "fsp_loss": 19,
 }  # fmt: skip
 SUMS = {  # what the loop makes of them, epoch by epoch, cross-entropy being 2
     "baseline": [2], "hinton": [0.1 * 2 + 0.9 * 3], "at": [2 + 1000 * 5], "sp": [2 + 3000 * 7],

@@ -11,7 +11,7 @@ PUBLISHED = {  # (architecture, classes): parameters; in millions where the sour
     ("wrn-16-2", 10): 0.69e6, ("wrn-40-2", 10): 2.2e6, ("wrn-28-10", 10): 36.5e6, ("wrn-16-8", 10): 11.0e6,
     ("preact_resnet18", 10): 11.17e6, ("preact_resnet34", 10): 1_860_138, ("resnet20", 10): 0.27e6,
     ("resnet110", 10): 1.7e6, ("resnet8x4", 100): 1_233_540, ("resnet32x4", 100): 7_433_860,
-    # torchvision's ImageNet models, less 9408 for the 7×7 stem, plus 1728 for the 3×3 one, where they have one
+    # torchvision's ImageNet models, less 9408 for the 7×7 stem, plus 1728 for the 3×3 one, where they have it
     ("resnet18", 1000): 11_689_512 - 7680, ("densenet121", 1000): 7_978_856 - 7680,
     ("mobilenet_v2", 1000): 3_504_872, ("shufflenet_v2", 1000): 2_278_604,
     ("inception_resnet_v2", 1000): 55_843_464,

@@ -200,7 +200,7 @@ def test_two_student_views_share_pi2_on_photographs(train, tmp_path):
 
 
 def test_views_are_the_appendix_s(monkeypatch):
-    """A.1: RandAugment(1, 3), crop, flip, Cutout(5), and AugMix, crop, flip; A.2, photographs: resized crops."""
+    """A.1: RandAugment(1, 3), crop, flip, Cutout(5), and AugMix, crop, flip; A.2: resized crops."""
     calls = []
     for name in ("rand_augment", "crop_flip", "cutout", "aug_mix", "random_resized_crop", "color_jitter"):
         signature = inspect.signature(getattr(common, name))

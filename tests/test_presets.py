@@ -175,8 +175,8 @@ def test_flags_that_are_left_out(monkeypatch, row):
     assert {flag: args[flag] for flag in expected} == {flag: pytest.approx(v) for flag, v in expected.items()}
 
 
-# First line: the command, on data sets of 20 images. Second: the learning rates, each with its first epoch, and
-# options of the optimiser and its scheduler. Third: the same of the teacher, then its config.
+# Command, on data sets of 20 images | learning rates, each with its first epoch | options of the optimiser
+# and its scheduler | the same of the teacher | its config.
 SMALL = "--student-arch wrn-10-1 --teacher-arch wrn-10-1"
 RUNS = """
 nrd --dataset tiny.npz --arch wrn-10-1 --lr .01 --weight-decay .003 --epochs 4

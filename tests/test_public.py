@@ -222,10 +222,10 @@ def test_any_module_is_evaluated_and_teaches(cli):
 OTHER_KINDS = {  # file: how it is written, what is said
     "script.pt": (
         lambda path: torch.jit.save(torch.jit.trace(nn.Flatten(), torch.rand(1, 3, 4, 4)), path),
-        'is a TorchScript archive; save its weights alone: torch.save(torch.jit.load("script.pt").state_dict(',
+        'is a TorchScript archive; save its weights alone: torch.save(torch.jit.load("script.pt").state_dict',
     ),
-    "net.onnx": (lambda path: Path(path).write_bytes(b"\x08\x07\x12\x07pytorch"), "is an ONNX model; save the"),
-    "net.h5": (lambda path: Path(path).write_bytes(b"\x89HDF\r\n"), "is damaged or no checkpoint (Unpickling"),
+    "net.onnx": (lambda path: Path(path).write_bytes(b"\x08\x07\x12\x07pytorch"), "is an ONNX model; save"),
+    "net.h5": (lambda path: Path(path).write_bytes(b"\x89HDF\r\n"), "is damaged or no checkpoint (Unp"),
     "net.safetensors": (lambda path: Path(path).touch(), "needs the package; pip install safetensors"),
     "folder": (os.mkdir, "folder/checkpoint.pt; runs/*/checkpoint.pt are checkpoints"),
 }  # fmt: skip
