@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,8 @@ COMMANDS = [
 def folder(tmp_path_factory):
     """Where one step of nrd.py, and every script, have been run by two processes."""
     folder = tmp_path_factory.mktemp("two")
-    write_npz(folder / "tiny.npz")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
+    write_npz(folder / "tiny.npz", train_images=pixels, test_images=pixels[:20])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*launcher, str(ROOT / "tests/ranks.py"), str(folder), ONE_STEP, *COMMANDS]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, assert_same, saved
+from conftest import ROOT, TINY, assert_same, saved, stopped_after_each_epoch
 
 import common
 import nrd
@@ -38,30 +38,19 @@ def test_a_run_from_the_command_line(nrd_cli, tmp_path):
     start = lines.index(f"runs/{folder.name}, given: limit_train=96 limit_test=40 epochs=2 batch_size=32")
     assert lines[start + 1].startswith("preset: dataset=shapes noise=sym rate=0.5 noise_seed=0 ")
     preset = lines[start + 1].split()
-    assert {"lr=0.5", "loss_params=0.2,0.6,0.2", "seed=0"} <= set(preset) and lines[start + 2].startswith(
-        "epoch 1/2 "
-    )
-    assert not {"epochs", "device", "data_dir", "out", "resume", "keep"} & {
-        flag.split("=")[0] for flag in preset
-    }
+    assert {"lr=0.5", "loss_params=0.2,0.6,0.2", "seed=0"} <= set(preset)
+    shown = {flag.split("=")[0] for flag in preset}
+    assert not {"epochs", "device", "data_dir", "out", "resume", "keep"} & shown
+    assert lines[start + 2].startswith("epoch 1/2 ")
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == 2 and all("images/s" in line and "left" in line for line in epochs)
-    names = {
-        "lr",
-        "train_loss",
-        "test_acc",
-        "ema_test_acc",
-        "seconds",
-        "train_acc_wrong",
-        "train_acc_wrong_true",
-    }
-    assert metrics[0].keys() >= names
+    names = "lr train_loss test_acc ema_test_acc seconds train_acc_wrong train_acc_wrong_true"
+    assert metrics[0].keys() >= set(names.split())
     best = max(record["test_acc"] for record in metrics)
     assert lines[-1].startswith(f"test_acc {metrics[-1]['test_acc']:.2f} % after epoch 2, best {best:.2f} %")
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
-    assert (
-        again.returncode == 0 and again.stdout.splitlines()[-1] == lines[-1] and metrics_of(folder) == metrics
-    )
+    assert again.returncode == 0 and again.stdout.splitlines()[-1] == lines[-1]
+    assert metrics_of(folder) == metrics
     config = json.loads((folder / "config.json").read_text())
     assert (config["lr"], config["noise"], config["rate"], config["arch"]) == (0.5, "sym", 0.5, "wrn-10-1")
     assert config["given"] == {"limit_train": 96, "limit_test": 40, "epochs": 2, "batch_size": 32}
@@ -152,16 +141,12 @@ def test_code_that_is_edited_while_a_run_is_stopped(nrd_cli, monkeypatch, tmp_pa
     end_epoch = common.Run.end_epoch
     texts = [(ROOT / "common.py").read_text()]
 
-    def stop(run, losses, **metrics):
-        end_epoch(run, losses, **metrics)
-        raise KeyboardInterrupt
-
     def change(run, losses, test_acc, **metrics):
         end_epoch(run, losses, **metrics, weight_norm=1.5)
 
-    monkeypatch.setattr(common.Run, "end_epoch", stop)
     for edit in range(2):
-        assert nrd_cli(*TINY, "--epochs", 4, "--out", "run", "--resume")[0] == 130
+        with stopped_after_each_epoch():
+            assert nrd_cli(*TINY, "--epochs", 4, "--out", "run", "--resume")[0] == 130
         (tmp_path / "nrd.py").write_text((ROOT / "nrd.py").read_text())
         texts.append(f"{texts[-1]}# edit {edit}\n")
         (tmp_path / "common.py").write_text(texts[-1])
