@@ -405,7 +405,7 @@ def photographs(args):
 
 
 def scaling(args):
-    """Seconds an epoch of cross-entropy on WRN-10-1, and the line of what is proportional."""
+    """Seconds per epoch of cross-entropy on WRN-10-1, and the line of what is proportional."""
     from matplotlib.figure import Figure
 
     images, labels = (part.to(args.device) for part in common.draw_shapes(50000, seed=0))
@@ -447,7 +447,7 @@ def scaling(args):
         axes.minorticks_off()
         if power != 1:
             axes.set(yscale="linear", ylim=(0, None))
-        axes.set(xlabel=label, ylabel="seconds an epoch")
+        axes.set(xlabel=label, ylabel="seconds per epoch")
         axes.legend()
     figure.savefig(Path(__file__).resolve().parent.parent / ".github/scaling.png", dpi=90)
 

@@ -248,9 +248,8 @@ def test_loop_does_not_wait_for_the_device(name, cli, monkeypatch):
     """Except those of dead leaves and of BSS: their data decide what is left to do."""
     noise = ["--source", "gaussian"] if name == "noise_data_free_kd" else []
     modes, switch = [], torch.cuda.set_sync_debug_mode
-    watch(
-        monkeypatch, lambda: modes.append(switch("error")), lambda: switch("default")
-    )  # error: torch raises
+    # error: torch raises
+    watch(monkeypatch, lambda: modes.append(switch("error")), lambda: switch("default"))
     try:
         assert cli(load_script(name), *TINY, *SCRIPTS[name], *noise, "--amp")[0] == 0
     finally:

@@ -113,9 +113,8 @@ def test_predict_is_the_model_in_evaluation_mode_row_by_row():
     model.amp = False
     assert model.training and all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert logits.dtype == half.dtype == torch.float32 and not logits.requires_grad
-    assert torch.allclose(half, logits, atol=0.1) and not torch.equal(
-        half, logits
-    )  # bfloat16: to its precision
+    # bfloat16: to its precision
+    assert torch.allclose(half, logits, atol=0.1) and not torch.equal(half, logits)
     with torch.no_grad():
         assert torch.allclose(logits, model.eval()(images / 255), atol=1e-4)
 

@@ -60,9 +60,8 @@ def test_pair_moves_to_the_next_class():
 def test_asym_cifar10_moves_class_by_class_over_the_labels_as_they_then_are(rate, wrong):
     noisy = corrupt("asym", rate, torch.arange(50000) % 10)
     labels = torch.arange(50000) % 10
-    assert int((noisy != labels).sum()) == pytest.approx(
-        wrong * 50000, abs=120
-    )  # by chance: which dogs were cats
+    # by chance: which dogs were cats
+    assert int((noisy != labels).sum()) == pytest.approx(wrong * 50000, abs=120)
     for source, target in (("bird", "airplane"), ("deer", "horse"), ("dog", "cat"), ("truck", "automobile")):
         of_source = noisy[labels == CIFAR10.index(source)]
         moved = of_source == CIFAR10.index(target)

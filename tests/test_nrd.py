@@ -330,9 +330,8 @@ def test_calibration_by_hand_and_against_a_loop():
 
 def test_label_accuracies_by_hand():
     true, noisy = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([0, 1, 0, 0, 0, 0])
-    predicted = torch.tensor(
-        [0, 2, 0, 3, -1, -1]
-    )  # two right samples seen (one hit), two wrong (one memorised, one corrected)
+    # two right samples seen (one hit), two wrong (one memorised, one corrected)
+    predicted = torch.tensor([0, 2, 0, 3, -1, -1])
     got = common.label_accuracies(predicted, noisy, true)
     assert got == {"train_acc_right": 50.0, "train_acc_wrong": 50.0, "train_acc_wrong_true": 50.0}
     clean = common.label_accuracies(true, true, true)

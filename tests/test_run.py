@@ -87,9 +87,8 @@ def test_a_killed_run_continues_to_the_same_bit(nrd_cli, tmp_path):
     flags = [*TINY, "--limit-train", "320", "--epochs", "4", "--amp"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert nrd_cli(*flags, "--out", whole)[0] == 0
-    assert [record["lr"] for record in metrics_of(whole)] == pytest.approx(
-        [0.5, 0.5, 0.05, 0.005]
-    )  # appendix A.1
+    rates = [record["lr"] for record in metrics_of(whole)]
+    assert rates == pytest.approx([0.5, 0.5, 0.05, 0.005])  # appendix A.1
     command = [sys.executable, ROOT / "nrd.py", *flags, "--out", broken]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
@@ -166,7 +165,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(nrd_cl
 
     def spoiled(*args):
         calls.append(1)
-        return original(*args) * (float("nan") if len(calls) == 5 else 1)  # three steps an epoch
+        return original(*args) * (float("nan") if len(calls) == 5 else 1)  # three steps per epoch
 
     monkeypatch.setattr(nrd, "js_divergence", spoiled)
     status, out, err = nrd_cli(*TINY, "--out", "run")
