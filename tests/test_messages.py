@@ -285,9 +285,8 @@ def test_message(row, folder, monkeypatch, cli):
     before = set(folder.rglob("*"))
     status, _, err = cli(SCRIPTS[script], *flags)
     *others, line = err.splitlines()
-    begins = f"{script}.py: error: " if says.startswith("argument") else "error: "
+    argparse_says = says.startswith("argument")
+    begins = f"{script}.py: error: " if argparse_says else "error: "
     assert re.match(re.escape(begins + says).replace(r"\[\^\]", ".*"), line), line
-    assert status == 2 and (
-        says.startswith("argument") or all(line.startswith("left out: ") for line in others)
-    )
+    assert status == 2 and (argparse_says or all(line.startswith("left out: ") for line in others))
     assert set(folder.rglob("*")) == before

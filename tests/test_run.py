@@ -69,7 +69,7 @@ def test_a_run_from_the_command_line(nrd_cli, tmp_path):
         assert common.accuracy(logits, data.test_labels) == pytest.approx(metrics[-1][key], abs=0.01)
 
 
-def test_several_seeds_are_several_runs_and_their_mean(nrd_cli, tmp_path):
+def test_several_seeds_are_several_runs_and_their_mean(nrd_cli, tmp_path, quick):
     """With a loss of two views."""
     flags = [*TINY, "--limit-train", 32, "--loss", "gjs"]
     status, out, _ = nrd_cli(*flags, "--seed", 3, 4, 3)
@@ -106,7 +106,7 @@ def test_a_killed_run_continues_to_the_same_bit(nrd_cli, tmp_path):
     assert sorted(path.name for path in broken.iterdir()) == FILES
 
 
-def test_a_folder_is_never_shared(nrd_cli, tmp_path):
+def test_a_folder_is_never_shared(nrd_cli, tmp_path, quick):
     assert nrd_cli(*TINY, "--out", "run")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     for flags, says in (
@@ -135,7 +135,7 @@ def test_a_folder_is_never_shared(nrd_cli, tmp_path):
         path.unlink()
 
 
-def test_code_that_is_edited_while_a_run_is_stopped(nrd_cli, monkeypatch, tmp_path):
+def test_code_that_is_edited_while_a_run_is_stopped(nrd_cli, monkeypatch, tmp_path, quick):
     """The run goes on, with a metric more or less, and says so; both texts are kept."""
     end_epoch = common.Run.end_epoch
     texts = [(ROOT / "common.py").read_text()]
@@ -160,7 +160,7 @@ def test_code_that_is_edited_while_a_run_is_stopped(nrd_cli, monkeypatch, tmp_pa
     assert source == dict(zip(["common.py until epoch 1", "common.py until epoch 2", "common.py"], texts))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(nrd_cli, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(nrd_cli, monkeypatch, quick):
     calls, original = [], nrd.js_divergence
 
     def spoiled(*args):
