@@ -1,12 +1,13 @@
-"""Speed, side by side in one run: ours and what a user would otherwise pick, interleaved, medians after a warm-up.
+"""Speed in one run: ours and what a user would otherwise pick, in turns. Medians after a warm-up.
 
     python tests/benchmark.py [augment|corrupt|attack|leaves|train|photographs|all] [--device …] [--repeats 5]
-    python tests/benchmark.py compiled       # training steps with torch.compile, against those without; minutes
-    python tests/benchmark.py kernels        # operations that a step starts on a GPU, counted without one
-    python tests/benchmark.py scaling        # seconds an epoch by images, batch size and threads: .github/scaling.png
+    python tests/benchmark.py compiled  # training steps with torch.compile and without; minutes
+    python tests/benchmark.py kernels   # operations that a step starts on a GPU, counted without one
+    python tests/benchmark.py scaling   # seconds per epoch by images, batch size, threads: scaling.png
 
-Peers: torchvision is there; `pip install -r tests/benchmark-requirements.txt` for kornia, imagecorruptions and
-torchattacks. A peer that is missing, or fails under the installed libraries, is named in a line and left out.
+torchvision is there. `pip install -r tests/benchmark-requirements.txt` installs the other peers: kornia,
+imagecorruptions and torchattacks. A peer that is missing, or fails with the installed libraries, is named and
+left out.
 """
 
 import argparse
@@ -39,12 +40,15 @@ import noise_data_free_kd
 import nrd
 from common import to_float
 
-GENERATOR = 26  # dead-leaves images (32×32) a second and core of the public generator, which is no package
+GENERATOR = 26  # dead-leaves images (32×32) per second and core of the public generator, which is no package
 WORKERS = os.cpu_count()
 
 
 def compare(work, ours, peers, args):
-    """Print a row for each peer: medians of items a second; the functions return how many items. Ours back."""
+    """Print a row for each peer: medians of items per second. Functions return a number of items.
+
+    Returns our median.
+    """
     measured = {name: [] for name in ("ours", *peers)}
     for _ in range(args.repeats + 1):
         for name, function in {"ours": ours, **peers}.items():
@@ -202,7 +206,8 @@ def leaves(args):
 
     speed = compare("", ours, {}, args)
     print(
-        f"| dead leaves 32×32, images/s | {speed:,.0f} | public generator | {GENERATOR} | {speed / GENERATOR:.2f} |"
+        f"| dead leaves 32×32, images/s | {speed:,.0f} "
+        f"| public generator | {GENERATOR} | {speed / GENERATOR:.2f} |"
     )
 
 
@@ -218,9 +223,9 @@ class Step(NamedTuple):
 
 
 def learner(args, archs, losses, memory_format=torch.contiguous_format, amp=False, mode=None):
-    """A function that trains an epoch and returns the number of images. losses: student, teacher -> loss of each step.
+    """A function that trains an epoch and returns the number of images.
 
-    mode: of torch.compile; None: nothing is compiled.
+    losses: student, teacher -> loss of each step. mode: of torch.compile; None: nothing is compiled.
     """
     nets = [common.build_model(arch, 10, amp=amp) for arch in archs]
     student, teacher = (net.to(args.device, memory_format=memory_format) for net in nets)
@@ -306,7 +311,8 @@ def train(args):
             return times * len(x)
 
         flops, of_product = speed * counter.get_total_flops() / count, compare("", product, {}, args)
-        text = f"{step.work}: {100 * flops / of_product:.0f} % of the FLOP/s of a product of 4096×4096 matrices, "
+        text = f"{step.work}: {100 * flops / of_product:.0f} % of the FLOP/s of a product of 4096×4096 "
+        text += "matrices, "
         text += f"augmentation {100 * speed / compare('', augmented, {}, args):.1f} % of the time"
         if args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(args.device)
@@ -373,7 +379,7 @@ def steps():
 
 
 def photographs(args):
-    """An epoch of random resized crops of 224 pixels and flips, of 500×375 JPEG files, decoded before or each time."""
+    """An epoch of random resized crops of 224 pixels and flips, of 500×375 JPEG files, decoded or not."""
     images, labels = common.draw_shapes(512, seed=0)
     with tempfile.TemporaryDirectory() as folder:
         large = F.interpolate(to_float(images), (375, 500), mode="bilinear")
@@ -399,7 +405,7 @@ def photographs(args):
 
 
 def scaling(args):
-    """Seconds an epoch of cross-entropy on WRN-10-1, and the line of what is proportional."""
+    """Seconds per epoch of cross-entropy on WRN-10-1, and the line of what is proportional."""
     from matplotlib.figure import Figure
 
     images, labels = (part.to(args.device) for part in common.draw_shapes(50000, seed=0))
@@ -441,16 +447,16 @@ def scaling(args):
         axes.minorticks_off()
         if power != 1:
             axes.set(yscale="linear", ylim=(0, None))
-        axes.set(xlabel=label, ylabel="seconds an epoch")
+        axes.set(xlabel=label, ylabel="seconds per epoch")
         axes.legend()
     figure.savefig(Path(__file__).resolve().parent.parent / ".github/scaling.png", dpi=90)
 
 
 def kernels(args):
-    """Operations of a step at the paper's size, views left out: what a GPU's host has to start, 5 to 10 µs each.
+    """Operations of a step at the paper's size, without views. A GPU's host starts each in 5 to 10 µs.
 
-    backward: nodes of autograd's graph. optimiser: that, EMA and what is kept of a step. bfloat16: all of it with
-    --amp, which casts weights and images. BSS has no row: it waits.
+    backward: nodes of autograd's graph. optimiser: that, EMA and what is kept of a step. bfloat16: all of it
+    with --amp, which casts weights and images. BSS has no row: it waits.
     """
     from fake_cuda import epoch, fake_cuda  # seconds to import
 
@@ -492,7 +498,8 @@ def main():
         else platform.processor() or "CPU"
     )
     print(
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"Python {platform.python_version()}"
     )
     if args.work != "kernels":
         print("| work | ours | peer | its speed | ratio |\n|---|---|---|---|---|")

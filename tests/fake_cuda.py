@@ -1,6 +1,6 @@
 """The scripts on CUDA without a GPU: tensors on device "cuda" have a shape and a dtype, and no values.
 
-Where the host reads a number it is four, a truth value is true, and a mask chooses everything. Nothing is NaN.
+Where the host reads a number, it is four. A truth value is true. A mask chooses everything. Nothing is NaN.
 """
 
 import collections

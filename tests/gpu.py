@@ -1,12 +1,12 @@
 """What a GPU is wanted for, the most wanted first: tests, speed, then the papers' tables at their own size.
 
-    python tests/gpu.py --data-dir DIR --minutes 9    # again and again: each call goes on where the last one stopped
-    python tests/gpu.py --list                        # the jobs, and how far they are
+    python tests/gpu.py --data-dir DIR --minutes 9  # again and again: each call goes on from the last one
+    python tests/gpu.py --list                      # the jobs, and how far they are
 
---out, runs/gpu, gets gpu.json and gpu.md, the results beside the papers' figures, and a log of each job. Runs and
-teachers lie there too. A job that is done is not started again. A training that was cut off goes on, anything else
-starts anew. Where the tests fail nothing else starts, unless --only leaves them out. Four jobs at once, each slower
-than alone, once the first three are done:
+--out, runs/gpu, gets gpu.json and gpu.md, the results beside the papers' figures, and a log of each job. Runs
+and teachers are there too. A job that is done is not started again. A training that was cut off goes on.
+Anything else starts anew. Where the tests fail, nothing else starts, unless --only leaves them out. Four jobs
+at once, each slower than alone, once the first three are done:
 
     python tests/gpu.py --list | cut -d" " -f1 | xargs -P 4 -I NAME python tests/gpu.py --only NAME
 """
@@ -31,10 +31,10 @@ sys.path.append(str(ROOT))
 
 from common import atomic_write  # noqa: E402
 
-ZOO = """hinton 94.28, baseline 93.95, one 92.80, dml 94.38, bss 94.27, fitnet 94.34, fsp 94.31, at 94.50, sp 94.64,
-rkd-d 94.42, rkd-a 94.62, rkd-da 94.52"""  # Table III of KD Beyond Model Compression
+ZOO = """hinton 94.28, baseline 93.95, one 92.80, dml 94.38, bss 94.27, fitnet 94.34, fsp 94.31, at 94.50,
+sp 94.64, rkd-d 94.42, rkd-a 94.62, rkd-da 94.52"""  # Table III of KD Beyond Model Compression
 TABLE = """
-transfer | evaluate.py baseline hinton bss fitnet fsp at sp rkd-d rkd-a rkd-da one dml --transfer --teacher | Figure 1
+transfer | evaluate.py METHODS --transfer --teacher | Figure 1
 nrd-0.8 | nrd.py --dataset cifar10 --noise sym --rate 0.8 | 85.32
 ce-0.8 | nrd.py --dataset cifar10 --noise sym --rate 0.8 --loss ce | 66.51
 nrd-0.2 | nrd.py --dataset cifar10 --noise sym --rate 0.2 | 95.43
@@ -46,11 +46,13 @@ ga-0.2 | soft_randomization.py --dataset cifar10 --sigma 0.2 --method ga | 83.41
 pgd | evaluate.py sr-0.05 ga-0.05 sr-0.2 ga-0.2 --pgd 20 | 15.56, 0.38, 24.14, 12.19
 ft | fickle_teacher.py --dataset cifar10 --dropout 0.4 | 94.67, teacher 95.18
 mc | messy_collaboration.py --dataset cifar10 --rate 0.25 | 85.22, teacher 78.94
-gauss-cs | noise_data_free_kd.py --dataset cifar10 --student-arch resnet34 --source gaussian --bn current | 87.11
-gauss-rs | noise_data_free_kd.py --dataset cifar10 --student-arch resnet34 --source gaussian --bn running | 13.18
-leaves-cs | noise_data_free_kd.py --dataset cifar10 --student-arch resnet34 --source dead-leaves --bn current | 89.7
-leaves-rs | noise_data_free_kd.py --dataset cifar10 --student-arch resnet34 --source dead-leaves --bn running | 42.45
+gauss-cs | FREE --source gaussian --bn current | 87.11
+gauss-rs | FREE --source gaussian --bn running | 13.18
+leaves-cs | FREE --source dead-leaves --bn current | 89.7
+leaves-rs | FREE --source dead-leaves --bn running | 42.45
 """  # NRD: Table 2; Noise as a Resource: Tables 3, 6, 1, 7; data-free: Table 2
+TABLE = TABLE.replace("METHODS", "baseline hinton bss fitnet fsp at sp rkd-d rkd-a rkd-da one dml")
+TABLE = TABLE.replace("FREE", "noise_data_free_kd.py --dataset cifar10 --student-arch resnet34")
 # name: command, the paper's test accuracy in %. A name in a command of evaluate.py is the folder of that run.
 JOBS = {"tests": ("pytest -q -rs tests/test_cuda.py", ""), "speed": ("tests/benchmark.py train", ""),
         "compiled": ("tests/benchmark.py compiled", "")}  # fmt: skip
@@ -86,7 +88,7 @@ def run(job, args, seconds):
 
 
 def measured(job, args):
-    """The last record of a training, and what it says of its teacher, its memory and its end; else the log's end."""
+    """The last record of a training, and what it says of its teacher, memory and end; else the log's end."""
     lines, metrics = (args.out / f"{job}.txt").read_text().splitlines(), args.out / job / "metrics.jsonl"
     if not metrics.exists():
         return {"lines": lines[-60:]}

@@ -1,4 +1,4 @@
-"""What test_processes.py has torchrun start: FOLDER, then commands, whose state every process writes there."""
+"""test_processes.py starts this by torchrun: FOLDER COMMAND …. Each process writes its state to FOLDER."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""Augmentation: each operation against torchvision.transforms.v2, the random policies by counting their draws."""
+"""Augmentation: each operation against torchvision.transforms.v2, the policies by counting their draws."""
 
 from collections import Counter
 
@@ -25,7 +25,7 @@ SPACES = {  # (the library's class, bins, arguments of op_table, how warps inter
 
 @pytest.fixture(scope="module")
 def pictures():
-    """Images with structure, and degenerate ones: random, constant, of two values, dark and nearly constant."""
+    """Images with structure, and extreme ones: random, constant, of two values, dark, nearly constant."""
     random = torch.randint(
         0, 256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(3), dtype=torch.uint8
     )
@@ -292,11 +292,11 @@ class Kernels(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("function, most", [
-    (rand_augment, 90), (common.aug_mix, 250), (common.crop_flip, 10), (cutout, 20), (random_resized_crop, 70),
-    (common.random_erasing, 60),
+    (rand_augment, 90), (common.aug_mix, 250), (common.crop_flip, 10), (cutout, 20),
+    (random_resized_crop, 70), (common.random_erasing, 60),
 ])  # fmt: skip
 def test_compiled_an_augmentation_is_one_graph_of_few_kernels_with_the_same_images(function, most, pictures):
-    """Compiled, an augmentation computes all rows of a batch, as it does on CUDA; here the operations are counted."""
+    """Compiled, an augmentation computes all rows of a batch, as on CUDA. The operations are counted."""
     counts = []
 
     def backend(graph, _):

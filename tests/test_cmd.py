@@ -3,17 +3,28 @@
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_resumes_to_the_same_bit, load_script, saved, within, write_npz
-from test_noise_as_a_resource import quick  # noqa: F401
+from conftest import (
+    ROOT,
+    assert_resumes_to_the_same_bit,
+    colours,
+    crops_of,
+    forward_passes,
+    load_script,
+    numbers_of,
+    saved,
+    within,
+    write_npz,
+)
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
 
+pytestmark = pytest.mark.usefixtures("quick", "tiny_npz")
 cmd = load_script("cmd")
 B, C = 7, 5
 TINY = ["--dataset", "tiny.npz", "--arch", "wrn-10-1", "--batch-size", 20, "--epochs", 1, "--device", "cpu"]
@@ -55,8 +66,8 @@ def test_entropy_trust_and_threshold_by_hand():
 
 
 @pytest.mark.parametrize("self_kd, by_hand", [
-    ("ce", None), ("ls", [0.75, 0.25]), ("cp", [0.4, -0.4]), ("boot-soft", [0.6, 0.4]), ("proselflc", [0.6, 0.4]),
-    ("mconf", [0.6, 0.4]), ("tf-kd-reg", None),
+    ("ce", None), ("ls", [0.75, 0.25]), ("cp", [0.4, -0.4]), ("boot-soft", [0.6, 0.4]),
+    ("proselflc", [0.6, 0.4]), ("mconf", [0.6, 0.4]), ("tf-kd-reg", None),
 ])  # fmt: skip
 def test_refined_labels_by_hand_and_in_numpy(draw, self_kd, by_hand):
     if by_hand:  # half of the label (1, 0), and half of something else where p = (0.2, 0.8)
@@ -113,23 +124,22 @@ def test_selection_by_hand():
     q_A, q_B = torch.tensor([[1.0, 0], [1, 0]]), torch.tensor([[0.0, 1], [0, 1]])
     loss_A, loss_B, sure = cmd.cmd_losses(q_A, q_B, p_A, p_B, 0.5)
     assert sure.tolist() == [[False, False], [True, False]]
-    assert loss_A.item() == pytest.approx(
-        3 * math.log(2) / 2, rel=1e-5
-    )  # two of its own and one of B's, over two
+    # two of its own and one of B's, over two
+    assert loss_A.item() == pytest.approx(3 * math.log(2) / 2, rel=1e-5)
     assert loss_B.item() == pytest.approx((math.log(10) + math.log(2)) / 2, rel=1e-5)
     uniform = cmd.entropy(torch.full((1, 2), 0.5)).item()
-    assert (
-        cmd.cmd_losses(q_A, q_B, p_A, p_B, uniform)[2].sum() == 1
-    )  # "<": a uniform prediction is not below H(u)
+    # "<": a uniform prediction is not below H(u)
+    assert cmd.cmd_losses(q_A, q_B, p_A, p_B, uniform)[2].sum() == 1
     for select, count in (("zero", 0), ("all", 2)):
         eta, _, b2 = cmd.SELECT[select]
         nearly = torch.tensor([[0.9, 0.1], [0.49, 0.51]])
-        assert all(cmd.cmd_losses(q_A, q_B, nearly, nearly, cmd.threshold(t, eta, b2, 2))[2].sum() == 2 * count
-                   for t in (0.1, 0.5, 1))  # fmt: skip
+        for t in (0.1, 0.5, 1):
+            chi = cmd.threshold(t, eta, b2, 2)
+            assert cmd.cmd_losses(q_A, q_B, nearly, nearly, chi)[2].sum() == 2 * count
 
 
 def test_an_impossible_label_costs_no_more_than_supplement_c_says():
-    """-log(0 + 1e-6), and where p is far below that, no gradient; where it is far above, that of cross-entropy."""
+    """-log(0 + 1e-6). Where p is far below 1e-6, no gradient; far above, that of cross-entropy."""
     S = torch.tensor([[0.0, 40.0], [0.0, 5.0]], requires_grad=True)
     losses = cmd.cross_entropy(torch.tensor([[1.0, 0], [1, 0]]), S.softmax(1))
     assert losses.tolist() == pytest.approx([6 * math.log(10), math.log(1 + math.exp(5))], rel=1e-3)
@@ -152,7 +162,7 @@ def test_kdcl_by_hand_and_in_numpy(draw):
 
 
 def test_the_standard_library_keeps_its_cmd():
-    """For who imports it in the repository's root, and for Python's debugger, which runs the script nevertheless."""
+    """For code that imports it in the repository's root, and for Python's debugger, which runs the script."""
     code = "import cmd, pdb, sys; print(issubclass(pdb.Pdb, cmd.Cmd), 'torch' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
@@ -185,7 +195,7 @@ def test_a_run(cli, flags, sent):
         "resnet8" if "resnet8" in flags else "wrn-10-1",
     ]
     assert not torch.equal(*(checkpoint[part]["stem.0.weight"] for part in ("model", "peer")))
-    stats = torch.tensor(common.channel_stats(data.train_images))
+    stats = torch.tensor(common.channel_stats(data))
     assert all(torch.allclose(torch.stack([net.mean, net.std]).flatten(1), stats) for net in nets)
     assert (last["train_acc_wrong"] is None) == ("--rate 0" in flags) and all(
         0 <= r <= 1 for r in last["certainty"]
@@ -193,49 +203,26 @@ def test_a_run(cli, flags, sent):
     assert last.get("communication") in sent
 
 
+LABELS = common.corrupt_labels(torch.arange(40) % 3, "pair", 0.5, "abc", 0)
+
+
 @pytest.fixture
-def spy(monkeypatch):
-    """Logits of A and B in each step of a run, eight times as large, so that some are confident; its indices."""
-    seen, forward, batch = {"S": [], "index": []}, common.Classifier.forward, common.Dataset.batch
-
-    def watched(net, images):
-        logits = 8 * forward(net, images)
-        if net.training:
-            seen["S"].append(logits.detach().numpy())
-        return logits
-
-    monkeypatch.setattr(common.Classifier, "forward", watched)
-    monkeypatch.setattr(
-        common.Dataset, "batch", lambda data, index: seen["index"].append(index) or batch(data, index)
-    )
-    return seen
+def coloured(tmp_path):
+    write_npz(tmp_path / "tiny.npz", train_images=colours(40))
 
 
 @pytest.mark.parametrize("self_kd", ["mconf", "proselflc"])
-def test_the_loop_follows_the_equations(cli, spy, self_kd):
-    """One step an epoch: trust in a network by its last epoch's certainty or by time, the falling threshold."""
-    flags = [
-        "--self-kd",
-        self_kd,
-        "--eta",
-        1.5,
-        "--b1",
-        6,
-        "--b2",
-        -2,
-        "--lr",
-        0.01,
-        "--epochs",
-        3,
-        "--batch-size",
-        40,
-    ]
-    assert cli(cmd, *TINY, *NOISE, *flags, "--out", "run")[0] == 0
-    labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, "abc", 0)
+def test_the_loop_follows_the_equations(cli, coloured, self_kd):
+    """One step per epoch: trust in a network by its last epoch's certainty or by time, falling threshold."""
+    flags = ["--self-kd", self_kd, "--eta", 1.5, "--b1", 6, "--b2", -2, "--lr", 0.01, "--epochs", 3]
+    with forward_passes(scale=8) as passes:
+        assert cli(cmd, *TINY, *NOISE, *flags, "--batch-size", 40, "--out", "run")[0] == 0
+    passes = [step for step in passes if step.training]
     certainty, metrics = [0, 0], saved("run")["metrics"]
     for epoch, record in enumerate(metrics):
-        t, q = (epoch + 1) / 3, np.eye(3)[labels[spy["index"][epoch]]]
-        p = [softmax(S) for S in spy["S"][2 * epoch : 2 * epoch + 2]]
+        steps = passes[2 * epoch : 2 * epoch + 2]  # of A and of B
+        t, q = (epoch + 1) / 3, np.eye(3)[LABELS[numbers_of(steps[0].images)]]
+        p = [softmax(step.logits.detach()) for step in steps]
         g = [1 / (1 + math.exp(-6 * (r - 0.5))) for r in (certainty if self_kd == "mconf" else (t, t))]
         eps = [(g[i] * (1 - entropy(p[i]) / np.log(3)))[:, None] for i in (0, 1)]
         own = [(1 - eps[i]) * q + eps[i] * p[i] for i in (0, 1)]
@@ -253,12 +240,11 @@ def test_the_loop_follows_the_equations(cli, spy, self_kd):
 
 
 @pytest.mark.parametrize("mutual", ["sync", "kdcl"])
-def test_the_loop_of_the_methods_compared(cli, spy, mutual):
-    assert cli(cmd, *TINY, *NOISE, "--mutual", mutual, "--batch-size", 40, "--out", "run")[0] == 0
-    labels = common.corrupt_labels(common.load_dataset("tiny.npz").train_labels, "pair", 0.5, "abc", 0)[
-        spy["index"][0]
-    ]
-    S, q = spy["S"], np.eye(3)[labels]
+def test_the_loop_of_the_methods_compared(cli, coloured, mutual):
+    with forward_passes() as passes:
+        assert cli(cmd, *TINY, *NOISE, "--mutual", mutual, "--batch-size", 40, "--out", "run")[0] == 0
+    S = [step.logits.detach().numpy() for step in passes[:2]]
+    q = np.eye(3)[LABELS[numbers_of(passes[0].images)]]
     p = [softmax(logits) for logits in S]
     if mutual == "sync":
         loss = sum(-((q + p[1 - i]) / 2 * np.log(p[i] + 1e-6)).sum() / 40 for i in (0, 1))
@@ -269,96 +255,78 @@ def test_the_loop_of_the_methods_compared(cli, spy, mutual):
 
 
 @pytest.mark.parametrize("batch_size, steps", [(40, 1), (20, 2), (13, 3)])
-def test_asynchronous_networks_take_turns(cli, monkeypatch, batch_size, steps):
-    """Step by step through the whole training, A first, whatever the number of steps an epoch."""
-    turns, step = [], torch.optim.SGD.step
+def test_asynchronous_networks_take_turns(cli, batch_size, steps):
+    """Step by step through the whole training, A first, whatever the number of steps per epoch."""
+    turns = []
 
-    def look(optimizer, *args):
+    def look(optimizer, *_):
         A, *_, B = optimizer.param_groups[0]["params"]
         turns.append("A" * (A.grad is not None) + "B" * (B.grad is not None))
-        return step(optimizer, *args)
 
-    monkeypatch.setattr(torch.optim.SGD, "step", look)
-    assert cli(cmd, *TINY, "--mutual", "async", "--batch-size", batch_size, "--epochs", 3)[0] == 0
-    assert turns == [*"ABABABABA"][: 3 * steps]
-
-
-def test_crops_are_padded_by_four_and_flipped(cli, monkeypatch):
-    """The student sees what crop_flip makes of the images, with its preset; on shapes nothing."""
-    calls, crop_flip, batch, images = [], common.crop_flip, common.Dataset.batch, []
-    monkeypatch.setattr(
-        common, "crop_flip", lambda x, **more: calls.append((x, more)) or crop_flip(x, **more)
-    )
-    monkeypatch.setattr(
-        common.Dataset, "batch", lambda data, index: images.append(batch(data, index)) or images[-1]
-    )
-    assert cli(cmd, *TINY, "--mutual", "sync")[0] == 0
-    assert [x is image and more == {"size": 32} for (x, more), image in zip(calls, images, strict=True)] == [
-        True
-    ] * 2
-    assert cli(cmd, *TINY, "--augment", "none", "--out", "run")[0] == 0 and len(calls) == 2
+    handle = register_optimizer_step_pre_hook(look)
+    status, _, _ = cli(cmd, *TINY, "--mutual", "async", "--batch-size", batch_size, "--epochs", 3)
+    handle.remove()
+    assert status == 0 and turns == [*"ABABABABA"][: 3 * steps]
 
 
-def test_validation_is_clean_and_never_trained_on(cli, spy, monkeypatch):
+def test_crops_are_padded_by_four_and_flipped(cli):
+    """Both networks see the same images; on shapes, these are the data set's."""
+    found = {}
+    for augment in ("crop", "none"):
+        with forward_passes() as passes:
+            assert cli(cmd, *TINY, "--mutual", "sync", "--augment", augment, "--out", augment)[0] == 0
+        crops = crops_of(common.load_dataset("tiny.npz").train_images, "constant")
+        seen = [(step.images * 255).round().byte().numpy() for step in passes if step.training]
+        assert len(seen) == 4 and np.array_equal(seen[0], seen[1]) and np.array_equal(seen[2], seen[3])
+        found[augment] = {crops[image.tobytes()] for image in np.concatenate(seen)}
+    assert len(found["crop"]) > 20 and {0, 8} <= {top for top, _, _ in found["crop"]}
+    assert found["none"] == {(4, 4, False)}
+
+
+def test_validation_is_clean_and_never_trained_on(cli, coloured):
     """All labels are moved; those held out are the true ones."""
-    scored, accuracy, true = [], common.accuracy, common.load_dataset("tiny.npz").train_labels
-    monkeypatch.setattr(cmd, "accuracy", lambda S, labels: scored.append(labels) or accuracy(S, labels))
-    flags = [
-        "--noise",
-        "pair",
-        "--rate",
-        1,
-        "--validation",
-        0.25,
-        "--batch-size",
-        10,
-        "--epochs",
-        2,
-        "--out",
-        "run",
-    ]
-    status, out, _ = cli(cmd, *TINY, *flags)
+    flags = ["--validation", 0.25, "--batch-size", 10, "--epochs", 2, "--out", "run"]
+    with forward_passes() as passes:
+        status, out, _ = cli(cmd, *TINY, "--noise", "pair", "--rate", 1, *flags)
     assert status == 0 and "30 training images, 100.00 % relabelled" in out
-    trained = torch.cat(spy["index"])
-    assert trained.bincount(minlength=40).unique().tolist() == [0, 2] and len(trained) == 60
+    trained = torch.cat([numbers_of(step.images) for step in passes if step.training])
+    assert trained.bincount(minlength=40).unique().tolist() == [0, 4]  # by two networks in two epochs
+    data = common.load_dataset("tiny.npz")
     held = (trained.bincount(minlength=40) == 0).nonzero().squeeze(1)
-    assert torch.equal(scored[-1], true[held]) and 0 <= saved("run")["metrics"][-1]["val_acc"] <= 100
+    checkpoint = saved("run")
+    nets = [common.load_model(checkpoint, part) for part in ("model", "peer")]
+    scores = [
+        common.accuracy(common.predict(net, data.train_images[held]), data.train_labels[held]) for net in nets
+    ]
+    assert checkpoint["metrics"][-1]["val_acc"] == pytest.approx(sum(scores) / 2)
 
 
-def test_which_samples_are_held_out_does_not_follow_the_noise(cli, tmp_path, monkeypatch):
+def test_which_samples_are_held_out_does_not_follow_the_noise(cli, tmp_path):
     """sym relabels the first of an order drawn from the same seed."""
-
-    def stop(*_):
-        raise common.UsageError("far enough")
-
-    monkeypatch.setattr(common, "channel_stats", stop)
-    pixels = {
-        "train_images": np.zeros((9000, 3, 1, 1), np.uint8),
-        "test_images": np.zeros((20, 3, 1, 1), np.uint8),
-    }
-    write_npz(tmp_path / "many.npz", **pixels, train_labels=np.arange(9000) % 3)
-    _, out, _ = cli(cmd, *TINY, "--dataset", "many.npz", "--noise", "sym", "--rate", 0.5, "--validation", 0.5)
+    pixels = np.zeros((9000, 3, 1, 1), np.uint8)
+    write_npz(
+        tmp_path / "many.npz", train_images=pixels, train_labels=np.arange(9000) % 3, test_images=pixels[:20]
+    )
+    flags = [
+        "--dataset",
+        "many.npz",
+        "--noise",
+        "sym",
+        "--rate",
+        0.5,
+        "--validation",
+        0.5,
+        "--batch-size",
+        4500,
+    ]
+    _, out, _ = cli(cmd, *TINY, *flags)
     share = float(out.partition("images, ")[2].partition(" %")[0]) / 100
     assert out.startswith("4,500 training images") and within(round(share * 4500), 4500, 1 / 3)
 
 
 @pytest.mark.parametrize("flags, epochs", [
-    ("--self-kd mconf --arch-b resnet8 --validation 0.25 --batch-size 10", 3), ("--mutual async --batch-size 13", 2),
+    ("--self-kd mconf --arch-b resnet8 --validation 0.25 --batch-size 10", 3),
+    ("--mutual async --batch-size 13", 2),
 ])  # fmt: skip
 def test_an_interrupted_run_continues_to_the_same_bit(cli, flags, epochs):
     assert_resumes_to_the_same_bit(cli, cmd, *TINY, *NOISE, *flags.split(), "--epochs", epochs, stops=epochs)
-
-
-@pytest.mark.parametrize("flags, refused", [
-    ("--eta 0", "--eta"), ("--validation 1", "--validation"), ("--pretrained", "--pretrained"),
-    ("--mutual sync --self-kd ls", "--self-kd"), ("--mutual async --b1 3", "--b1"), ("--mutual kdcl --eta 3", "--eta"),
-    ("--mutual kdcl --epsilon 0.1", "--epsilon"), ("--epsilon 0.1", "--epsilon"), ("--self-kd ls --b1 3", "--b1"),
-])  # fmt: skip
-def test_what_other_methods_do_not_have_is_refused(cli, flags, refused):
-    status, _, err = cli(cmd, *TINY, *flags.split())
-    assert (
-        status == 2
-        and err.startswith(f"error: {refused}: ")
-        and err.count("\n") == 1
-        and not Path("runs").exists()
-    )

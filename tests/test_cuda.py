@@ -1,6 +1,6 @@
 """On a GPU: it computes what the CPU computes, every script runs there, and no loop waits for the device.
 
-Shares of pixels may differ, because what is rounded, or taken from the nearest pixel, can fall to either side.
+Shares of pixels may differ: what is rounded, or taken from the nearest pixel, can fall to either side.
 """
 
 import json
@@ -35,7 +35,7 @@ def exact():
 
 
 class SameDraws(TorchFunctionMode):
-    """Random draws are made on the CPU and moved; the global generator stands in for a generator of another device."""
+    """Random draws are made on the CPU and moved. The global generator replaces one of another device."""
 
     in_place = (torch.Tensor.uniform_, torch.Tensor.exponential_)
     draws = (torch.rand, torch.randn, torch.randint, torch.rand_like, torch.poisson, *in_place)
@@ -72,7 +72,7 @@ def assert_pixels_agree(function, images, tolerance, share):
 
 
 def assert_statistics_agree(function, images, tolerance):
-    """Where each device draws its own, the mean of a channel and how far it is moved differ by at most `tolerance`."""
+    """Each device draws its own: a channel's mean, and how far it is moved, differ by at most `tolerance`."""
     means = []
     for x in (images, images.to(DEVICE)):
         result = function(x).float()
@@ -168,8 +168,10 @@ def test_loss_and_its_gradients(name):
     assert max(relative_error(a, b) for a, b in zip(*results, strict=True)) < 1e-4
 
 
-ARCHITECTURES = ("wrn-10-1", "preact_resnet18", "resnet8", "resnet8x4", "resnet18", "resnet50", "mobilenet_v2",
-                 "shufflenet_v2", "densenet121", "inception_resnet_v2")  # fmt: skip
+ARCHITECTURES = (
+    "wrn-10-1", "preact_resnet18", "resnet8", "resnet8x4", "resnet18", "resnet50", "mobilenet_v2",
+    "shufflenet_v2", "densenet121", "inception_resnet_v2",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -185,14 +187,15 @@ def test_network_and_its_gradient(arch):
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         results.append([v.detach().cpu() for v in (logits, model.eval()(images.to(device)), gradient)])
     errors = [relative_error(a, b) for a, b in zip(*results)]
-    # on a CPU float32 is up to 6e-5, 2e-5 and 4e-2 from float64: a ReLU near 0 passes a gradient or passes none
+    # on a CPU float32 is up to 6e-5, 2e-5 and 4e-2 from float64: a ReLU near 0 passes a gradient or none
     assert errors[0] < 1e-3 and errors[1] < 1e-3 and errors[2] < 0.1, errors
 
 
 SMALL = ["--teacher-arch", "wrn-10-1"]  # as the students, so that there is less to compile
 SCRIPTS = {
-    "nrd": ["--student-augment", "paper"], "cmd": ["--augment", "crop"], "kd_zoo": SMALL, "fickle_teacher": SMALL,
-    "soft_randomization": SMALL, "messy_collaboration": SMALL, "noise_data_free_kd": [*SMALL, "--teacher-epochs", 2],
+    "nrd": ["--student-augment", "paper"], "cmd": ["--augment", "crop"], "kd_zoo": SMALL,
+    "fickle_teacher": SMALL, "soft_randomization": SMALL, "messy_collaboration": SMALL,
+    "noise_data_free_kd": [*SMALL, "--teacher-epochs", 2],
 }  # fmt: skip
 
 
@@ -226,7 +229,7 @@ def test_stopped_run_goes_on(cli, monkeypatch):
 
 
 def watch(monkeypatch, before, after):
-    """Call before() and after() around what a loop does with a batch; the first of an epoch is its warm-up."""
+    """Call before() and after() around what a loop does with a batch. The first of an epoch is a warm-up."""
     batches = common.Run.batches
 
     def watched(*args):
@@ -245,9 +248,8 @@ def test_loop_does_not_wait_for_the_device(name, cli, monkeypatch):
     """Except those of dead leaves and of BSS: their data decide what is left to do."""
     noise = ["--source", "gaussian"] if name == "noise_data_free_kd" else []
     modes, switch = [], torch.cuda.set_sync_debug_mode
-    watch(
-        monkeypatch, lambda: modes.append(switch("error")), lambda: switch("default")
-    )  # error: torch raises
+    # error: torch raises
+    watch(monkeypatch, lambda: modes.append(switch("error")), lambda: switch("default"))
     try:
         assert cli(load_script(name), *TINY, *SCRIPTS[name], *noise, "--amp")[0] == 0
     finally:

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,28 +62,12 @@ def test_limits_take_evenly_spaced_samples(tmp_path):
     )
 
 
-@pytest.mark.parametrize("key, value, says", [
-    ("train_images", np.zeros((40, 3, 32, 32), np.float32), "train_images is float32 [40, 3, 32, 32], not uint8"),
-    ("train_labels", np.arange(40) % 3 + 0.5, "train_labels is float64 [40], not integer [40]"),
-    ("train_labels", np.arange(39) % 3, "train_labels is int64 [39]"),
-    ("train_labels", np.arange(40) % 4, "train_labels are 0 to 3, but 3 classes are named"),
-    ("true_labels", np.arange(40) % 3 - 1, "true_labels are -1 to 1, but 3 classes are named"),
-    ("true_labels", np.arange(20) % 3, "true_labels is int64 [20], not integer [40]"),
-    ("test_images", np.zeros((20, 3, 32), np.uint8), "test_images is uint8 [20, 3, 32], not uint8 [N, 3, H, W]"),
-    ("test_images", np.zeros((20, 3, 32, 40), np.uint8), "test_images have another height or width than train_im"),
-])  # fmt: skip
-def test_wrong_arrays_are_refused_by_name(tmp_path, key, value, says):
-    path = write_npz(tmp_path / "bad.npz", **{key: value})
-    with pytest.raises(UsageError) as error:
-        load_dataset(str(path))
-    assert says in str(error.value) and str(error.value).startswith(f"--dataset: {path}")
-
-
 @pytest.mark.parametrize("changes, train, test", [  # which digests differ from those of the file as it is
-    ({}, False, False), ({"limit_train": 40, "limit_test": 20}, False, False), ({"test_only": True}, None, False),
-    ({"limit_train": 39}, True, False), ({"limit_test": 19}, False, True),
-    ({"train_images": -1}, True, False), ({"train_labels": -1}, True, False), ({"true_labels": -1}, True, False),
-    ({"test_images": -1}, False, True), ({"test_labels": -1}, False, True),
+    ({}, False, False), ({"limit_train": 40, "limit_test": 20}, False, False),
+    ({"test_only": True}, None, False), ({"limit_train": 39}, True, False), ({"limit_test": 19}, False, True),
+    ({"train_images": -1}, True, False), ({"train_labels": -1}, True, False),
+    ({"true_labels": -1}, True, False), ({"test_images": -1}, False, True),
+    ({"test_labels": -1}, False, True),
 ])  # fmt: skip
 def test_digests_are_of_all_that_is_in_a_part(tmp_path, changes, train, test):
     path = write_npz(tmp_path / "a.npz", true_labels=np.zeros(40, int))
@@ -114,7 +99,17 @@ def test_true_labels_are_what_memorisation_is_measured_against(cli, tmp_path):
         status, out, err = cli(load_script(name), *flags, *extra, arch, "wrn-10-1", "--out", name)
         assert (status, err) == (0, "") and "25.00 % " in out, name
         (metrics,) = saved(name)["metrics"]
-        assert metrics["train_acc_wrong"] is not None and metrics["train_acc_wrong_true"] is not None
+        for accuracy in (metrics["train_acc_wrong"], metrics["train_acc_wrong_true"]):
+            assert round(accuracy, 3) % 5 == 0  # of ten labels, by one network or two
+    assert cli(load_script("evaluate"), "nrd", "--memory", 1, "--device", "cpu", "--out", "ev")[::2] == (
+        0,
+        "",
+    )
+    found = json.loads(Path("ev/evaluation.jsonl").read_text())["numbers"]["memory"]["images as they are"]
+    data = load_dataset(path)
+    p = common.predict(common.load_model(saved("nrd")), data.train_images)
+    for subset, mask in (("clean", given == true), ("mislabelled", given != true)):
+        assert found[subset] == pytest.approx(common.accuracy(p[mask], data.true_labels[mask]))
 
 
 def test_a_test_part_alone(tmp_path, folder, capsys):
@@ -147,17 +142,13 @@ def test_a_test_part_alone(tmp_path, folder, capsys):
 
 def test_damaged_files_are_refused(tiny_npz):
     whole = tiny_npz.read_bytes()
-    page = b"<!DOCTYPE html><title>404</title>"
-    for content in (b"", page, whole[: len(whole) // 2], whole[:5000] + bytes(4000) + whole[9000:]):
+    for content in (b"", whole[: len(whole) // 2], whole[:5000] + bytes(4000) + whole[9000:]):
         tiny_npz.write_bytes(content)
         with pytest.raises(
             UsageError, match="tiny.npz is no .npz file with train_images, .*; README says"
         ) as error:
             load_dataset(str(tiny_npz))
         assert "pickle" not in str(error.value)
-    tiny_npz.rename(tiny_npz.with_name("cifar10.npz"))
-    with pytest.raises(UsageError, match="cifar10.npz is no .npz file .*; remove it to download it again"):
-        load_dataset("cifar10", tiny_npz.parent)
 
 
 def test_a_download_becomes_a_file(tmp_path, monkeypatch):
@@ -179,7 +170,8 @@ def test_a_download_becomes_a_file(tmp_path, monkeypatch):
 
     for name, source, classes in (("CIFAR100", cifar, "abcdefghij"), ("SVHN", svhn, "0123456789")):
         monkeypatch.setattr(torchvision.datasets, name, web_page)
-        says = f"--dataset {name.lower()}: torchvision's download failed .File not found or corrupted..; try again"
+        says = "torchvision's download failed .File not found or corrupted..; try again"
+        says = f"--dataset {name.lower()}: {says}"
         with pytest.raises(UsageError, match=says):
             load_dataset(name.lower(), tmp_path)
         for now in (source, web_page):  # downloaded, and not again
@@ -218,7 +210,7 @@ def labels_of(images):
 
 
 def assert_pictures(images, files, resize, side):
-    """That images are the files through torchvision's transforms of PIL images, which round a little differently."""
+    """Images are the files through torchvision's transforms of PIL images, which round a little otherwise."""
     square = v2.Compose([v2.Resize(resize), v2.CenterCrop(side), v2.PILToTensor()])
     expected = torch.stack([square(Image.open(file).convert("RGB")) for file in files])
     assert images.dtype == torch.uint8 and images.shape == expected.shape
@@ -228,8 +220,10 @@ def assert_pictures(images, files, resize, side):
 @pytest.fixture
 def folder(tmp_path):
     """An ImageFolder of two classes, pictures of odd sizes and modes: four for training and two for tests."""
-    sizes = {"train/ape/1.png": (60, 80), "train/ape/2.jpg": (91, 45), "train/bat/1.png": (36, 36), "train/bat/9.JPG":
-             (200, 101), "test/ape/1.jpg": (50, 70), "test/bat/1.png": (30, 20)}  # fmt: skip
+    sizes = {
+        "train/ape/1.png": (60, 80), "train/ape/2.jpg": (91, 45), "train/bat/1.png": (36, 36),
+        "train/bat/9.JPG": (200, 101), "test/ape/1.jpg": (50, 70), "test/bat/1.png": (30, 20),
+    }  # fmt: skip
     for seed, (name, size) in enumerate(sizes.items()):
         write_picture(tmp_path / "pictures" / name, size, seed, "L" if seed == 2 else "RGB")
     return tmp_path / "pictures"
@@ -264,13 +258,14 @@ def test_pixels_are_as_stored(tmp_path):
     turned[0x0112] = 6
     palette = Image.fromarray(grey // 64)
     palette.putpalette([10, 20, 30, 200, 0, 7, 0, 255, 1, 90, 90, 90])
+    colours = np.array(palette.getpalette("RGB")).reshape(-1, 3)
     big_endian = Image.frombytes("I;16B", (40, 36), deep.astype(">u2").tobytes())
     (tmp_path / "deep.pgm").write_bytes(b"P5 40 36 65535\n" + deep.astype(">u2").tobytes())
     pictures = {
         "rgb.png": (Image.fromarray(rgb), rgb, {"exif": turned}),
         "rgba.png": (Image.fromarray(np.dstack([rgb, alpha])), rgb, {}),
         "la.png": (Image.fromarray(np.dstack([grey, alpha])), grey, {}),
-        "palette.png": (palette, np.array(palette.getpalette("RGB")).reshape(-1, 3)[grey // 64], {"transparency": 1}),
+        "palette.png": (palette, colours[grey // 64], {"transparency": 1}),
         "bits.png": (Image.fromarray(grey > 99), (grey > 99) * 255, {}),
         "frames.webp": (Image.fromarray(rgb), rgb,
                         {"save_all": True, "append_images": [Image.fromarray(255 - rgb)], "lossless": True}),

@@ -134,7 +134,7 @@ def trained(tmp_path_factory):
 @pytest.mark.parametrize("memory", [1, 2**40])
 @pytest.mark.parametrize("flags", [
     "--pgd 1 2 --restarts 2", "--pgd 1 --worst-start --cifar-c official", "--cifar-c",
-    "--transfer --teacher a/checkpoint.pt",
+    "--transfer --teacher a/checkpoint.pt", "--memory 2",
 ])  # fmt: skip
 def test_evaluation(flags, memory, trained, watch, monkeypatch, capsys):
     """With images on the GPU, and with those that it cannot hold."""

@@ -1,21 +1,21 @@
 """What a user gets wrong: one line on stderr that begins as in this table, status 2, and no file is made."""
 
+import argparse
 import os
 import re
-import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, load_script, write_npz
+from conftest import TINY, load_script, write_npz
 from PIL import Image
 
 import common
 
 # Script and flags | how the line begins, after "error: ". In it [^] stands for any characters.
-# An "argument …" is refused by argparse, which prints the usage first. SHORT says what words in capitals mean.
+# An "argument …" is refused by argparse, which prints the usage first. SHORT explains words in capitals.
 ROWS = """
 arguments
 nrd --lr -1 | argument --lr: -1 is
@@ -37,8 +37,8 @@ soft_randomization --sigma -1 | argument --sigma: -1 is
 noise_data_free_kd --adjust-batches 0 | argument --adjust-batches: 0 is
 evaluate run.pt --eps 2 | argument --eps: 2 is not in [0, 1]
 evaluate run --pgd 0 | argument --pgd: 0 is
-nrd --device cuda | --device cuda: no CUDA device is visible; --device cpu works
-nrd --device cuda:9 | --device cuda:9: no CUDA device is visible
+nrd --device cuda | --device cuda: 0 CUDA devices are visible
+nrd --device cuda:9 | --device cuda:9: 0 CUDA devices are visible
 nrd --device 0 | --device 0: unknown; cpu, cuda and cuda:N work
 nrd --device mps | --device mps: unknown
 nrd --dataset tiny.npz --resize 40 | --resize: --dataset tiny.npz keeps its size; leave it out
@@ -52,8 +52,12 @@ nrd --dataset floats.npz | --dataset: floats.npz: train_images is float32 [40, 3
 nrd --dataset halves.npz | --dataset: halves.npz: train_labels is float64 [40], not integer [40]
 nrd --dataset short.npz | --dataset: short.npz: train_labels is int64 [39]
 nrd --dataset four.npz | --dataset: four.npz: train_labels are 0 to 3, but 3 classes are named
+nrd --dataset true.npz | --dataset: true.npz: true_labels are -1 to 1, but 3 classes are named
+nrd --dataset few.npz | --dataset: few.npz: true_labels is int64 [20], not integer [40]
+nrd --dataset flat.npz | --dataset: flat.npz: test_images is uint8 [20, 3, 32], not uint8 [N, 3, H, W]
+nrd --dataset wide.npz | --dataset: wide.npz: test_images have another height or width than train_images
 nrd --dataset imagefolder:nowhere | --dataset imagefolder:nowhere: [^]; README says
-nrd --dataset imagefolder:pictures | --dataset imagefolder:pictures: train and val have other
+nrd --dataset imagefolder:pictures | --dataset imagefolder:pictures: train has other classes
 nrd --dataset imagefolder:x --resize 32 --image-size 36 | --resize: 32 is smaller than --image-size 36
 nrd --noise none --rate 0.2 | --rate: --noise none has no rate; leave it out
 nrd --dataset tiny.npz --noise asym | --noise asym: only CIFAR-10 and CIFAR-100
@@ -67,7 +71,6 @@ nrd --loss-params 0 0.5 0.5 | --loss-params: pi1 is 0, where Z is 0
 nrd --loss gce --loss-params 0 | --loss-params: q is 0; gce needs q above 0
 nrd --loss ce --views 2 | --views: ce has no teacher's views; leave it out
 nrd --loss ce --jsd-scale | --jsd-scale: ce is no Jensen-Shannon divergence; leave it out
-nrd --loss gjs --dataset imagefolder:x --drops 0.5 | --drops: lr falls by 3 %
 cmd
 cmd --eta 0 | --eta: 0 cannot divide the threshold
 cmd --dataset tiny.npz --arch wrn-10-1 --validation 1 | --validation: holds out every image
@@ -106,6 +109,7 @@ WRN tensor.pth | --teacher: tensor.pth has no state_dict
 WRN nothing.pth | --teacher: nothing.pth has no state_dict
 WRN numbers.pth | --teacher: numbers.pth has no state_dict
 WRN evil.pth | --teacher: evil.pth holds [^].mkdir beside tensors, and to read that may run
+WRN opt.pth | --teacher: opt.pth holds argparse.Namespace beside tensors
 WRN numpy.pth | --teacher: numpy.pth holds numpy[^]multiarray.scalar beside tensors
 WRN whole.pth | --teacher: whole.pth holds [^] beside tensors,[^]torch.load("whole.pth"
 WRN scalar.pth | --teacher: scalar.pth is no wrn-10-1: where that has no tensor more, the file has step []
@@ -129,13 +133,14 @@ ZOO --teacher-model mine.py:net --teacher five.pth | --teacher-model: five.pth d
 ZOO --teacher-model mine.py:net --method fitnet | --teacher-model: for fitnet, fsp, at, sp and rkd
 ZOO --teacher-model mine.py:net --method at | --teacher-model: for fitnet, fsp, at, sp and rkd
 ZOO --teacher-model mine.py:net --method rkd-a | --teacher-model: for fitnet, fsp, at, sp and rkd
-ZOO --teacher-model mine.py:features --method fsp | --student-arch: fsp cannot compare its features [(16,
-ZOO --teacher-model mine.py:net --add ft | --add ft: the teacher has no dropout module
+ZOO --teacher-model mine.py:features --method fsp | --student-arch: fsp cannot compare [^]features [(16,
+ZOO --teacher-model mine.py:net --add ft | [^]the teacher has no dropout module to switch on
 FICKLE --teacher-model mine.py:net | [^]the teacher has no dropout module
 FICKLE --teacher-model mine.py:nought | [^]the teacher has no dropout module
 evaluate
 evaluate | CKPT: name the checkpoint.pt of a run folder
 evaluate missing.pt | CKPT: no file missing.pt
+evaluate --show-corruptions --pgd 2 | CKPT: name the checkpoint.pt of a run folder
 evaluate wrn.pth | CKPT: wrn.pth is no checkpoint of these scripts
 evaluate evil.pth | CKPT: evil.pth holds [^].mkdir beside tensors
 evaluate cut.pt | CKPT: cut.pt is damaged or no checkpoint
@@ -148,24 +153,40 @@ evaluate run.pt --cinic nowhere | --cinic: has the classes of cifar10
 evaluate run.pt --cifar-c nowhere | --cifar-c: nowhere/gaussian_noise.npy is missing
 evaluate run.pt --image-size 32 | --image-size: the images of tiny.npz keep their size
 evaluate run.pt --plot-by sigma | --plot-by: name one or two flags of the runs' config.json, not sigma
-evaluate run.pt --curves nonsense | --curves: none of nonsense was recorded; known are epoch,
+evaluate run.pt --curves nonsense | --curves: no run has nonsense; they have epoch,
 evaluate run.pt --table table.xls | --table: table.xls ends with none of .csv, .md, .tex
 evaluate run.pt --attack PGD | --attack: needs torchattacks; pip install torchattacks
-evaluate run.pt --mean 0.5 0.4 0.3 | --mean, --std: are of public weights
 evaluate wrn.pth --arch wrn-10-1 | --dataset: weights do not tell what to evaluate on
 evaluate wrn.pth --arch wrn-10-1 --dataset tiny.npz --model mine.py:net | --arch: a module has its own
 evaluate five.pth --arch wrn-10-1 --dataset tiny.npz | --dataset: tiny.npz has 3 classes, the model has 5
 evaluate --model mine.py:soft --dataset tiny.npz | --model: mine.py:soft gives probabilities, not logits
 evaluate --model mine.py:soft --dataset tiny.npz --resize 40 | --resize: the images of tiny.npz keep
-evaluate --model mine.py:soft --dataset tiny.npz --curves | --curves: weights do not hold the metrics
+evaluate --model mine.py:soft --dataset tiny.npz --curves | --curves: weights hold no metrics
+evaluate run.pt --curves test_acc test_los | --curves: no run has test_los; they have epoch,
+evaluate run.pt --transfer --teacher missing.pt | --teacher: no file missing.pt
+evaluate missing.pt wrn.pth | CKPT: none of these can be evaluated
+evaluate run.pt --memory --pgd 1 | --memory: looks at training images alone
+evaluate wrn.pth --arch wrn-10-1 --dataset tiny.npz --memory | --memory: wrn.pth does not tell
+evaluate wrn.pth --arch wrn-10-1 --dataset tiny.npz --part model | --part: checkpoints of runs have parts
+evaluate wrn.pth --arch wrn-10-1 --dataset only.npz --mean 0 0 0 | --mean, --std: are needed; there are no
+evaluate wrn.pth --model mine.py:net --dataset tiny.npz --std 1 1 1 | --std: NOTHING --arch
+evaluate run.pt --mean 0.5 0.4 0.3 | --mean: NOTHING --arch
+evaluate run.pt --eps 0.031 | --eps: NOTHING --pgd, --attack, --transfer
+evaluate run.pt --cifar-c --step-size 0.003 | --step-size: NOTHING --pgd, --transfer
+evaluate run.pt --transfer --restarts 5 | --restarts: NOTHING --pgd
+evaluate run.pt --attack APGD --worst-start | --worst-start: NOTHING --pgd
+evaluate run.pt --pgd 2 --teacher | --teacher: NOTHING --transfer
 """
 SMALL = "--dataset tiny.npz --student-arch wrn-10-1 --batch-size 20 --epochs 1"
 SHORT = {
+    "NOTHING": "nothing reads it without",
     "FREE": "noise_data_free_kd",
     "ZOO": f"kd_zoo {SMALL}",
     "FICKLE": f"fickle_teacher {SMALL}",
     "WRN": f"kd_zoo {SMALL} --teacher-arch wrn-10-1 --teacher",
 }
+NAMES = "cmd evaluate fickle_teacher kd_zoo noise_data_free_kd nrd soft_randomization"
+SCRIPTS = {name: load_script(name) for name in NAMES.split()}
 MINE = """
 import torch.nn as nn
 import common
@@ -201,6 +222,12 @@ def write_files():
     write_npz("halves.npz", train_labels=np.arange(40) % 3 + 0.5)
     write_npz("short.npz", train_labels=np.arange(39) % 3)
     write_npz("four.npz", train_labels=np.arange(40) % 4)
+    write_npz("true.npz", true_labels=np.arange(40) % 3 - 1)
+    write_npz("few.npz", true_labels=np.arange(20) % 3)
+    write_npz("flat.npz", test_images=np.zeros((20, 3, 32), np.uint8))
+    write_npz("wide.npz", test_images=np.zeros((20, 3, 32, 40), np.uint8))
+    arrays = np.load("tiny.npz")
+    np.savez("only.npz", **{name: arrays[name] for name in ("test_images", "test_labels", "classes")})
     Path("cut.npz").write_bytes(Path("tiny.npz").read_bytes()[:5000])
     Path("page.npz").write_bytes(page)
     Path("data").mkdir()
@@ -214,6 +241,7 @@ def write_files():
     weights = {
         "wrn": state, "five": common.build_model("wrn-10-1", 5).state_dict(), "whole": torch.nn.Linear(3, 3),
         "list": [state], "tensor": torch.zeros(3), "nothing": {}, "numbers": {"epoch": 3, "model": "wrn"},
+        "opt": {"opt": argparse.Namespace(lr=0.1), "model": state},
         "numpy": {"model": state, "best": np.float64(70)}, "evil": {"model": state, "code": Evil()},
         "scalar": state | {"step": torch.tensor(5)},
         "nan": state | {"head.4.bias": torch.tensor([1, torch.nan, 0])},
@@ -231,22 +259,9 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_files()
-        zoo = load_script("kd_zoo")
-        flags = [
-            "--dataset",
-            "tiny.npz",
-            "--student-arch",
-            "wrn-10-1",
-            "--method",
-            "baseline",
-            "--out",
-            "run",
-        ]
-        patch.setattr(sys, "argv", ["kd_zoo.py", *TINY, *flags])
-        patch.setattr(common, "plot_curves", lambda *_: None)
-        args = zoo.parse_args()
-        args.seed = 0
-        zoo.main(args)
+        flags = "--dataset tiny.npz --student-arch wrn-10-1 --method baseline --out run"
+        patch.setattr(sys, "argv", ["kd_zoo.py", *TINY, *flags.split()])
+        common.run(SCRIPTS["kd_zoo"].parse_args, SCRIPTS["kd_zoo"].main)
         checkpoint = torch.load("run/checkpoint.pt")
         torch.save(checkpoint, "run.pt")
         torch.save(checkpoint | {"teacher": "t1.pt"}, "taught.pt")
@@ -257,22 +272,21 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize(
     "row", [row for row in ROWS.splitlines() if "|" in row], ids=lambda row: row.split(" |")[0]
 )
-def test_message(row, folder, monkeypatch, capsys):
+def test_message(row, folder, monkeypatch, cli):
+    for short, long in SHORT.items():
+        row = row.replace(short, long)
     command, says = row.split(" | ")
-    first, _, rest = command.partition(" ")
-    script, *flags = f"{SHORT.get(first, first)} {rest}".split()
+    script, *flags = command.split()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setitem(sys.modules, "torchattacks", None)
     monkeypatch.setattr(torch.Tensor, "backward", None)  # nothing is trained
     before = set(folder.rglob("*"))
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
-    *others, line = capsys.readouterr().err.splitlines()
-    begins = f"{script}.py: error: " if says.startswith("argument") else "error: "
+    status, _, err = cli(SCRIPTS[script], *flags)
+    *others, line = err.splitlines()
+    argparse_says = says.startswith("argument")
+    begins = f"{script}.py: error: " if argparse_says else "error: "
     assert re.match(re.escape(begins + says).replace(r"\[\^\]", ".*"), line), line
-    assert end.value.code == 2 and (others == [] or says.startswith("argument"))
-    made = set(folder.rglob("*")) - before
-    assert not [path for path in made if not {"runs", "summary.json"} & {*path.parts}]
+    assert status == 2 and (argparse_says or all(line.startswith("left out: ") for line in others))
+    assert set(folder.rglob("*")) == before

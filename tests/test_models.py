@@ -11,9 +11,10 @@ PUBLISHED = {  # (architecture, classes): parameters; in millions where the sour
     ("wrn-16-2", 10): 0.69e6, ("wrn-40-2", 10): 2.2e6, ("wrn-28-10", 10): 36.5e6, ("wrn-16-8", 10): 11.0e6,
     ("preact_resnet18", 10): 11.17e6, ("preact_resnet34", 10): 1_860_138, ("resnet20", 10): 0.27e6,
     ("resnet110", 10): 1.7e6, ("resnet8x4", 100): 1_233_540, ("resnet32x4", 100): 7_433_860,
-    # torchvision's ImageNet models, less 9408 for the 7×7 stem, plus 1728 for the 3×3 one, where they have such a stem
+    # torchvision's ImageNet models, less 9408 for the 7×7 stem, plus 1728 for the 3×3 one, where they have it
     ("resnet18", 1000): 11_689_512 - 7680, ("densenet121", 1000): 7_978_856 - 7680,
-    ("mobilenet_v2", 1000): 3_504_872, ("shufflenet_v2", 1000): 2_278_604, ("inception_resnet_v2", 1000): 55_843_464,
+    ("mobilenet_v2", 1000): 3_504_872, ("shufflenet_v2", 1000): 2_278_604,
+    ("inception_resnet_v2", 1000): 55_843_464,
 }  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def test_features_are_the_outputs_of_stem_and_blocks(arch, sizes):
 
 
 @pytest.mark.parametrize("arch, deviation", [  # of the second convolution of the first block
-    ("preact_resnet34", 1 / (3 * 32 * 9) ** 0.5), ("preact_resnet18", 1 / (3 * 64 * 9) ** 0.5),  # PyTorch's own
+    ("preact_resnet34", 1 / (3 * 32 * 9) ** 0.5), ("preact_resnet18", 1 / (3 * 64 * 9) ** 0.5),  # PyTorch's
     ("wrn-10-2", (2 / (32 * 9)) ** 0.5), ("resnet8", (2 / (16 * 9)) ** 0.5),  # Kaiming's, fan-out
 ])  # fmt: skip
 def test_initial_weights_have_the_deviation_of_the_authors_code(arch, deviation):
@@ -112,9 +113,8 @@ def test_predict_is_the_model_in_evaluation_mode_row_by_row():
     model.amp = False
     assert model.training and all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert logits.dtype == half.dtype == torch.float32 and not logits.requires_grad
-    assert torch.allclose(half, logits, atol=0.1) and not torch.equal(
-        half, logits
-    )  # bfloat16: to its precision
+    # bfloat16: to its precision
+    assert torch.allclose(half, logits, atol=0.1) and not torch.equal(half, logits)
     with torch.no_grad():
         assert torch.allclose(logits, model.eval()(images / 255), atol=1e-4)
 
@@ -127,7 +127,7 @@ class Standardised(torch.nn.Module):
 
 
 def test_logits_that_are_nan_are_refused_and_not_class_0():
-    """Except where a network diverges in training: its weights are not finite, and the end of the epoch says so."""
+    """Except where a network diverges in training: its weights are not finite, which the epoch's end says."""
     images = torch.randint(0, 256, (30, 3, 32, 32), dtype=torch.uint8)
     images[[3, 17]] = 0
     for training in (False, True):
@@ -146,8 +146,8 @@ def test_logits_that_are_nan_are_refused_and_not_class_0():
     ("wrn-10-0", {}, "--arch: unknown 'wrn-10-0'; known are wrn-D-K, resnetD, .*, resnet18, .*, densenet169"),
     ("resnet18x4", {}, "--arch: unknown 'resnet18x4'; D is 8"),
     ("resnet8", {"dropout": 0.1}, "--dropout: resnet8 has none; wrn-D-K has"),
-    ("resnet18", {"pretrained": True}, "--pretrained: resnet18 at 32 pixels has none; resnet18, .* at 224 have"),
-    ("shufflenet_v2", {"pretrained": True, "image_size": 224}, "--pretrained: shufflenet_v2 at 224 pixels has none"),
+    ("resnet18", {"pretrained": True}, "--pretrained: resnet18 at 32 pixels has none; resnet18, .* at 224"),
+    ("shufflenet_v2", {"pretrained": True, "image_size": 224}, "--pretrained: shufflenet_v2 at 224 pixels"),
 ])  # fmt: skip
 def test_what_does_not_exist_is_refused(arch, options, says):
     with pytest.raises(UsageError, match=f"^{says}"):

@@ -96,9 +96,11 @@ def test_names_of_any_length_are_taken_by_a_file_system(parse):
     ("", "shapes-clean", {}),
     ("--dropout 0", "shapes-clean-dropout=0.0", {"dropout": 0.0}),
     ("--dropout 0.1", "shapes-clean-dropout=0.1", {"dropout": 0.1}),
-    ("--dropout 0.2", "shapes-clean-dropout=0.2", {"dropout": 0.2}),  # the preset's: a sweep names all its values
-    ("--noise sym --rate 0.2 --alpha 0.9", "shapes-sym0.2-alpha=0.9", {"noise": "sym", "rate": 0.2, "alpha": 0.9}),
-    ("--noise none", "shapes-clean", {"noise": "none"}), ("--no-amp", "shapes-clean-amp=False", {"amp": False}),
+    ("--dropout 0.2", "shapes-clean-dropout=0.2", {"dropout": 0.2}),  # the preset's
+    ("--noise sym --rate 0.2 --alpha 0.9", "shapes-sym0.2-alpha=0.9",
+     {"noise": "sym", "rate": 0.2, "alpha": 0.9}),
+    ("--noise none", "shapes-clean", {"noise": "none"}),
+    ("--no-amp", "shapes-clean-amp=False", {"amp": False}),
     ("--seed 2 1 2 --device cpu --data-dir d --out o --resume --tensorboard", "shapes-clean", {}),
     ("--dataset ./pics/a.npz", "pics_a-clean", {"dataset": "pics/a.npz"}),
     ("--dataset pics//a.npz", "pics_a-clean", {"dataset": "pics/a.npz"}),

@@ -35,7 +35,7 @@ def test_noise_follows_its_seed_and_nothing_else(kind):
 def test_sym_draws_all_classes_alike(rate, per_sample):
     noisy = corrupt("sym", rate, per_sample=per_sample)
     changed = noisy != LABELS
-    # round(rate·N) are drawn, or each with that probability; a drawn label stays the same with probability 1/10
+    # round(rate·N) are drawn, or each with that probability; a drawn one stays the same with probability 1/10
     total, p = (20000, rate * 0.9) if per_sample else (round(rate * 20000), 0.9)
     assert within(int(changed.sum()), total, p)
     for classes in (LABELS, noisy):
@@ -60,9 +60,8 @@ def test_pair_moves_to_the_next_class():
 def test_asym_cifar10_moves_class_by_class_over_the_labels_as_they_then_are(rate, wrong):
     noisy = corrupt("asym", rate, torch.arange(50000) % 10)
     labels = torch.arange(50000) % 10
-    assert int((noisy != labels).sum()) == pytest.approx(
-        wrong * 50000, abs=120
-    )  # by chance: which dogs were cats
+    # by chance: which dogs were cats
+    assert int((noisy != labels).sum()) == pytest.approx(wrong * 50000, abs=120)
     for source, target in (("bird", "airplane"), ("deer", "horse"), ("dog", "cat"), ("truck", "automobile")):
         of_source = noisy[labels == CIFAR10.index(source)]
         moved = of_source == CIFAR10.index(target)

@@ -1,4 +1,4 @@
-"""noise_data_free_kd.py: statistics of BatchNorm layer by layer, dead leaves by counting, whole runs, pictures."""
+"""noise_data_free_kd.py: BatchNorm layer by layer, dead leaves by counting, whole runs, pictures."""
 
 import copy
 import math
@@ -10,14 +10,23 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import assert_resumes_to_the_same_bit, assert_same, saved, within
+from conftest import (
+    assert_resumes_to_the_same_bit,
+    assert_same,
+    crops_of,
+    forward_passes,
+    saved,
+    within,
+    write_npz,
+)
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from test_noise_as_a_resource import TINY, log_softmax, quick  # noqa: F401
+from test_noise_as_a_resource import ALONE, TINY, log_softmax
 
 import common
 import noise_data_free_kd as dfkd
 
+pytestmark = pytest.mark.usefixtures("quick", "tiny_npz")
 SMALL = [*TINY, "--student-arch", "wrn-10-1", "--teacher-epochs", 1]
 
 # -------------------------------------------------------------------------------------------------- BatchNorm
@@ -50,18 +59,17 @@ def test_each_layer_normalises_by_its_own_statistics():
 
 
 @pytest.mark.parametrize("fraction, count", [(0, 0), (0.25, 2), (0.5, 4), (0.75, 7), (0.9, 8), (1, 9)])
-def test_the_fraction_of_layers_on_running_statistics(cli, monkeypatch, fraction, count):
-    def stop(*_, **__):
-        raise common.UsageError("far enough")
-
-    teachers = []
-    load = lambda *_, **__: (teachers.append(common.build_model("resnet8", 3)) or teachers[-1], {})  # noqa: E731
-    monkeypatch.setattr(common, "load_teacher", load)
-    monkeypatch.setattr(common.Run, "track", stop)
-    for seed in (0, 0, 1, 2, 3):
-        _, out, _ = cli(dfkd, *SMALL, "--running-fraction", fraction, "--seed", seed)
-        assert f"of the teacher's 9 BatchNorm layers {count} use running statistics" in out
-    chosen = [[layer.running_mean is not None for layer in dfkd.batch_norms(teacher)] for teacher in teachers]
+def test_the_fraction_of_layers_on_running_statistics(cli, tmp_path, fraction, count):
+    pixels = np.zeros((20, 3, 8, 8), np.uint8)
+    write_npz(tmp_path / "tiny.npz", train_images=pixels, train_labels=np.arange(20) % 3, test_images=pixels)
+    Path("mine.py").write_text("import common\ndef net(): return common.build_model('resnet8', 3)")
+    flags = [*ALONE, "--source", "gaussian", "--teacher-model", "mine.py:net", "--running-fraction", fraction]
+    chosen = []
+    for run, seed in enumerate((0, 0, 1, 2, 3)):
+        with forward_passes() as passes:
+            status, out, _ = cli(dfkd, *flags, "--seed", seed, "--out", run)
+        assert status == 0 and f"of the teacher's 9 BatchNorm layers {count} use running statistics" in out
+        chosen.append([layer.running_mean is not None for layer in dfkd.batch_norms(passes[0].net)])
     assert [sum(layers) for layers in chosen] == [count] * 5 and chosen[0] == chosen[1]
     assert (len(set(map(tuple, chosen))) > 1) == (0 < fraction < 1)
 
@@ -75,7 +83,7 @@ def test_logits_by_current_running_and_adjusted_statistics():
     assert_same(before, net.state_dict())
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     parts = [common.to_float(images[part]) for part in order.split(8)]
-    # adjusted: layer by layer, the mean of the first two batches' means and unbiased variances, as each batch had them
+    # adjusted: layer by layer, the mean of the first two batches' means and unbiased variances
     direct, adjusted, seen = copy.deepcopy(net).train(), copy.deepcopy(net), {}
     for name, layer in direct.named_modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -197,47 +205,37 @@ def test_samples_are_of_the_form_of_the_images():
     ("gaussian", [], 0), ("dead-leaves", ["--bn", "running"], 7), ("data", [], 7),
     ("gaussian", ["--running-fraction", 0.5], 4),
 ])  # fmt: skip
-def test_a_run(cli, monkeypatch, source, flags, running):
+def test_a_run(cli, source, flags, running):
     """Student and teacher see the noise alone, and the loss is the cross-entropy of their answers to it."""
-    seen, made, teachers = [], [], []
-    forward, make, load = common.Classifier.forward, dfkd.samples, common.load_teacher
-
-    def loaded(*args, **recipe):
-        teachers.append(load(*args, **recipe))
-        seen.clear()
-        return teachers[0]
-
-    def watched(net, images):
-        seen.append((images, forward(net, images)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(common.Classifier, "forward", watched)
-    monkeypatch.setattr(common, "load_teacher", loaded)
-    monkeypatch.setattr(dfkd, "samples", lambda *args: made.append(make(*args)) or made[-1])
-    assert cli(dfkd, *SMALL, "--source", source, *flags, "--out", "run")[::2] == (0, "")
-    (teacher, about), checkpoint = teachers[0], saved("run")
-    pixels = np.float64(common.load_dataset("tiny.npz").train_images) / 255
+    with forward_passes() as passes:
+        assert cli(dfkd, *SMALL, "--source", source, *flags, "--out", "run")[::2] == (0, "")
+    checkpoint, data = saved("run"), common.load_dataset("tiny.npz")
+    (teacher,) = {step.net for step in passes if not any(p.requires_grad for p in step.net.parameters())}
+    pairs = [(T, S) for T, S in zip(passes, passes[1:]) if T.net is teacher and T.images is S.images]
+    of_teacher, of_student = zip(*pairs)
+    assert len(pairs) == 2 and all(S.training for S in of_student)
+    pixels = np.float64(data.train_images) / 255
     for state in (checkpoint["model"], teacher.state_dict()):
         assert np.allclose(state["mean"].flatten(), pixels.mean((0, 2, 3)))
         assert np.allclose(state["std"].flatten(), pixels.std((0, 2, 3)))
+    x = torch.cat([step.images for step in of_student])
     if source == "gaussian":
-        normalised = (seen[0][0] - teacher.mean) / teacher.std
+        normalised = (x - teacher.mean) / teacher.std
         assert abs(normalised.mean()) < 0.02 and abs(normalised.std() - 1) < 0.02
-    assert (
-        len(made) == 2
-        and [x is noise for (x, _), noise in zip(seen, [made[0]] * 2 + [made[1]] * 2)] == [True] * 4
-    )
-    T, S = (torch.cat([logits.detach() for _, logits in steps]) for steps in (seen[:4:2], seen[1:4:2]))
+    else:
+        crops = crops_of(data.train_images, "constant")
+        own = [image.numpy().tobytes() in crops for image in (x * 255).round().byte()]
+        assert own == [source == "data"] * 40 and x.min() >= 0 and x.max() <= 1
+    T, S = (torch.cat([step.logits.detach() for step in steps]) for steps in (of_teacher, of_student))
     loss = -(np.exp(log_softmax(T)) * log_softmax(S)).sum(1).mean()
     last, mode = checkpoint["metrics"][-1], "running" if source == "data" else "current"
     assert last["train_loss"] == pytest.approx(loss, rel=1e-4)
     assert checkpoint["batch_norm"] == mode and last["test_acc"] == last[f"test_acc_{mode}"]
     assert {"test_acc_current", "test_acc_running", "test_acc_adjusted"} <= last.keys()
-    images = common.load_dataset("tiny.npz").test_images
-    S = dfkd.logits_by_statistics(common.load_model(checkpoint), images, 20, 16)[mode]
+    S = dfkd.logits_by_statistics(common.load_model(checkpoint), data.test_images, 20, 16)[mode]
     assert last["test_loss"] == pytest.approx(F.cross_entropy(S, torch.arange(20) % 3).item(), rel=1e-5)
     # training has changed nothing of the teacher, and its layers are on the statistics asked for
-    before = common.load_checkpoint(about["teacher"])["model"]
+    before = common.load_checkpoint(checkpoint["teacher"])["model"]
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
     assert sum(layer.running_mean is not None for layer in dfkd.batch_norms(teacher)) == running
 
@@ -247,16 +245,19 @@ def test_an_interrupted_run_continues_to_the_same_bit(cli):
 
 
 @pytest.mark.parametrize("flags, rates", [
-    (["--source", "gaussian"], [0.01] * 12 + [0.001] * 2), (["--source", "data"], [0.01] * 14),
-    (["--source", "gaussian", "--schedule", "cosine"], [0.005 * (1 + math.cos(math.pi * t / 14)) for t in range(14)]),
+    ("--source gaussian", [2e-8] * 12 + [2e-9] * 2), ("--source data", [2e-8] * 14),
+    ("--source gaussian --schedule cosine", [1e-8 * (1 + math.cos(math.pi * t / 14)) for t in range(14)]),
 ])  # fmt: skip
-def test_the_rate_falls_on_a_plateau_or_as_a_cosine_or_not(cli, monkeypatch, flags, rates):
-    """The test loss stands still: after ten such epochs the rate is a tenth. On original data it stays."""
-    S = dict.fromkeys(("current", "running", "adjusted"), torch.randn(20, 3))
-    monkeypatch.setattr(dfkd, "logits_by_statistics", lambda *_: S)
-    flags = ["--limit-train", 20, "--lr", 0.01, "--epochs", 14, *flags]
-    assert cli(dfkd, *SMALL, *flags, "--out", "run")[0] == 0
-    assert [record["lr"] for record in saved("run")["metrics"]] == pytest.approx(rates)
+def test_the_rate_falls_on_a_plateau_or_as_a_cosine_or_not(cli, tmp_path, flags, rates):
+    """By such steps the test loss stands still: after ten such epochs the rate is a tenth.
+
+    On original data it stays.
+    """
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 8, 8), dtype=np.uint8)
+    write_npz(tmp_path / "tiny.npz", train_images=pixels, train_labels=np.arange(20) % 3, test_images=pixels)
+    assert cli(dfkd, *SMALL, *flags.split(), "--lr", 2e-8, "--epochs", 14, "--out", "run")[0] == 0
+    found = [record["lr"] for record in saved("run")["metrics"]]
+    assert found == pytest.approx(rates, rel=1e-6, abs=0)
 
 
 @pytest.fixture
@@ -293,7 +294,7 @@ def assert_histograms(axes, values):
 
 
 def test_the_picture_of_activations(cli, monkeypatch, figures, made):
-    """Figures 2, 3a and 5 to 8: each curve is of the images and the statistics that its label and colour say."""
+    """Figures 2, 3a and 5 to 8: each curve is of the images and statistics that its label and colour say."""
     assert cli(dfkd, *SMALL, "--epochs", 2, "--out", "a")[0] == 0
     made.clear()
     crops, crop = [], common.crop_flip
@@ -327,8 +328,10 @@ def test_the_picture_of_activations(cli, monkeypatch, figures, made):
         assert_histograms(axes, {"red": red[i].mean(1), "blue": blue[i].mean(1), "black": black[i].mean(1)})
     labels = [text.get_text() for text in figure.subfigs[0].legends[0].get_texts()]
     assert labels == [
-        "original data, running statistics", "dead-leaves, running statistics", "dead-leaves, current statistics",
-    ]  # fmt: skip
+        "original data, running statistics",
+        "dead-leaves, running statistics",
+        "dead-leaves, current statistics",
+    ]
     red, blue, black = (layers(student, *case)[-1] for case in ((real, False), (noise, False), (real, True)))
     assert_histograms(density, {"red": red.flatten(), "blue": blue.flatten(), "black": black.flatten()})
     for line, colour, values in zip(scatter.lines, ("red", "blue", "black"), (red, blue, black), strict=True):

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import colours, forward_passes, numbers_of, saved, write_npz
+from PIL import Image
 
 import common
 import nrd
@@ -16,7 +18,7 @@ FLOOR = 1e-7
 
 
 def case(batch=16, classes=10, scale=3.0, seed=0):
-    """Random logits and labels: torch float32 (logits, one-hot) and numpy float64 (probabilities, one-hot)."""
+    """Random logits and labels: torch float32 (logits, one-hot), numpy float64 (probabilities, one-hot)."""
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(batch, classes, generator=generator)
     y = F.one_hot(torch.randint(classes, (batch,), generator=generator), classes).float()
@@ -130,64 +132,75 @@ def test_gradient_of_bootstrapping_flows_through_its_target():
     assert logits.grad.abs().max() > 1e-3
 
 
-@pytest.fixture
-def train(monkeypatch, tmp_path):
-    """train(*flags): two steps of nrd.py on 40 images; the metrics of the epoch."""
-    monkeypatch.chdir(tmp_path)
+TINY = ["--dataset", "tiny.npz", "--arch", "wrn-10-1", "--student-augment", "crop", "--noise", "sym"]
+TINY += ["--rate", 0.5, "--device", "cpu", "--batch-size", 40, "--epochs", 1]
+LABELS = common.corrupt_labels(torch.arange(40) % 3, "sym", 0.5, "abc", 0)
 
-    def run(*flags, epochs=1):
-        size = ["--limit-train", "40", "--limit-test", "10", "--batch-size", "20", "--epochs", str(epochs)]
-        monkeypatch.setattr("sys.argv", ["nrd.py", *size, "--device", "cpu", *flags])
-        args = nrd.parse_args()
-        args.seed = 0
-        return nrd.main(args)
+
+@pytest.fixture
+def train(nrd_cli, tmp_path, quick):
+    """train(*flags): one step of nrd.py on 40 images of one colour each. Its metrics and forward passes."""
+    write_npz(tmp_path / "tiny.npz", train_images=colours(40))
+
+    def run(*flags):
+        with forward_passes() as passes:
+            assert nrd_cli(*TINY, "--out", "run", *flags)[::2] == (0, "")
+        return saved(flags[1] if "--out" in flags else "run")["metrics"], passes
 
     return run
 
 
-def test_no_gradient_reaches_the_teacher_and_its_views_are_averaged(train, monkeypatch):
-    """In the loop: y_t carries no graph, y_s does, the weights are the preset's, y_t is the mean over K EMA views.
+def nrd_loss(S, T, labels, weights):
+    """In float64, of one view or more of the student, one after the other in S, and views of the teacher."""
+    y_s, views = S.detach().softmax(1).double().numpy(), [view.softmax(1).double().numpy() for view in T]
+    y = np.eye(y_s.shape[1])[labels]
+    return np_js([y, *np.split(y_s, len(y_s) // len(y)), sum(views) / len(views)], weights).mean()
+
+
+def test_the_loop_minimises_equation_25_with_a_teacher_without_gradient(train):
+    """Two steps, of one epoch each: y_t is the mean over two views of the EMA, the weights are the preset's.
 
     The EMA is in training mode, in the second epoch too: BatchNorm normalises by the batch of the view.
     """
-    seen, views = [], []
-
-    def spy(distributions, weights):
-        seen.append((distributions, weights))
-        return js_divergence(distributions, weights)
-
-    monkeypatch.setattr(nrd, "js_divergence", spy)
-    monkeypatch.setattr(nrd, "teacher_view", lambda x, size: views.append(x) or x.flip(len(views) % 2 + 2))
-    modes, forward = [], common.Classifier.forward
-
-    def watched(model, images):
-        if not next(model.parameters()).requires_grad:  # the EMA
-            modes.append((torch.is_grad_enabled(), model.training))
-        return forward(model, images)
-
-    monkeypatch.setattr(common.Classifier, "forward", watched)
-    train("--views", "2", epochs=2)
-    of_epoch = [(False, True)] * 4 + [(False, False)]  # two steps of two views; then the test images
-    assert modes == of_epoch * 2
-    seen, views = seen[:2], views[:4]
-    for (y, y_s, y_t), weights in seen:
-        assert y_s.requires_grad and not y_t.requires_grad and not y.requires_grad
-        assert list(weights) == [0.2, 0.6, 0.2]
-        assert torch.allclose(y_t.sum(1), torch.ones(20), atol=1e-5) and set(y.unique().tolist()) == {
-            0.0,
-            1.0,
-        }
+    metrics, passes = train("--views", 2, "--epochs", 2)
+    ema = passes[1].net
+    modes = [(step.logits.requires_grad, step.training) for step in passes if step.net is ema]
+    assert modes == ([(False, True)] * 2 + [(False, False)]) * 2  # two views; then the test images
+    steps = [step for step in passes if step.training]
+    for record, (student, *views) in zip(metrics, (steps[:3], steps[3:]), strict=True):
+        assert (
+            student.net is not ema
+            and student.logits.requires_grad
+            and not torch.equal(*(v.images for v in views))
+        )
+        T = [view.logits for view in views]
+        loss = nrd_loss(student.logits, T, LABELS[numbers_of(student.images)], [0.2, 0.6, 0.2])
+        assert record["train_loss"] == pytest.approx(loss / (-0.8 * math.log(0.8)), rel=1e-4)  # its Z
     # before the first step the EMA is the initial model, which the seed gives again
     torch.manual_seed(0)
-    data = common.load_dataset("shapes", limit_train=40, limit_test=10)
-    model = common.build_model("wrn-10-1", 10, 0.0, *common.channel_stats(data))
-    with torch.no_grad():
-        expected = sum(model(views[k].flip((k + 1) % 2 + 2)).softmax(1) for k in (0, 1)) / 2
-    assert torch.allclose(seen[0][0][2], expected, atol=1e-5)
+    model = common.build_model("wrn-10-1", 3, 0.0, *common.channel_stats(common.load_dataset("tiny.npz")))
+    assert torch.allclose(steps[1].logits, model(steps[1].images), atol=1e-5)
+
+
+def test_two_student_views_share_pi2_on_photographs(train, tmp_path):
+    for part, numbers in (("train", range(40)), ("val", range(2))):
+        for i in numbers:
+            path = tmp_path / "pictures" / part / "ab"[i % 2] / f"{i:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (i, i, i)).save(path)
+    flags = ["--dataset", "imagefolder:pictures", "--resize", 40, "--image-size", 32, "--noise-seed", 0]
+    (record,), passes = train(*flags)
+    student, teacher = passes[:2]
+    labels = common.load_dataset("imagefolder:pictures", resize=40, image_size=32).train_labels
+    labels = common.corrupt_labels(labels, "sym", 0.5, "ab", 0)
+    index = torch.tensor([*range(0, 40, 2), *range(1, 40, 2)]).argsort()[numbers_of(student.images)]
+    assert torch.equal(index[:40], index[40:]) and not torch.equal(*student.images.split(40))
+    loss = nrd_loss(student.logits, [teacher.logits], labels[index[:40]], [0.1, 0.4, 0.4, 0.1])
+    assert record["train_loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_views_are_the_appendix_s(monkeypatch):
-    """A.1: RandAugment(1, 3), crop, flip, Cutout(5), and AugMix, crop, flip; A.2, for photographs: resized crops."""
+    """A.1: RandAugment(1, 3), crop, flip, Cutout(5), and AugMix, crop, flip; A.2: resized crops."""
     calls = []
     for name in ("rand_augment", "crop_flip", "cutout", "aug_mix", "random_resized_crop", "color_jitter"):
         signature = inspect.signature(getattr(common, name))
@@ -229,32 +242,22 @@ def test_views_compile_without_a_graph_break():
 
 
 def test_jsd_scale_divides_the_loss(train):
-    scaled, plain = (
-        train("--lr", "1e-30")["train_loss"],
-        train("--lr", "1e-30", "--no-jsd-scale")["train_loss"],
-    )
-    assert plain / scaled == pytest.approx(-0.8 * math.log(0.8), rel=1e-5)
+    (scaled,), _ = train("--out", "scaled")
+    (plain,), _ = train("--out", "plain", "--no-jsd-scale")
+    assert plain["train_loss"] / scaled["train_loss"] == pytest.approx(-0.8 * math.log(0.8), rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["sce", "js", "gjs"])
-def test_the_loop_has_the_loss_that_is_named(train, monkeypatch, loss):
+def test_the_loop_has_the_loss_that_is_named(train, loss):
     """Its mean over the batch, divided by Z where it is a divergence; gjs sees two views, the others one."""
-    steps, function = [], LOSSES[loss]
-    params = inspect.signature(function).parameters
-
-    def watched(logits, y, *given):
-        steps.append((function(logits, y, *given), len(logits) / len(y), len(given)))
-        return steps[-1][0]
-
-    monkeypatch.setitem(LOSSES, loss, watched)
-    last = train("--loss", loss)
-    Z = {"js": -0.3 * math.log(0.3), "gjs": -0.1 * math.log(0.1)}.get(
-        loss, 1
-    )  # pi1 of Table 5 at 50 %: 0.7, 0.9
-    assert last["train_loss"] == pytest.approx(
-        torch.stack([step[0] for step in steps]).mean().item() / Z, rel=1e-5
-    )
-    assert {step[1:] for step in steps} == {(2 if loss == "gjs" else 1, len(params) - 2)} and len(steps) == 2
+    (record,), passes = train("--loss", loss)
+    logits = passes[0].logits.detach()
+    index = numbers_of(passes[0].images)
+    y = F.one_hot(LABELS[index[:40]], 3).float()
+    params = {"sce": [0.1, 0.1], "js": [0.7], "gjs": [0.9]}[loss]  # of Table 5 at 50 %
+    Z = 1 if loss == "sce" else -(1 - params[0]) * math.log(1 - params[0])
+    assert len(index) == (80 if loss == "gjs" else 40) and torch.equal(index[:40], index[-40:])
+    assert record["train_loss"] == pytest.approx(LOSSES[loss](logits, y, *params).mean().item() / Z, rel=1e-5)
 
 
 def test_a_loss_without_a_row_has_the_settings_of_cross_entropy(monkeypatch, cli):
@@ -267,27 +270,16 @@ def test_a_loss_without_a_row_has_the_settings_of_cross_entropy(monkeypatch, cli
     assert cli(nrd, *flags)[::2] == (2, "error: --loss-params: focal takes 1 (gamma), not 0\n")
 
 
-def test_two_student_views_share_pi2_on_photographs(train, monkeypatch):
-    seen = []
-
-    def spy(distributions, weights):
-        seen.append((len(distributions), list(weights)))
-        return js_divergence(distributions, weights)
-
-    monkeypatch.setattr(nrd, "js_divergence", spy)
-    monkeypatch.setattr(common, "is_photographs", lambda name: True)
-    train("--arch", "wrn-10-1")
-    assert seen == [(4, pytest.approx([0.1, 0.4, 0.4, 0.1]))] * 2
-
-
 def test_ema_by_hand_over_two_steps(train):
-    """Equation 24: beta² θ0 + beta (1 - beta) θ1 + (1 - beta) θ2, for weights. Running statistics are averaged too, but
-    the EMA's own forward pass leaves its mark on them besides. One step per epoch."""
-    train("--beta", "0.7", "--batch-size", "40", "--keep", "1", "2", "--out", "run", epochs=2)
+    """Equation 24: beta² θ0 + beta (1 - beta) θ1 + (1 - beta) θ2, for weights. One step per epoch.
+
+    Running statistics are averaged too. The EMA's own forward passes change them besides.
+    """
+    train("--beta", 0.7, "--keep", 1, 2, "--epochs", 2)
     first, second = (common.load_checkpoint(f"run/checkpoint{epoch}.pt") for epoch in (1, 2))
     torch.manual_seed(0)
-    stats = common.channel_stats(common.load_dataset("shapes", limit_train=40, limit_test=10).train_images)
-    start = common.build_model("wrn-10-1", 10, 0.0, *stats).state_dict()
+    stats = common.channel_stats(common.load_dataset("tiny.npz"))
+    start = common.build_model("wrn-10-1", 3, 0.0, *stats).state_dict()
     moved = set()
     for name, t0 in start.items():
         t1, t2 = first["model"][name], second["model"][name]
@@ -338,9 +330,8 @@ def test_calibration_by_hand_and_against_a_loop():
 
 def test_label_accuracies_by_hand():
     true, noisy = torch.tensor([0, 1, 2, 3, 4, 0]), torch.tensor([0, 1, 0, 0, 0, 0])
-    predicted = torch.tensor(
-        [0, 2, 0, 3, -1, -1]
-    )  # two right samples seen (one hit), two wrong (one memorised, one corrected)
+    # two right samples seen (one hit), two wrong (one memorised, one corrected)
+    predicted = torch.tensor([0, 2, 0, 3, -1, -1])
     got = common.label_accuracies(predicted, noisy, true)
     assert got == {"train_acc_right": 50.0, "train_acc_wrong": 50.0, "train_acc_wrong_true": 50.0}
     clean = common.label_accuracies(true, true, true)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,8 @@ COMMANDS = [
 def folder(tmp_path_factory):
     """Where one step of nrd.py, and every script, have been run by two processes."""
     folder = tmp_path_factory.mktemp("two")
-    write_npz(folder / "tiny.npz")
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
+    write_npz(folder / "tiny.npz", train_images=pixels, test_images=pixels[:20])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*launcher, str(ROOT / "tests/ranks.py"), str(folder), ONE_STEP, *COMMANDS]
@@ -55,7 +57,7 @@ def test_both_processes_end_with_the_same_weights(folder, name):
 
 
 def test_the_first_step_is_that_of_the_mean_gradient_of_the_halves(folder):
-    """Without augmentation: gradients of the two halves of the batch, averaged; then SGD with Nesterov momentum."""
+    """Without augmentation: gradients of the batch's two halves, averaged; SGD with Nesterov momentum."""
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as each of the two had: other sums would be rounded otherwise
