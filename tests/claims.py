@@ -124,13 +124,13 @@ CIFAR10 = {  # part: the flags that all its arms have
     "data-free": "--dataset cifar10 --limit-train 5000 --limit-test 2000 --epochs 12 --student-arch wrn-10-1 --batch-size 64 --lr 2e-3 --teacher TEACHER",
 }
 COMMANDS["cifar10"] = """
-nrd        NRD                      nrd.py
-nrd        CE                       nrd.py --loss ce
-nrd        GCE                      nrd.py --loss gce
-nrd        GJS                      nrd.py --loss gjs
-nrd        NRD, bare                nrd.py --student-augment none
-nrd        CE, bare                 nrd.py --student-augment none --loss ce
-nrd        GCE, bare                nrd.py --student-augment none --loss gce
+nrd        NRD                      nrd.py --lr 0.2
+nrd        CE                       nrd.py --loss ce --lr 0.05
+nrd        GCE                      nrd.py --loss gce --lr 0.1
+nrd        GJS                      nrd.py --loss gjs --lr 0.2
+nrd        NRD, bare                nrd.py --student-augment none --lr 0.2
+nrd        CE, bare                 nrd.py --student-augment none --loss ce --lr 0.05
+nrd        GCE, bare                nrd.py --student-augment none --loss gce --lr 0.1
 sr         SR                       soft_randomization.py --teacher TEACHER
 sr         GA                       soft_randomization.py --method ga
 zoo        Hinton                   kd_zoo.py --teacher TEACHER
