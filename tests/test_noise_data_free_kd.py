@@ -151,7 +151,7 @@ def test_dead_leaves_are_those_of_a_slow_loop(monkeypatch):
     expected, bare = np.zeros((n, size, size, 3), np.float32), np.ones((n, size, size), bool)
     rows, columns = np.indices((size, size))
     uniform = [values.numpy() for _, values in drawn["rand"]]  # a round draws radii, x, y, shapes and colours
-    for i, ((shown, _), (normals, edges)) in enumerate(drawn["leaf_edges"]):
+    for i, ((shown,), (normals, edges)) in enumerate(drawn["leaf_edges"]):
         r = size * drawn["leaf_radii"][i][1].numpy()
         x, y = (size * values - 0.5 for values in uniform[5 * i + 1 : 5 * i + 3])
         shapes = zip(shown.numpy(), normals.numpy(), edges.numpy(), uniform[5 * i + 4], strict=True)
