@@ -157,7 +157,7 @@ def main(args):
             loss = loss_A + loss_B
             if args.mutual == "async":  # equation 2: they take turns, step by step
                 loss = loss_A if (epoch * steps + step) % 2 == 1 else loss_B
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
@@ -246,8 +246,10 @@ def preset(args):
     self_kd = args.self_kd or "proselflc"
     select = args.select or "progressive"
     eta, eta_on_shapes, b2 = SELECT[select]
-    values |= {"self_kd": self_kd, "select": select, "epsilon": EPSILON[self_kd], "b1": 16.0, "b2": b2}
-    return values | {"eta": eta_on_shapes if args.dataset == "shapes" else eta}
+    return values | {
+        "self_kd": self_kd, "epsilon": EPSILON[self_kd], "b1": 16.0, "select": select,
+        "eta": eta_on_shapes if args.dataset == "shapes" else eta, "b2": b2,
+    }  # fmt: skip
 
 
 def parse_args():

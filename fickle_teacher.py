@@ -91,7 +91,7 @@ def main(args):
                 with torch.no_grad():
                     T = teacher(x)  # another answer every time
                 loss = (1 - args.alpha) * loss + args.alpha * hinton_loss(S, T, args.tau)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())

@@ -224,7 +224,7 @@ def main(args):
             teacher_shapes = feature_shapes(teacher, images)
             check_features(args, student_shapes, teacher_shapes)
         if args.add == "ft":
-            from fickle_teacher import fickle  # --add ft alone needs this file
+            from fickle_teacher import fickle  # --add ft needs that file beside this one
 
             fickle(teacher)
     run = common.Run(args, device, data, origin, args.init_epochs + args.epochs)
@@ -282,7 +282,7 @@ def main(args):
                     loss = loss + args.lambda_d * rkd_distance_loss(s, t)
                 if args.lambda_a:
                     loss = loss + args.lambda_a * rkd_angle_loss(s, t)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())

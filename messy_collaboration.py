@@ -79,7 +79,7 @@ def main(args):
                 loss = (1 - args.alpha) * F.cross_entropy(S, y) + args.alpha * hinton_loss(S, T, args.tau)
             else:
                 loss = F.cross_entropy(S, y)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())

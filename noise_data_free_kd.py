@@ -111,7 +111,7 @@ def main(args):
                 T = teacher(x)
             S = student(x)
             loss = F.cross_entropy(S, T.softmax(1))
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())

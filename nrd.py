@@ -53,7 +53,7 @@ def student_view(x, augment, size):
         return x
     if augment == "crop":
         return common.crop_flip(x, size=size)
-    if max(x.shape[2:]) > size:  # appendix A.2
+    if max(x.shape[2:]) > size:  # photographs, appendix A.2
         x = common.random_resized_crop(x, size)
         x = common.crop_flip(x, padding=0)
         return common.color_jitter(x)
@@ -63,10 +63,9 @@ def student_view(x, augment, size):
 
 
 def teacher_view(x, size):
-    """Another augmentation: AugMix, crop, flip. The crop of photographs (appendix A.2) is a resized one."""
-    photographs = max(x.shape[2:]) > size
+    """Another augmentation: AugMix, crop, flip."""
     x = common.aug_mix(x)
-    if photographs:
+    if max(x.shape[2:]) > size:  # photographs, appendix A.2
         x = common.random_resized_crop(x, size)
         return common.crop_flip(x, padding=0)
     return common.crop_flip(x)
@@ -128,7 +127,7 @@ def main(args):
                 loss = js_divergence([y, *y_s, y_t], weights).mean() / Z  # equation 25
             else:
                 loss = LOSSES[args.loss](logits, y, *pi).mean() / Z
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             torch._foreach_lerp_(theta_bar, theta, 1 - args.beta)  # equation 24
@@ -291,9 +290,11 @@ def preset(args):
         column = 0.4 if noise in ("human-worse", "human-noisy") else 0.2
     table = "cifar100" if Path(args.dataset).stem == "cifar100" else "cifar10"
     lr, weight_decay, params = table_5(table, args.loss, noise, column)
-    values = {"noise": noise, "rate": rate, "lr": lr, "weight_decay": weight_decay, "loss_params": params}
-    values |= {"views": 1, "student_views": 2 if args.loss == "gjs" else 1}
-    values["jsd_scale"] = args.loss in ("nrd", "js", "gjs")
+    values = {
+        "noise": noise, "rate": rate, "lr": lr, "weight_decay": weight_decay, "loss_params": params,
+        "views": 1, "student_views": 2 if args.loss == "gjs" else 1,
+        "jsd_scale": args.loss in ("nrd", "js", "gjs"),
+    }  # fmt: skip
     if common.is_photographs(args.dataset):
         return values | SETTINGS["photographs"] | PHOTOGRAPHS.get(args.loss, {})
     if args.dataset == "shapes":

@@ -89,6 +89,7 @@ ZOO --method fsp --student-arch resnet8 --teacher-arch wrn-10-2 | --student-arch
 ZOO --method fitnet --student-arch resnet8 --teacher-arch shufflenet_v2 | --student-arch: fitnet cannot
 ZOO --method at --student-arch resnet8 --teacher-arch preact_resnet18 | --student-arch: at cannot compare
 FREE --bn current --running-fraction 0.5 | --running-fraction: --bn is short for
+FREE --bn running --running-fraction 0 | --running-fraction: --bn is short for
 FREE --plot-activations run.pt | --plot-activations: run.pt is no student
 teachers
 ZOO --teacher run.pt --teacher-arch wrn-10-2 | --teacher-arch: this teacher has its own; leave it out

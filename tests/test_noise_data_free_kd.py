@@ -304,7 +304,7 @@ def test_the_picture_of_activations(cli, monkeypatch, figures, made):
     monkeypatch.setattr(
         common, "crop_flip", lambda x, **how: crops.append((x, how, crop(x, **how))) or crops[-1][2]
     )
-    flags = ["--plot-activations", "a/checkpoint.pt", "--device", "cpu", "--eval-batch-size", 5]
+    flags = ["--plot-activations", "a", "--device", "cpu", "--eval-batch-size", 5]
     status, out, err = cli(dfkd, *flags)
     assert (status, err) == (0, "") and Path("a/activations.png").exists() and Path("a/adjust.png").exists()
     ((source, index, data, mean, std), noise), (images, how, real) = made[0], crops[0]
