@@ -370,8 +370,8 @@ def plot_activations(args, device):
         config["resize"], config["image_size"],
     )  # fmt: skip
     of_teacher = common.load_checkpoint(args.teacher or checkpoint["teacher"], "--teacher")
-    teacher = common.load_model(of_teacher, "model", device)
-    student = common.load_model(checkpoint, "model", device)
+    teacher = common.load_model(of_teacher, device=device)
+    student = common.load_model(checkpoint, device=device)
     teacher_current = copy.deepcopy(teacher)
     student_current = copy.deepcopy(student)
     use_current_statistics(batch_norms(teacher_current) + batch_norms(student_current))
@@ -394,7 +394,7 @@ def plot_activations(args, device):
     style = {"bins": 80, "density": True, "histtype": "step"}
     with common.picture(folder / "activations.png", 4 * len(teacher.blocks) + 4, 8) as figure:
         upper, lower = figure.subfigures(2, 1)
-        upper.suptitle(f"teacher {of_teacher['config']['arch']}: mean activation of an image, by layer")
+        upper.suptitle("teacher: mean activation of an image, by layer")
         lower.suptitle(f"student {config['student_arch']}, last block, trained on {config['source']}")
         for i, axes in enumerate(upper.subplots(1, len(teacher.blocks) + 1)):
             for (label, layers), colour in zip(by_layer.items(), ("red", "blue", "black")):
@@ -502,8 +502,8 @@ Learning rates, the teacher's too, fall where the loss on the test set stops fal
 looks at test data. --schedule cosine, for the student, does not.
 
 Our choices. On shapes the teacher's lr falls after two thirds and five sixths of its 12 epochs. Test batches
-are a fixed random order of the test set. Re-estimated statistics are the plain mean over the batches of their
-means and variances.
+are a fixed random order of the test set. Adjusted statistics are the plain mean over the first batches of
+their means and variances.
 
 Dead leaves are the "shapes" of Baradad et al. 2021. Each leaf is laid behind those that are there. Their code
 lays it in front and stops when all is covered, which favours large leaves: the largest has 22 to 27 % of a
