@@ -2,7 +2,7 @@
 
 Each network refines the given label q by its prediction p, which it trusts by eps: q~ = (1 - eps) q + eps p.
 It learns from its own refined label. Where its peer is confident of a sample, it learns from the peer's label
-too. Confident: the entropy H of the prediction is below chi, which falls during training (u: uniform).
+too. It is confident where the entropy H of its prediction is below chi, which falls in training (u: uniform).
 
     L_A = H(q~_A, p_A) + [H(p_B) < chi] H(q~_B, p_A)         L_B = H(q~_B, p_B) + [H(p_A) < chi] H(q~_A, p_B)
     chi = H(u) / eta * 2 h(t / T - 1/2, b2)                  h(x, b) = 1 / (1 + exp(-b x))
