@@ -434,7 +434,7 @@ def plot_activations(args, device):
 
 
 def toy(args):
-    """toy.png (Figure 1): two circles, Gaussian noise, and a perceptron's embeddings of both, in the plane."""
+    """toy.png (Figure 1): two circles, Gaussian noise, and a perceptron's embeddings of both, in 2-D."""
     y = torch.arange(1000) % 2
     angle = 2 * math.pi * torch.rand(1000)
     radius = 0.5 + 0.5 * y
