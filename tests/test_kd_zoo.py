@@ -412,7 +412,7 @@ def test_an_interrupted_run_continues_to_the_same_bit(cli, method, stops):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (["--method", "dml", "--teacher", "x.pt"], "--teacher: dml"),
+    (["--method", "dml", "--teacher", "x.pt"], "--teacher: dml"), (["--imbalance", 0], "--imbalance: 0.0"),
     (["--init-epochs", 3], "--init-epochs: hinton"), (["--method", "baseline", "--alpha", 0.5], "--alpha: baseline"),
     (["--method", "bss", "--alpha", 0.5], "--alpha: bss"), (["--method", "at", "--tau", 2], "--tau: at"),
     (["--method", "one", "--gamma", 3], "--gamma: one"), (["--method", "one", "--batch-size", 1], "--batch-size: the"),
