@@ -2,7 +2,7 @@
 
 Each network refines the given label q by its prediction p, which it trusts by eps: q~ = (1 - eps) q + eps p.
 It learns from its own refined label. Where its peer is confident of a sample, it learns from the peer's label
-too. Confident means that the entropy of the prediction is below a threshold, which falls during training:
+too. It is confident where the entropy H of its prediction is below chi, which falls in training (u: uniform).
 
     L_A = H(q~_A, p_A) + [H(p_B) < chi] H(q~_B, p_A)         L_B = H(q~_B, p_B) + [H(p_A) < chi] H(q~_A, p_B)
     chi = H(u) / eta * 2 h(t / T - 1/2, b2)                  h(x, b) = 1 / (1 + exp(-b x))
@@ -157,7 +157,7 @@ def main(args):
             loss = loss_A + loss_B
             if args.mutual == "async":  # equation 2: they take turns, step by step
                 loss = loss_A if (epoch * steps + step) % 2 == 1 else loss_B
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
@@ -246,26 +246,30 @@ def preset(args):
     self_kd = args.self_kd or "proselflc"
     select = args.select or "progressive"
     eta, eta_on_shapes, b2 = SELECT[select]
-    values |= {"self_kd": self_kd, "select": select, "epsilon": EPSILON[self_kd], "b1": 16.0, "b2": b2}
-    return values | {"eta": eta_on_shapes if args.dataset == "shapes" else eta}
+    return values | {
+        "self_kd": self_kd, "epsilon": EPSILON[self_kd], "b1": 16.0, "select": select,
+        "eta": eta_on_shapes if args.dataset == "shapes" else eta, "b2": b2,
+    }  # fmt: skip
 
 
 def parse_args():
     parser = common.argument_parser(__file__, __doc__, NOTES)
     add = parser.add_argument_group("two networks").add_argument
-    add("--arch", help="network A, and B too")
-    add("--arch-b", metavar="ARCH", help="network B, where it is another one")
-    add("--augment", choices=("crop", "none"), help="crop: padded by 4 pixels, cropped and flipped")
+    add("--arch", help="architecture of A, and of B where --arch-b is left out")
+    add("--arch-b", metavar="ARCH", help="architecture of B")
+    add("--augment", choices=("crop", "none"), help="augmentation; crop: pad by 4 pixels, crop and flip")
     add("--pretrained", action=argparse.BooleanOptionalAction, help="start from torchvision's weights")
-    add("--validation", type=share, default=0.0, metavar="SHARE", help="share of training, clean, held out")
+    add("--validation", type=share, default=0.0, metavar="SHARE",
+        help="share of the training images to hold out, with their true labels, for val_acc")  # fmt: skip
     add = parser.add_argument_group("method (equations 2-12)").add_argument
-    add("--self-kd", choices=EPSILON, help="own label, Table 2")
-    add("--epsilon", type=share, help="trust in itself: ls, cp, boot-soft, tf-kd-reg; in the peer: (a)sync")
+    add("--self-kd", choices=EPSILON, help="row of Table 2, by which a network refines its label")
+    add("--epsilon", type=share,
+        help="trust of a network in itself; sync, async: in its peer; None: equation 5")  # fmt: skip
     add("--b1", type=float, help="steepness of the trust of proselflc and mconf")
-    add("--select", choices=SELECT, help="which samples to teach the peer")
+    add("--select", choices=SELECT, help="selection of the samples whose label the peer gets")
     add("--eta", type=float, help="divisor of the threshold")
     add("--b2", type=float, help="steepness of the threshold: below 0 it falls, above 0 it rises")
-    add("--mutual", default="cmd", choices=("cmd", "sync", "async", "kdcl"), help="cmd or a rival of Table 5")
+    add("--mutual", default="cmd", choices=("cmd", "sync", "async", "kdcl"), help="cmd, or rival of Table 5")
     args = common.parse(parser, preset)
     if args.mutual != "cmd":
         refuse(args, ("self_kd", "select", "b1", "eta", "b2"), f"--mutual {args.mutual} has none")

@@ -28,21 +28,20 @@ from common import UsageError, positive, share
 
 
 def fickle(teacher):
-    """Switch dropout on in a network that is otherwise in evaluation mode; returns the network.
+    """Switch dropout on in a network, the rest of which is in evaluation mode. Raises UsageError without one.
 
-    BatchNorm stays in evaluation mode. On batch statistics an answer would depend on the other images of the
-    batch too. That is another noise than dropout's; it was tried and did not help (tests/RESULTS.md).
-    Raises UsageError where no dropout module has p > 0 (the network may call F.dropout): Hinton's teacher.
+    BatchNorm on the statistics of the batch was tried too; it did not help (tests/RESULTS.md).
     """
-    dropout = nn.modules.dropout._DropoutNd  # of nn.Dropout, nn.Dropout2d, nn.AlphaDropout, …
+    dropout = nn.modules.dropout._DropoutNd  # nn.Dropout, nn.Dropout2d, nn.AlphaDropout, …; not F.dropout
     layers = [layer for layer in teacher.eval().modules() if isinstance(layer, dropout) and layer.p > 0]
     if not layers:
-        works = "--dropout 0, in kd_zoo.py --add hinton, is Hinton's method"
-        raise UsageError(f"--teacher: the teacher has no dropout module to switch on; {works}")
+        raise UsageError(
+            "--teacher: the teacher has no dropout module to switch on; "
+            "--dropout 0, in kd_zoo.py --add hinton, is Hinton's method"
+        )
     for layer in layers:
         layer.train()
-    print(f"the teacher's dropout is on: p = {sorted({layer.p for layer in layers})}", flush=True)
-    return teacher
+    print(f"the teacher's dropout is on: p = {sorted({layer.p for layer in layers})}")
 
 
 def hinton_loss(S, T, tau):
@@ -69,11 +68,12 @@ def main(args):
     if args.method == "ft":
         standard = [round(part * args.teacher_epochs) for part in (0.3, 0.6, 0.75)]
         teacher, origin = common.load_teacher(
-            args, device, data, labels, arch=args.teacher_arch, dropout=args.dropout, milestones=standard,
-            epochs=args.teacher_epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
+            args, device, data, labels, arch=args.teacher_arch, dropout=args.dropout,
+            epochs=args.teacher_epochs, milestones=standard,
+            batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
         )  # fmt: skip
         if args.dropout > 0:
-            teacher = fickle(teacher)
+            fickle(teacher)
     run = common.Run(args, device, data, origin)
     run.track(model=student, optimizer=optimizer, scheduler=scheduler)
     if args.compile:
@@ -86,13 +86,12 @@ def main(args):
         for index in run.batches(len(labels), args.batch_size):
             x, y = common.crop_flip(data.batch(index), mode="reflect", size=size), labels[index]
             S = student(x)
+            loss = F.cross_entropy(S, y)
             if args.method == "ft":  # equation 1
                 with torch.no_grad():
                     T = teacher(x)  # another answer every time
-                loss = (1 - args.alpha) * F.cross_entropy(S, y) + args.alpha * hinton_loss(S, T, args.tau)
-            else:
-                loss = F.cross_entropy(S, y)
-            optimizer.zero_grad(set_to_none=True)
+                loss = (1 - args.alpha) * loss + args.alpha * hinton_loss(S, T, args.tau)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
@@ -112,19 +111,25 @@ def preset(args):
     """
     usual = 0.2 if args.dataset == "shapes" else 0.4
     rate = usual if args.dropout is None else args.dropout
-    if args.method == "baseline":
-        rate = 0
-    epochs = 350
-    for highest, fewer in ((0.3, 300), (0.2, 250), (0, 200)):
-        if rate <= highest:
-            epochs = fewer
-    values = {"noise": "none", "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "epochs": epochs}
-    values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2", "dropout": usual}
-    values["teacher_epochs"] = round((args.epochs or epochs) * 200 / epochs)
+    if args.method == "baseline" or rate == 0:
+        epochs = 200
+    elif rate <= 0.2:
+        epochs = 250
+    elif rate <= 0.3:
+        epochs = 300
+    else:
+        epochs = 350
+    values = {
+        "noise": "none", "epochs": epochs, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4,
+        "teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2", "dropout": usual,
+        "teacher_epochs": round((args.epochs or epochs) * 200 / epochs),
+    }  # fmt: skip
     if args.dataset == "shapes":
-        values |= {"teacher_arch": "wrn-10-2", "student_arch": "wrn-10-1"}
-        values |= {"limit_train": 300, "batch_size": 32, "lr": 0.05}
-        values |= {"epochs": epochs // 5, "teacher_epochs": 100}  # with dropout, a small teacher wants longer
+        values |= {
+            "limit_train": 300, "epochs": epochs // 5, "batch_size": 32, "lr": 0.05,
+            "teacher_arch": "wrn-10-2", "student_arch": "wrn-10-1",
+            "teacher_epochs": 100,  # with dropout, a small teacher needs more
+        }  # fmt: skip
     return values
 
 
@@ -132,7 +137,7 @@ def parse_args():
     parser = common.argument_parser(__file__, __doc__, NOTES)
     common.add_teacher_arguments(parser)
     add = parser.add_argument_group("method (equation 1, section 4.1)").add_argument
-    add("--method", default="ft", choices=("ft", "baseline"), help="baseline: cross-entropy, no teacher")
+    add("--method", default="ft", choices=("ft", "baseline"), help="ft: equation 1; baseline: no teacher")
     add("--dropout", type=share, help="rate of the teacher's dropout, in training and teaching")
     add("--teacher-epochs", type=common.count, help="epochs of the teacher that is trained")
     add("--alpha", default=0.9, type=share, help="weight of the teacher")

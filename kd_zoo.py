@@ -52,16 +52,13 @@ def boundary_samples(teacher, x, y, S, T, size=32, steps=10, step_size=0.3):
     base = base[both[base]]
     if len(base) == 0:
         return x[:0]
-    x, y = x[base], y[base]
-    wrong = torch.ones_like(p_T[base]).scatter(1, y.unsqueeze(1), 0)  # 1 for a wrong class, 0 for y
-    target = (wrong * p_T[base].clamp(min=1e-12)).multinomial(1)
-    moved = x.clone()
+    moved, y = x[base], y[base]
+    target = p_T[base].clamp(min=1e-12).scatter(1, y.unsqueeze(1), 0).multinomial(1)
     for _ in range(steps):
-        with torch.enable_grad():
-            moved.requires_grad_()
-            scores = teacher(moved)
-            gap = (scores.gather(1, y.unsqueeze(1)) - scores.gather(1, target)).squeeze(1)
-            (gradient,) = torch.autograd.grad(-gap.sum(), moved)
+        moved.requires_grad_()
+        scores = teacher(moved)
+        gap = (scores.gather(1, y.unsqueeze(1)) - scores.gather(1, target)).squeeze(1)
+        (gradient,) = torch.autograd.grad(-gap.sum(), moved)
         length = gradient.flatten(1).norm(dim=1).clamp(min=1e-12)
         step = (step_size * (gap.detach() + 1e-4) / length).view(-1, 1, 1, 1) * gradient
         going = (scores.argmax(1) == y).view(-1, 1, 1, 1)
@@ -88,13 +85,14 @@ def fsp_loss(s, t, weights=(1, 3, 1)):
     return sum(w * F.mse_loss(a, b) for w, a, b in zip(weights, fsp_matrices(s), fsp_matrices(t)))
 
 
-def attention_loss(s, t):
-    """Σ over blocks of the mean squared difference of the attention maps (Zagoruyko and Komodakis 2017).
+def attention_map(f):
+    """Mean over channels of the squared activations, flattened and of unit length: [B, H W]."""
+    return F.normalize(f.square().mean(1).flatten(1))
 
-    A map is the mean over channels of the squared activations, flattened and of unit length.
-    """
-    maps = [[F.normalize(f.square().mean(1).flatten(1)) for f in features[1:]] for features in (s, t)]
-    return sum(F.mse_loss(a, b) for a, b in zip(*maps))
+
+def attention_loss(s, t):
+    """Σ over blocks of the mean squared difference of the attention maps (Zagoruyko and Komodakis 2017)."""
+    return sum(F.mse_loss(attention_map(a), attention_map(b)) for a, b in zip(s[1:], t[1:]))
 
 
 def similarity_loss(s, t):
@@ -191,20 +189,21 @@ def main(args):
     size = data.image_size
     method = args.method
     tau = args.tau
-    if args.imbalance is not None:
+    if args.imbalance:
         kept = imbalance(data.train_labels, args.imbalance, num_classes)
-        images = data.train_images[kept.to(data.train_images.device)]
-        data = data._replace(train_images=images, train_labels=data.train_labels[kept])
-        data = data._replace(true_labels=data.true_labels[kept])
+        data = data._replace(
+            train_images=data.train_images[kept.to(data.train_images.device)],
+            train_labels=data.train_labels[kept],
+            true_labels=data.true_labels[kept],
+        )
     labels = common.noisy_labels(args, data, per_sample=True)
-    nets = []  # those that learn
-    for _ in range({"one": 3, "dml": 2}.get(method, 1)):
-        net = common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp)
-        nets.append(net.to(device))
+    names = {"one": ["net1", "net2", "net3"], "dml": ["net1", "net2"]}.get(method, ["model"])
+    parts = {  # what learns
+        name: common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device)
+        for name in names
+    }
+    nets = list(parts.values())
     student = nets[0]
-    parts = {"model": student}
-    if len(nets) > 1:
-        parts = {f"net{i}": net for i, net in enumerate(nets, 1)}
     by_features = any((args.init_epochs, args.beta, args.gamma, args.lambda_d, args.lambda_a))
     images = common.to_float(data.test_images[:2]).to(device)
     student_shapes = feature_shapes(student.eval(), images)
@@ -216,16 +215,16 @@ def main(args):
     origin = {}
     if method not in ALONE:
         milestones = [round(part * args.epochs) for part in (0.3, 0.6, 0.75)]
-        dropout = 0.4 if args.add == "ft" else 0.0
         teacher, origin = common.load_teacher(
-            args, device, data, labels, arch=args.teacher_arch, dropout=dropout, milestones=milestones,
+            args, device, data, labels, arch=args.teacher_arch, dropout=0.4 if args.add == "ft" else 0.0,
             epochs=args.epochs, batch_size=args.batch_size, lr=args.lr, weight_decay=args.weight_decay,
+            milestones=milestones,
         )  # fmt: skip
         if by_features:
             teacher_shapes = feature_shapes(teacher, images)
             check_features(args, student_shapes, teacher_shapes)
         if args.add == "ft":
-            from fickle_teacher import fickle  # this needs that file beside it
+            from fickle_teacher import fickle  # --add ft needs that file beside this one
 
             fickle(teacher)
     run = common.Run(args, device, data, origin, args.init_epochs + args.epochs)
@@ -233,16 +232,15 @@ def main(args):
         parts["regressor"] = nn.Conv2d(student_shapes[2][0], teacher_shapes[2][0], 1, bias=False).to(device)
     if method == "one":
         parts["one"] = ONE(nets, width=student_shapes[-2][0]).to(device)
-    parameters = nn.ModuleDict(parts).parameters()  # each once: the branches of one share a trunk
-    optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    modules = nn.ModuleDict(parts)  # has each parameter once: the branches of one share a trunk
+    optimizer = torch.optim.SGD(modules.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
     run.track(**parts, optimizer=optimizer)
     if args.compile:
         for net in nets:
             net.compile()
 
     for epoch in range(run.epoch, run.epochs):
-        for part in parts.values():
-            part.train()
+        modules.train()
         if epoch == args.init_epochs:
             optimizer.state.clear()  # stage 2 starts without momentum
         lr = learning_rate(args, epoch)
@@ -270,7 +268,7 @@ def main(args):
                     done = (epoch + 1) / args.epochs
                     # divided by tau²: the code of BSS does not have this factor
                     loss = loss + (1 + 3 * (1 - done)) * hinton_loss(S, T, tau) / tau**2
-                    moved = boundary_samples(teacher, x, y, S.detach(), T)
+                    moved = boundary_samples(teacher, x, y, S, T)
                     if len(moved):
                         bss = hinton_loss(student(moved), teacher(moved), tau) / tau**2
                         loss = loss + 2 * max(1 - 4 / 3 * done, 0) * bss
@@ -284,7 +282,7 @@ def main(args):
                     loss = loss + args.lambda_d * rkd_distance_loss(s, t)
                 if args.lambda_a:
                     loss = loss + args.lambda_a * rkd_angle_loss(s, t)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
@@ -296,8 +294,7 @@ def main(args):
             run.header["best"] = f"net{best + 1}"
             metrics["each_test_acc"] = each
         if method == "one":
-            ensemble = predict(parts["one"], data.test_images)
-            metrics["ensemble_test_acc"] = accuracy(ensemble, data.test_labels)
+            metrics["ensemble_test_acc"] = accuracy(predict(parts["one"], data.test_images), data.test_labels)
         run.end_epoch(losses, lr=lr, **metrics)
     return run.finish()
 
@@ -308,8 +305,10 @@ def feature_shapes(model, images):
     The model is in evaluation mode. Raises UsageError where it has no features, as most --teacher-model.
     """
     if "features" not in inspect.signature(model.forward).parameters:
-        needed = "module(x, features=True) must give (logits, [output of the stem, of block 1, …])"
-        raise UsageError(f"--teacher-model: for fitnet, fsp, at, sp and rkd {needed}; hinton needs logits")
+        raise UsageError(
+            "--teacher-model: for fitnet, fsp, at, sp and rkd module(x, features=True) must give "
+            "(logits, [output of the stem, of block 1, …]); hinton needs logits alone"
+        )
     with torch.no_grad():
         return [tuple(f.shape[1:]) for f in model(images, features=True)[1]]
 
@@ -349,10 +348,7 @@ def imbalance(labels, gamma, num_classes):
     Class c = 1 … C keeps its first n_c = a / (b + c^gamma) samples, rounded. a and b are such that the first
     class keeps as many samples as a balanced class has, the last a twentieth (5000 and 250 on CIFAR-10). This
     is the group's code; the printed formula is infinite at c = 1. Prints where a class has fewer samples.
-    Raises UsageError for a gamma that is not above 0.
     """
-    if gamma <= 0:
-        raise UsageError(f"--imbalance: {gamma} is not above 0; the paper has 0.2, 0.6, 1 and 2")
     first = len(labels) // num_classes
     last = first / 20
     b = (last * num_classes**gamma - first) / (first - last)
@@ -418,10 +414,11 @@ def preset(args):
 def parse_args():
     parser = common.argument_parser(__file__, __doc__, NOTES)
     common.add_teacher_arguments(parser)
-    add = parser.add_argument_group("method (Table I)").add_argument
-    add("--method", default="hinton", choices=TABLE_I, help="a row of Table I")
-    add("--add", choices=("hinton", "ft"), help="Hinton's loss or the Fickle Teacher's, added to the method")
-    add("--imbalance", type=float, metavar="GAMMA", help="class sizes by the power law of section IV-C")
+    add = parser.add_argument_group("method (Table I); a term whose weight is None is left out").add_argument
+    add("--method", default="hinton", choices=TABLE_I, help="row of Table I")
+    add("--add", choices=("hinton", "ft"), help="loss to add to the method, Hinton's or the Fickle Teacher's")
+    add("--imbalance", type=positive, metavar="GAMMA",
+        help="exponent of the power law of class sizes, section IV-C; None: all images")  # fmt: skip
     add("--ce", type=float, help="weight of cross-entropy; left out: 1 - alpha")
     add("--alpha", type=share, help="weight of Hinton's term")
     add("--tau", type=positive, help="temperature")
@@ -432,8 +429,8 @@ def parse_args():
     add("--init-epochs", type=common.count, help="epochs of stage 1 of fitnet and fsp")
     args = common.parse(parser, preset)
     if args.method in ALONE:
-        terms = (*common.TEACHER, "add", "ce", "alpha", "beta", "gamma", "lambda_d", "lambda_a")
-        refuse(args, terms, f"{args.method} has no teacher")
+        refuse(args, (*common.TEACHER, "add", "ce", "alpha", "beta", "gamma", "lambda_d", "lambda_a"),
+            f"{args.method} has no teacher")  # fmt: skip
     if args.method == "bss":
         refuse(args, ("add", "ce", "alpha"), "bss has weights of its own")
     if args.alpha is None and "tau" not in TABLE_I[args.method]:

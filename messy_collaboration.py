@@ -79,7 +79,7 @@ def main(args):
                 loss = (1 - args.alpha) * F.cross_entropy(S, y) + args.alpha * hinton_loss(S, T, args.tau)
             else:
                 loss = F.cross_entropy(S, y)
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
@@ -100,21 +100,25 @@ def main(args):
 def preset(args):
     """The flags that are left out, from section 3 of the paper; on shapes, small nets for a CPU."""
     noise = args.noise or ("sym" if args.dataset in common.CLEANLY_LABELLED else "none")
-    usual = 0.4 if args.dataset == "shapes" else 0.25
-    rate = None if noise in ("none", *common.HUMAN) else usual
-    values = {"noise": noise, "rate": rate, "weight_decay": 5e-4}
+    values = {
+        "noise": noise, "rate": 0.25, "epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4,
+        "teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2",
+    }  # fmt: skip
     if args.dataset == "shapes":
-        values |= {"teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1"}
-        return values | {"limit_train": 500, "epochs": 60, "batch_size": 32, "lr": 0.05}
-    values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2"}
-    return values | {"epochs": 200, "batch_size": 128, "lr": 0.1}
+        values |= {
+            "rate": 0.4, "limit_train": 500, "epochs": 60, "batch_size": 32, "lr": 0.05,
+            "teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1",
+        }  # fmt: skip
+    if noise in ("none", *common.HUMAN):
+        values["rate"] = None
+    return values
 
 
 def parse_args():
     parser = common.argument_parser(__file__, __doc__, NOTES)
     common.add_teacher_arguments(parser)
     add = parser.add_argument_group("method (section 4.3)").add_argument
-    add("--method", default="mc", choices=("mc", "baseline"), help="baseline: cross-entropy, no teacher")
+    add("--method", default="mc", choices=("mc", "baseline"), help="mc: equation 1; baseline: no teacher")
     add("--target-noise", default=0.1, type=share, metavar="R", help="probability r that a target is random")
     add("--alpha", default=0.9, type=share, help="weight of the teacher")
     add("--tau", default=4.0, type=positive, help="temperature")

@@ -59,7 +59,7 @@ def samples(source, index, data, mean, std):
         return common.crop_flip(data.batch(index), size=data.image_size)
     if source == "gaussian":
         return mean + std * torch.randn(len(index), 3, height, width, device=index.device)
-    return dead_leaves(len(index), max(height, width), None, index.device)[:, :, :height, :width]
+    return dead_leaves(len(index), max(height, width), index.device)[:, :, :height, :width]
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -86,8 +86,9 @@ def main(args):
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
     else:
         scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    recipe = teacher_recipe(args)
-    teacher, origin = common.load_teacher(args, device, data, labels, arch=args.teacher_arch, **recipe)
+    teacher, origin = common.load_teacher(
+        args, device, data, labels, arch=args.teacher_arch, **teacher_recipe(args)
+    )
     layers = batch_norms(teacher)
     draw = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(len(layers), generator=draw).tolist()
@@ -110,7 +111,7 @@ def main(args):
                 T = teacher(x)
             S = student(x)
             loss = F.cross_entropy(S, T.softmax(1))
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
@@ -168,24 +169,24 @@ def ranges(start, length):
     return owner, place + before.index_select(0, owner)
 
 
-def leaf_radii(*shape, generator, device):
+def leaf_radii(*shape, device):
     """Radii in units of the side, of density ∝ r^-3 - 1 on [0.03, 1].
 
     They are drawn from r^-3 and kept with probability 1 - r³. Those not kept are -1: leaves of no size.
     """
-    u, v = torch.rand(2, *shape, generator=generator, device=device)
+    u, v = torch.rand(2, *shape, device=device)
     r = (0.03**-2 - u * (0.03**-2 - 1)).rsqrt()
     return torch.where(v < r**3, -1, r)
 
 
-def leaf_edges(r, generator):
+def leaf_edges(r):
     """Four edges of each leaf of radius r [L]: normals (cos, sin) [L, 2, 4], and distances [L, 4].
 
     A leaf is where its circle and all four half-planes overlap. Disc, square, rotated square, rectangle,
     triangle and quadrilateral are equally likely. Corners are on the circle, of the last two at any angles.
     """
-    kind = torch.randint(6, r.shape, generator=generator, device=r.device).unsqueeze(1)
-    free = 2 * math.pi * torch.rand(len(r), 4, generator=generator, device=r.device)
+    kind = torch.randint(6, r.shape, device=r.device).unsqueeze(1)
+    free = 2 * math.pi * torch.rand(len(r), 4, device=r.device)
     corner = torch.where(kind == 3, free[:, :1] / 4, math.pi / 4)  # a rectangle's in the first quadrant
     turn = torch.where(kind == 2, free[:, 1:2], 0)
     box = torch.cat([corner, math.pi - corner, math.pi + corner, 2 * math.pi - corner], 1) + turn
@@ -198,17 +199,16 @@ def leaf_edges(r, generator):
     return torch.stack([normal.cos(), normal.sin()], 1), distance
 
 
-def dead_leaves(n, size, generator, device):
+def dead_leaves(n, size, device):
     """Dead-leaves images (Baradad et al. 2021, "shapes"), float32 [n, 3, size, size] in [0, 1].
 
     Leaves of random place, radius, shape and colour are laid, each behind the others, until all is covered.
     All images are laid at once, many leaves per round. Each leaf that may still show has rows. Each row has
-    columns between the leaf's edges. Each pixel takes the foremost leaf. generator: a torch.Generator of
-    `device`, for all draws; None: the global one.
+    columns between the leaf's edges. Each pixel takes the foremost leaf.
     """
 
     def uniform(high, *shape):
-        return high * torch.rand(*shape, generator=generator, device=device)
+        return high * torch.rand(*shape, device=device)
 
     def pixels(low, high):
         """The first whole number from `low` on, and how many there are up to `high`, within the image."""
@@ -223,7 +223,7 @@ def dead_leaves(n, size, generator, device):
     unfinished = torch.arange(n, device=device)  # the images that still have bare pixels
     while len(unfinished):
         shape = (len(unfinished), leaves)
-        r = size * leaf_radii(*shape, generator=generator, device=device)  # pixels have whole numbers
+        r = size * leaf_radii(*shape, device=device)  # pixels have whole numbers
         x, y = uniform(size, *shape) - 0.5, uniform(size, *shape) - 0.5
         # a leaf may show where its box holds a bare pixel; counts by a summed-area table
         (left, width), (top, height) = pixels(x - r, x + r), pixels(y - r, y + r)
@@ -235,7 +235,7 @@ def dead_leaves(n, size, generator, device):
         sums = [table.index_select(0, corner) for corner in (below + width, below, at + width, at)]
         shows = (sums[0] - sums[1] != sums[2] - sums[3]).nonzero().squeeze(1).int()
         x, y, r, top, height = (v.flatten().index_select(0, shows) for v in (x, y, r, top, height))
-        normal, distance = leaf_edges(r, generator)
+        normal, distance = leaf_edges(r)
         colour = uniform(1, len(shows), 3)
 
         leaf, row = ranges(top, height)
@@ -268,24 +268,30 @@ TEACHERS = {"cifar100": "wrn-28-10", "svhn": "resnet18", "food101": "resnet101"}
 def preset(args):
     """The flags that are left out, from appendix A.7; on shapes, small nets for a CPU."""
     bn = args.bn or ("running" if args.source == "data" else "current")
-    values = {"noise": "none", "weight_decay": 0.0, "running_fraction": float(bn == "running")}
-    values["schedule"] = "constant" if args.source == "data" else "plateau"
+    values = {
+        "noise": "none", "running_fraction": float(bn == "running"),
+        "schedule": "constant" if args.source == "data" else "plateau",
+        "epochs": 200, "teacher_epochs": 100, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0,
+        "teacher_arch": TEACHERS.get(Path(args.dataset).stem, "resnet34"), "student_arch": "resnet18",
+    }  # fmt: skip
     if args.dataset == "shapes":
-        values |= {"epochs": 20, "teacher_epochs": 12, "batch_size": 64, "lr": 2e-3}
-        values |= {"teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1"}
-    else:
-        values |= {"epochs": 200, "teacher_epochs": 100, "batch_size": 256, "lr": 1e-3}
-        teacher = TEACHERS.get(Path(args.dataset).stem, "resnet34")
-        values |= {"teacher_arch": teacher, "student_arch": "resnet18"}
-    of_training = args.batch_size or values["batch_size"]
-    return values | {"eval_batch_size": 16 if args.plot_activations else of_training}  # 16 in A.3
+        values |= {
+            "epochs": 20, "teacher_epochs": 12, "batch_size": 64, "lr": 2e-3,
+            "teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1",
+        }  # fmt: skip
+    values["eval_batch_size"] = args.batch_size or values["batch_size"]
+    if args.plot_activations:
+        values["eval_batch_size"] = 16  # appendix A.3
+    return values
 
 
 def teacher_recipe(args):
     """How the teacher is trained (appendix A.7), whatever the student's batch size and lr."""
     epochs = args.teacher_epochs
-    recipe = {"epochs": epochs, "optimizer": "adam", "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0}
-    recipe |= {"normalize": True, "milestones": None}  # None: lr falls where the test loss stops falling
+    recipe = {
+        "epochs": epochs, "optimizer": "adam", "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0,
+        "normalize": True, "milestones": None,  # None: lr falls where the test loss stops falling
+    }  # fmt: skip
     if args.dataset == "shapes":  # twelve epochs are too few for that
         milestones = [round(2 / 3 * epochs), round(5 / 6 * epochs)]
         recipe |= {"batch_size": 64, "lr": 2e-3, "milestones": milestones}
@@ -298,21 +304,26 @@ def parse_args():
     parser = common.argument_parser(__file__, __doc__, NOTES)
     common.add_teacher_arguments(parser)
     add = parser.add_argument_group("method (appendix A.2-A.7)").add_argument
-    sources = ("gaussian", "dead-leaves", "data")
-    add("--source", default="dead-leaves", choices=sources, help="what the student sees")
-    add("--bn", choices=("current", "running"), help="teacher's statistics; None: running with --source data")
-    add("--running-fraction", type=share, metavar="P", help="share of its layers on running statistics")
-    add("--schedule", choices=("plateau", "constant", "cosine"), help="lr's fall; plateau looks at test data")
+    add("--source", default="dead-leaves", choices=("gaussian", "dead-leaves", "data"),
+        help="inputs of the student; data: the training images")  # fmt: skip
+    add("--bn", choices=("current", "running"),
+        help="statistics of the teacher's BatchNorm; None: current, with --source data running")  # fmt: skip
+    add("--running-fraction", type=share, metavar="P",
+        help="share of the teacher's BatchNorm layers that use running statistics")  # fmt: skip
+    add("--schedule", choices=("plateau", "constant", "cosine"),
+        help="schedule of lr; plateau: lr falls where the loss on the test set stops falling")  # fmt: skip
     add("--teacher-epochs", type=count, help="epochs of the teacher that is trained")
-    add("--eval-batch-size", type=count, help="images per batch of current and re-estimated statistics")
-    add("--adjust-batches", type=count, default=16, metavar="K", help="batches to re-estimate statistics on")
+    add("--eval-batch-size", type=count, help="test images per batch of current and adjusted statistics")
+    add("--adjust-batches", type=count, default=16, metavar="K",
+        help="number of test batches whose statistics are averaged for adjusted statistics")  # fmt: skip
     add = parser.add_argument_group("pictures, without training").add_argument
     add("--show-source", action="store_true", help="write a sheet of samples, SOURCE.png")
-    add("--plot-activations", type=Path, metavar="CKPT", help="of a student and its teacher, and Figure 3a")
-    add("--toy", action="store_true", help="concentric circles and a perceptron with two BatchNorm layers")
+    add("--plot-activations", type=common.checkpoint_file, metavar="RUN",
+        help="draw activations of this student and its teacher, and Figure 3a")  # fmt: skip
+    add("--toy", action="store_true", help="draw Figure 1: circles, and a perceptron with BatchNorm")
     args = common.parse(parser, preset)
-    if args.bn and args.running_fraction not in (0, 1):
-        raise UsageError("--running-fraction: --bn is short for 0 (current) or 1 (running); leave one out")
+    if args.bn:
+        common.refuse(args, ("running_fraction",), "--bn is short for 0 (current) or 1 (running)")
     return args
 
 
@@ -327,17 +338,16 @@ def show_source(args, data):
     index = torch.arange(64, device=device) % len(data.train_labels)
     mean, std = torch.tensor(common.channel_stats(data), device=device).view(2, 3, 1, 1)
     x = samples(args.source, index, data, mean, std).cpu().clamp(0, 1)
-    sheet = make_grid(x, 8, padding=2, pad_value=1)
     with common.picture((args.out or Path("runs")) / f"{args.source}.png", 6, 6.3) as figure:
         axes = figure.subplots()
-        axes.imshow(sheet.permute(1, 2, 0).numpy())
+        axes.imshow(make_grid(x, 8, padding=2, pad_value=1).permute(1, 2, 0).numpy())
         axes.set_title(f"{args.source}, {x.shape[2]}×{x.shape[3]}", fontsize="medium")
         axes.axis("off")
 
 
 @torch.no_grad()
 def activations(model, images):
-    """Outputs of stem and blocks, averaged over positions: a list of [N, K] tensors. images: float [N, 3, H, W]."""
+    """Outputs of stem and blocks for images float [N, 3, H, W], means over positions: a list of [N, K]."""
     parts = [model(part, features=True)[1] for part in images.split(250)]
     return [torch.cat([f.mean((2, 3)) for f in layer]).cpu() for layer in zip(*parts)]
 
@@ -345,29 +355,29 @@ def activations(model, images):
 def plot_activations(args, device):
     """Draw activations.png and adjust.png of a student.
 
-    activations.png: mean activation of the teacher's layers (Figures 5-8), of the student's neurons (Figure 2).
-    adjust.png: accuracy by the number of batches on which statistics are re-estimated (Figure 3a).
+    activations.png: mean activations of the teacher's layers (Figures 5-8) and of the student's neurons
+    (Figure 2). adjust.png: accuracy by the number of batches whose statistics are averaged (Figure 3a).
     """
     checkpoint = common.load_checkpoint(args.plot_activations, "--plot-activations")
     if checkpoint["script"] != "noise_data_free_kd":
-        path = args.plot_activations
-        raise UsageError(f"--plot-activations: {path} is no student of this script; name one")
+        raise UsageError(
+            f"--plot-activations: {args.plot_activations} is no student of this script; name one"
+        )
     config = checkpoint["config"]
     folder = args.out or args.plot_activations.parent
-    limits = args.limit_train or 1000, args.limit_test
-    sizes = config["resize"], config["image_size"]
-    data = common.load_dataset(config["dataset"], args.data_dir, *limits, device, *sizes)
-    of_teacher = common.load_checkpoint(args.teacher or Path(checkpoint["teacher"]), "--teacher")
-    teacher = common.load_model(of_teacher, "model", device)
-    student = common.load_model(checkpoint, "model", device)
+    data = common.load_dataset(
+        config["dataset"], args.data_dir, args.limit_train or 1000, args.limit_test, device,
+        config["resize"], config["image_size"],
+    )  # fmt: skip
+    of_teacher = common.load_checkpoint(args.teacher or checkpoint["teacher"], "--teacher")
+    teacher = common.load_model(of_teacher, device=device)
+    student = common.load_model(checkpoint, device=device)
     teacher_current = copy.deepcopy(teacher)
     student_current = copy.deepcopy(student)
     use_current_statistics(batch_norms(teacher_current) + batch_norms(student_current))
 
     source = "gaussian" if config["source"] == "data" else config["source"]
-    index = torch.randperm(
-        len(data.train_labels), device=device
-    )  # current statistics are those of mixed classes
+    index = torch.randperm(len(data.train_labels), device=device)  # so that each batch has all classes
     real = common.crop_flip(data.batch(index), padding=0, size=data.image_size)
     noise = samples(source, index, data, student.mean, student.std)
     seen = real if config["source"] == "data" else noise
@@ -384,7 +394,7 @@ def plot_activations(args, device):
     style = {"bins": 80, "density": True, "histtype": "step"}
     with common.picture(folder / "activations.png", 4 * len(teacher.blocks) + 4, 8) as figure:
         upper, lower = figure.subfigures(2, 1)
-        upper.suptitle(f"teacher {of_teacher['config']['arch']}: mean activation of an image, by layer")
+        upper.suptitle("teacher: mean activation of an image, by layer")
         lower.suptitle(f"student {config['student_arch']}, last block, trained on {config['source']}")
         for i, axes in enumerate(upper.subplots(1, len(teacher.blocks) + 1)):
             for (label, layers), colour in zip(by_layer.items(), ("red", "blue", "black")):
@@ -412,6 +422,7 @@ def plot_activations(args, device):
     for number in numbers:
         for name, logits in logits_by_statistics(student, data.test_images, size, number).items():
             scores[name].append(accuracy(logits, data.test_labels))
+        print(f"statistics of {number} batches of {size}: test_acc {scores['adjusted'][-1]:.2f} %")
     with common.picture(folder / "adjust.png", 6, 4) as figure:
         axes = figure.subplots()
         for name, values in scores.items():
@@ -420,24 +431,18 @@ def plot_activations(args, device):
         axes.set_xticks(numbers, numbers)
         axes.minorticks_off()
         axes.legend()
-    print(
-        f"batches of {size}: "
-        + ", ".join(f"{k}: {score:.2f} %" for k, score in zip(numbers, scores["adjusted"]))
-    )
 
 
 def toy(args):
-    """toy.png (Figure 1): two circles, Gaussian noise, and a perceptron's two-dimensional embeddings of both.
-
-    Prints how far the embeddings are from those of the circles.
-    """
+    """toy.png (Figure 1): two circles, Gaussian noise, and a perceptron's embeddings of both, in 2-D."""
     y = torch.arange(1000) % 2
     angle = 2 * math.pi * torch.rand(1000)
     radius = 0.5 + 0.5 * y
     circles = torch.stack([radius * angle.cos(), radius * angle.sin()], 1) + 0.05 * torch.randn(1000, 2)
     noise = torch.randn(1000, 2)
-    hidden = nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU()
-    embed = nn.Sequential(*hidden, nn.Linear(32, 2), nn.BatchNorm1d(2), nn.ReLU())
+    embed = nn.Sequential(
+        nn.Linear(2, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 2), nn.BatchNorm1d(2), nn.ReLU()
+    )
     head = nn.Linear(2, 2)
     optimizer = torch.optim.Adam([*embed.parameters(), *head.parameters()], 0.01)
     for _ in range(200):
@@ -450,12 +455,6 @@ def toy(args):
         cases = {"circles, running statistics": embed(circles), "noise, running statistics": embed(noise)}
         use_current_statistics(batch_norms(embed))
         cases["noise, current statistics"] = embed(noise)
-    true = cases["circles, running statistics"].double()
-    for label, e in cases.items():
-        e = e.double()
-        root = torch.linalg.eigvals(e.T.cov() @ true.T.cov()).sqrt().real.sum()
-        frechet = (e.mean(0) - true.mean(0)).square().sum() + (e.T.cov() + true.T.cov()).trace() - 2 * root
-        print(f"{label}: Fréchet distance to the embeddings of the circles {frechet.clamp(min=0):.3f}")
     far = 1.05 * max(e.max().item() for e in cases.values())
     path = (args.out or Path("runs")) / "toy.png"
     with common.panels(path, "", 5, 4.2, 4.2) as (_, (left, middle, *of_embeddings)):
@@ -487,9 +486,9 @@ Table 2             --dataset cifar10 --source {data,gaussian,dead-leaves} --bn 
 Table 3             the same with --teacher-arch densenet169 --student-arch densenet121
                     teacher 86.23; data, running 86.23; gaussian 10.79, 76.57; dead-leaves 23.5, 78.33
 Figure 1            --toy
-Figures 2, 3a, 5-8  --dataset {cifar10,svhn,food101,cifar100} --source gaussian, then --plot-activations CKPT
-Figure 3b           --dataset cifar10 --source {gaussian,dead-leaves} --batch-size {16,32,64,128,256,512}, then
-                    evaluate.py RUN RUN … --plot-by batch-size
+Figures 2, 3a, 5-8  --dataset {cifar10,svhn,food101,cifar100} --source gaussian, then --plot-activations RUN
+Figure 3b           --dataset cifar10 --source {gaussian,dead-leaves} --batch-size {16,32,64,128,256,512},
+                    then evaluate.py RUNS --plot-by batch-size
                     dead-leaves, from 32: 88.09 88.21 89.35 89.4 89.19
 Figure 4            --show-source
 
@@ -503,8 +502,8 @@ Learning rates, the teacher's too, fall where the loss on the test set stops fal
 looks at test data. --schedule cosine, for the student, does not.
 
 Our choices. On shapes the teacher's lr falls after two thirds and five sixths of its 12 epochs. Test batches
-are a fixed random order of the test set. Re-estimated statistics are the plain mean over the batches of their
-means and variances.
+are a fixed random order of the test set. Adjusted statistics are the plain mean over the first batches of
+their means and variances.
 
 Dead leaves are the "shapes" of Baradad et al. 2021. Each leaf is laid behind those that are there. Their code
 lays it in front and stops when all is covered, which favours large leaves: the largest has 22 to 27 % of a

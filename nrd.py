@@ -44,7 +44,7 @@ def js_divergence(distributions, weights):
     """
     assert math.isclose(sum(weights), 1, abs_tol=1e-6), f"weights {weights} sum to {sum(weights)}, not to 1"
     m = sum(pi * p for pi, p in zip(weights, distributions, strict=True))
-    return sum(pi * (p * (log(p) - log(m))).sum(1) for pi, p in zip(weights, distributions))
+    return sum(pi * (p * (safe_log(p) - safe_log(m))).sum(1) for pi, p in zip(weights, distributions))
 
 
 def student_view(x, augment, size):
@@ -53,7 +53,7 @@ def student_view(x, augment, size):
         return x
     if augment == "crop":
         return common.crop_flip(x, size=size)
-    if max(x.shape[2:]) > size:  # appendix A.2
+    if max(x.shape[2:]) > size:  # photographs, appendix A.2
         x = common.random_resized_crop(x, size)
         x = common.crop_flip(x, padding=0)
         return common.color_jitter(x)
@@ -63,10 +63,9 @@ def student_view(x, augment, size):
 
 
 def teacher_view(x, size):
-    """Another augmentation: AugMix, crop, flip. The crop of photographs (appendix A.2) is a resized one."""
-    photographs = max(x.shape[2:]) > size
+    """Another augmentation: AugMix, crop, flip."""
     x = common.aug_mix(x)
-    if photographs:
+    if max(x.shape[2:]) > size:  # photographs, appendix A.2
         x = common.random_resized_crop(x, size)
         return common.crop_flip(x, padding=0)
     return common.crop_flip(x)
@@ -88,8 +87,9 @@ def main(args):
     ema = copy.deepcopy(model).requires_grad_(False)  # stays in training mode
     theta = [value for value in model.state_dict().values() if value.is_floating_point()]
     theta_bar = [value for value in ema.state_dict().values() if value.is_floating_point()]
-    decay = args.weight_decay
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, weight_decay=decay, nesterov=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, nesterov=True
+    )
     if args.drops is None:  # the scripts of GJS
         scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.97)
     else:
@@ -127,7 +127,7 @@ def main(args):
                 loss = js_divergence([y, *y_s, y_t], weights).mean() / Z  # equation 25
             else:
                 loss = LOSSES[args.loss](logits, y, *pi).mean() / Z
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             torch._foreach_lerp_(theta_bar, theta, 1 - args.beta)  # equation 24
@@ -152,7 +152,8 @@ def main(args):
 # gives the loss of each sample: float [B]. To add one: write it, list it in LOSSES, give it a row in TABLE_5.
 
 
-def log(p):
+def safe_log(p):
+    """log p of probabilities; below 1e-7 it is log 1e-7."""
     return p.clamp(min=1e-7).log()
 
 
@@ -163,7 +164,7 @@ def ce(logits, y):
 def bs(logits, y, beta):
     """Soft bootstrapping. The gradient flows through the prediction in the label too."""
     p = logits.log_softmax(1).exp()
-    return -(((1 - beta) * y + beta * p) * log(p)).sum(1)
+    return -(((1 - beta) * y + beta * p) * safe_log(p)).sum(1)
 
 
 def ls(logits, y, epsilon):
@@ -243,7 +244,7 @@ SETTINGS = {
         "student_augment": "paper",
     },
     "photographs": {  # appendix A.2; the weight decay is that of section 5.1
-        "arch": "resnet50", "epochs": 300, "batch_size": 64, "beta": 0.99, "drops": [1 / 3, 2 / 3],
+        "arch": "resnet50", "epochs": 300, "batch_size": 64, "beta": 0.99, "drops": [0.3333, 0.6666],
         "student_augment": "paper", "lr": 0.1, "weight_decay": 1e-4, "jsd_scale": False,
     },
     "shapes": {  # ours
@@ -289,9 +290,11 @@ def preset(args):
         column = 0.4 if noise in ("human-worse", "human-noisy") else 0.2
     table = "cifar100" if Path(args.dataset).stem == "cifar100" else "cifar10"
     lr, weight_decay, params = table_5(table, args.loss, noise, column)
-    values = {"noise": noise, "rate": rate, "lr": lr, "weight_decay": weight_decay, "loss_params": params}
-    values |= {"views": 1, "student_views": 2 if args.loss == "gjs" else 1}
-    values["jsd_scale"] = args.loss in ("nrd", "js", "gjs")
+    values = {
+        "noise": noise, "rate": rate, "lr": lr, "weight_decay": weight_decay, "loss_params": params,
+        "views": 1, "student_views": 2 if args.loss == "gjs" else 1,
+        "jsd_scale": args.loss in ("nrd", "js", "gjs"),
+    }  # fmt: skip
     if common.is_photographs(args.dataset):
         return values | SETTINGS["photographs"] | PHOTOGRAPHS.get(args.loss, {})
     if args.dataset == "shapes":
@@ -303,22 +306,24 @@ def parse_args():
     parser = common.argument_parser(__file__, __doc__, NOTES)
     add = parser.add_argument_group("method").add_argument
     params = "; ".join(f"{loss} {' '.join(names)}" for loss, names in HYPERPARAMETERS.items() if names)
-    add("--loss", default="nrd", choices=HYPERPARAMETERS, help="nrd: equation 25; else a loss of section 5.1")
-    add("--loss-params", nargs="*", type=float, metavar="P", help=f"its hyperparameters: {params}")
-    add("--arch", help="network: wrn-D-K, resnetD, preact_resnet18, …")
+    add("--loss", default="nrd", choices=HYPERPARAMETERS, help="nrd: equation 25; others: section 5.1")
+    add("--loss-params", nargs="*", type=float, metavar="P", help=f"hyperparameters of the loss: {params}")
+    add("--arch", help="architecture: wrn-D-K, resnetD, preact_resnet18, …")
     add("--beta", type=share, help="decay of the EMA, equation 24")
-    add("--views", type=count, metavar="K", help="views averaged in equation 27")
-    add("--student-augment", choices=("paper", "crop", "none"), help="student's views; crop: crops and flips")
-    drops = "shares of the epochs after which lr falls to a tenth; None: it falls by 3 %% per epoch"
-    add("--drops", nargs="*", type=share, metavar="SHARE", help=drops)
-    scale = "divide nrd, js and gjs by Z = -(1 - pi1) log(1 - pi1)"
-    add("--jsd-scale", action=argparse.BooleanOptionalAction, help=scale)
+    add("--views", type=count, metavar="K", help="number of the teacher's views, equation 27")
+    add("--student-augment", choices=("paper", "crop", "none"),
+        help="augmentation of the student's views; paper: appendix A; crop: crops and flips")  # fmt: skip
+    add("--drops", nargs="*", type=share, metavar="SHARE",
+        help="shares of the epochs after which lr falls to a tenth; None: 3 %% less per epoch")  # fmt: skip
+    add("--jsd-scale", action=argparse.BooleanOptionalAction,
+        help="divide nrd, js and gjs by Z = -(1 - pi1) log(1 - pi1)")  # fmt: skip
     add("--keep", nargs="+", type=int, default=[], metavar="EPOCH", help="epochs whose checkpoint is kept")
     args = common.parse(parser, preset)
     names = HYPERPARAMETERS[args.loss]
     if len(args.loss_params) != len(names):
-        takes = f"{args.loss} takes {len(names)} ({' '.join(names)}), not {len(args.loss_params)}"
-        raise UsageError(f"--loss-params: {takes}")
+        raise UsageError(
+            f"--loss-params: {args.loss} takes {len(names)} ({' '.join(names)}), not {len(args.loss_params)}"
+        )
     if args.loss == "nrd" and not math.isclose(sum(args.loss_params), 1, abs_tol=1e-6):
         raise UsageError(f"--loss-params: pi1 pi2 pi3 sum to {sum(args.loss_params):g}, not to 1")
     if args.loss not in ("nrd", "js", "gjs"):

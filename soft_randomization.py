@@ -66,13 +66,12 @@ def main(args):
             if args.clip:
                 noisy = noisy.clamp(0, 1)
             S = student(noisy)
+            loss = F.cross_entropy(S, y)
             if args.method == "sr":  # equation 2
                 with torch.no_grad():
                     T = teacher(x)
-                loss = (1 - args.alpha) * F.cross_entropy(S, y) + args.alpha * hinton_loss(S, T, args.tau)
-            else:
-                loss = F.cross_entropy(S, y)
-            optimizer.zero_grad(set_to_none=True)
+                loss = (1 - args.alpha) * loss + args.alpha * hinton_loss(S, T, args.tau)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
@@ -86,19 +85,23 @@ def main(args):
 
 def preset(args):
     """The flags that are left out, from section 3 of the paper; on shapes, small nets for a CPU."""
-    values = {"noise": "none", "weight_decay": 5e-4}
+    values = {
+        "noise": "none", "epochs": 200, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4,
+        "teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2", "sigma": 0.2,
+    }  # fmt: skip
     if args.dataset == "shapes":
-        values |= {"teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1", "sigma": 0.1}
-        return values | {"limit_train": 300, "epochs": 40, "batch_size": 32, "lr": 0.05}
-    values |= {"teacher_arch": "wrn-40-2", "student_arch": "wrn-16-2", "sigma": 0.2}
-    return values | {"epochs": 200, "batch_size": 128, "lr": 0.1}
+        values |= {
+            "limit_train": 300, "epochs": 40, "batch_size": 32, "lr": 0.05,
+            "teacher_arch": "wrn-16-1", "student_arch": "wrn-10-1", "sigma": 0.1,
+        }  # fmt: skip
+    return values
 
 
 def parse_args():
     parser = common.argument_parser(__file__, __doc__, NOTES)
     common.add_teacher_arguments(parser)
     add = parser.add_argument_group("method (equation 2)").add_argument
-    add("--method", default="sr", choices=("sr", "ga"), help="ga: cross-entropy, no teacher")
+    add("--method", default="sr", choices=("sr", "ga"), help="sr: equation 2; ga: no teacher")
     add("--sigma", type=share, help="standard deviation of the noise, on images in [0, 1]")
     add("--clip", action="store_true", help="clip x + delta to [0, 1]; equation 2 does not")
     add("--alpha", default=0.9, type=share, help="weight of the teacher")

@@ -61,7 +61,7 @@ def small(monkeypatch):
 def test_loop(line, watch, small, monkeypatch):
     monkeypatch.setattr(ZOO, "boundary_samples", lambda teacher, x, *others: x[:4])
     monkeypatch.setattr(
-        FREE, "dead_leaves", lambda n, size, _, device: torch.rand(n, 3, size, size, device=device)
+        FREE, "dead_leaves", lambda n, size, device: torch.rand(n, 3, size, size, device=device)
     )
     name, *flags = line.split()
     epoch(SCRIPTS[name], *TINY, *flags)
@@ -158,7 +158,7 @@ def test_what_waits_makes_every_tensor_on_the_device_of_its_arguments():
     x = torch.rand(8, 3, 4, 4)
     scores = x.mean((2, 3))
     with torch.device("meta"):
-        images = FREE.dead_leaves(2, 16, None, x.device)
+        images = FREE.dead_leaves(2, 16, x.device)
         moved = ZOO.boundary_samples(lambda x: x.mean((2, 3)), x, scores.argmax(1), scores, scores)
     assert images.device == moved.device == x.device and len(moved) == 8
 

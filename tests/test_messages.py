@@ -28,6 +28,7 @@ nrd --limit-test 0 | argument --limit-test: 0 is
 nrd --rate 2 | argument --rate: 2 is
 nrd --beta 1.1 | argument --beta: 1.1 is
 nrd --views 0 | argument --views: 0 is
+kd_zoo --imbalance 0 | argument --imbalance: 0 is
 nrd --drops -0.1 | argument --drops: -0.1 is
 fickle_teacher --dropout 2 | argument --dropout: 2 is
 fickle_teacher --tau 0 | argument --tau: 0 is
@@ -62,7 +63,6 @@ nrd --dataset imagefolder:x --resize 32 --image-size 36 | --resize: 32 is smalle
 nrd --noise none --rate 0.2 | --rate: --noise none has no rate; leave it out
 nrd --dataset tiny.npz --noise asym | --noise asym: only CIFAR-10 and CIFAR-100
 nrd --dataset tiny.npz --noise human-worse | --noise human-worse: cannot read data/CIFAR-10_human.pt
-kd_zoo --dataset tiny.npz --imbalance 0 | --imbalance: 0.0 is not above 0
 nrd
 nrd --dataset tiny.npz --arch wrn-17-2 | --arch: unknown 'wrn-17-2'
 nrd --loss-params 0.2 0.6 0.3 | --loss-params: pi1 pi2 pi3 sum to 1.1, not to 1
@@ -92,6 +92,7 @@ ZOO --method fsp --student-arch resnet8 --teacher-arch wrn-10-2 | --student-arch
 ZOO --method fitnet --student-arch resnet8 --teacher-arch shufflenet_v2 | --student-arch: fitnet cannot
 ZOO --method at --student-arch resnet8 --teacher-arch preact_resnet18 | --student-arch: at cannot compare
 FREE --bn current --running-fraction 0.5 | --running-fraction: --bn is short for
+FREE --bn running --running-fraction 0 | --running-fraction: --bn is short for
 FREE --plot-activations run.pt | --plot-activations: run.pt is no student
 teachers
 ZOO --teacher run.pt --teacher-arch wrn-10-2 | --teacher-arch: this teacher has its own; leave it out

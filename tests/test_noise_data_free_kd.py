@@ -107,7 +107,7 @@ def test_logits_by_current_running_and_adjusted_statistics():
 
 def test_radii_have_the_density():
     """P(r < x) = ∫ (s^-3 - 1) ds, counted in 12 bins; the rest are no leaves."""
-    r = dfkd.leaf_radii(400_000, generator=torch.Generator().manual_seed(0), device="cpu")
+    r = dfkd.leaf_radii(400_000, device="cpu")
     kept = r[r > 0]
     assert kept.min() >= 0.03 and kept.max() <= 1 and (r[r <= 0] == -1).all()
 
@@ -124,7 +124,7 @@ def test_radii_have_the_density():
 
 def test_shapes_are_equally_likely_and_have_their_corners_on_the_circle():
     n = 60_000
-    normal, distance = dfkd.leaf_edges(torch.full((n,), 2.0), torch.Generator().manual_seed(0))
+    normal, distance = dfkd.leaf_edges(torch.full((n,), 2.0))
     assert torch.allclose(normal.norm(dim=1), torch.ones(n, 4), atol=1e-5)
     angle = torch.atan2(normal[:, 1], normal[:, 0])
     disc = (distance == 4).all(1)
@@ -155,11 +155,11 @@ def test_dead_leaves_are_those_of_a_slow_loop(monkeypatch):
 
     for owner, name in ((torch, "rand"), (dfkd, "leaf_radii"), (dfkd, "leaf_edges")):
         monkeypatch.setattr(owner, name, noting(getattr(owner, name), drawn[name]))
-    images = dfkd.dead_leaves(n, size, torch.Generator().manual_seed(0), "cpu")
+    images = dfkd.dead_leaves(n, size, "cpu")
     expected, bare = np.zeros((n, size, size, 3), np.float32), np.ones((n, size, size), bool)
     rows, columns = np.indices((size, size))
     uniform = [values.numpy() for _, values in drawn["rand"]]  # a round draws radii, x, y, shapes and colours
-    for i, ((shown, _), (normals, edges)) in enumerate(drawn["leaf_edges"]):
+    for i, ((shown,), (normals, edges)) in enumerate(drawn["leaf_edges"]):
         r = size * drawn["leaf_radii"][i][1].numpy()
         x, y = (size * values - 0.5 for values in uniform[5 * i + 1 : 5 * i + 3])
         shapes = zip(shown.numpy(), normals.numpy(), edges.numpy(), uniform[5 * i + 4], strict=True)
@@ -177,8 +177,12 @@ def test_dead_leaves_are_those_of_a_slow_loop(monkeypatch):
     assert not bare.any() and np.array_equal(images.permute(0, 2, 3, 1), expected)
 
 
-def test_dead_leaves_cover_the_canvas_and_follow_the_generator():
-    x, again, other = (dfkd.dead_leaves(200, 32, torch.Generator().manual_seed(s), "cpu") for s in (0, 0, 1))
+def test_dead_leaves_cover_the_canvas_and_follow_the_seed():
+    other = dfkd.dead_leaves(200, 32, "cpu")
+    torch.manual_seed(1)
+    x = dfkd.dead_leaves(200, 32, "cpu")
+    torch.manual_seed(1)
+    again = dfkd.dead_leaves(200, 32, "cpu")
     assert torch.equal(x, again) and not torch.equal(x, other)
     assert x.shape == (200, 3, 32, 32) and x.dtype == torch.float32 and x.is_contiguous()
     assert x.min() >= 0 and x.max() < 1 and not (x == 0).all(1).any()  # nothing is left bare
@@ -301,7 +305,7 @@ def test_the_picture_of_activations(cli, monkeypatch, figures, made):
     monkeypatch.setattr(
         common, "crop_flip", lambda x, **how: crops.append((x, how, crop(x, **how))) or crops[-1][2]
     )
-    flags = ["--plot-activations", "a/checkpoint.pt", "--device", "cpu", "--eval-batch-size", 5]
+    flags = ["--plot-activations", "a", "--device", "cpu", "--eval-batch-size", 5]
     status, out, err = cli(dfkd, *flags)
     assert (status, err) == (0, "") and Path("a/activations.png").exists() and Path("a/adjust.png").exists()
     ((source, index, data, mean, std), noise), (images, how, real) = made[0], crops[0]
@@ -352,10 +356,8 @@ def test_the_picture_of_activations(cli, monkeypatch, figures, made):
         assert not any("$" in tick.get_text() for tick in ticks)
     status, _, err = cli(dfkd, "--plot-activations", checkpoint["teacher"], "--device", "cpu")
     assert status == 2 and re.match("error: --plot-activations: .* is no student of this script", err)
-    assert (
-        "batches of 5: " + ", ".join(f"{k}: {acc:.2f} %" for k, acc in zip(numbers, expected["adjusted"]))
-        in out
-    )
+    for number, score in zip(numbers, expected["adjusted"]):
+        assert f"statistics of {number} batches of 5: test_acc {score:.2f} %\n" in out
 
 
 @pytest.mark.parametrize("source", ["gaussian", "dead-leaves", "data"])
@@ -373,7 +375,7 @@ def test_the_sheet_of_samples(cli, figures, made, source):
 
 def test_the_toy(cli, figures):
     """Figure 1; with current statistics the embeddings of noise come back to those of the circles."""
-    status, out, err = cli(dfkd, "--toy", "--device", "cpu")
+    status, _, err = cli(dfkd, "--toy", "--device", "cpu")
     assert (status, err) == (0, "") and Path("runs/toy.png").exists()
     left, middle, *right = figures[0].axes
     (circles,), (noise,) = left.collections, middle.collections
@@ -389,10 +391,5 @@ def test_the_toy(cli, figures):
         assert axes.get_xlim() == axes.get_ylim() == right[0].get_xlim() and e.max() < axes.get_xlim()[1]
     names = ["circles, running statistics", "noise, running statistics", "noise, current statistics"]
     assert list(embedded) == names
-    printed = [float(line.rsplit(" ", 1)[1]) for line in out.splitlines() if "Fréchet" in line]
-    true = embedded[names[0]]
-    for name, e, distance in zip(names, embedded.values(), printed, strict=True):
-        root = np.sqrt(np.linalg.eigvals(np.cov(e.T) @ np.cov(true.T)).astype(complex)).real.sum()
-        expected = ((e.mean(0) - true.mean(0)) ** 2).sum() + np.trace(np.cov(e.T) + np.cov(true.T)) - 2 * root
-        assert distance == pytest.approx(expected, abs=0.002) and f"{name}: " in out
-    assert printed[0] == 0 and printed[2] < printed[1] / 10
+    true, running, current = (e.mean(0) for e in embedded.values())
+    assert abs(current - true).sum() < abs(running - true).sum() / 10

@@ -54,11 +54,11 @@ nrd --dataset cifar100 --rate .6 --loss gjs | lr=.2 weight_decay=5e-5 loss_param
 nrd --dataset x/cifar100.npz --noise sym --rate .8 | loss_params=[.15,.7,.15]
 nrd --dataset mine.npz | noise=none rate=None arch=preact_resnet34 epochs=400
 nrd --dataset webvision | arch=resnet50 epochs=300 batch_size=64 lr=.1 weight_decay=1e-4 beta=.99 noise=none
-nrd --dataset webvision | loss_params=[.1,.8,.1] student_views=2 jsd_scale=False drops=[.333333333,.666666667]
+nrd --dataset webvision | loss_params=[.1,.8,.1] student_views=2 jsd_scale=False drops=[.3333,.6666]
 nrd --dataset imagefolder:x | arch=resnet50 loss_params=[.1,.8,.1] student_views=2 student_augment=paper
 nrd --dataset webvision --loss js | lr=.2 batch_size=64 loss_params=[.1] drops=None student_views=1 epochs=300
 nrd --dataset webvision --loss gjs | lr=.1 batch_size=32 loss_params=[.1] drops=None student_views=2
-nrd --dataset webvision --loss ce | lr=.1 batch_size=64 loss_params=[] drops=[.333333333,.666666667]
+nrd --dataset webvision --loss ce | lr=.1 batch_size=64 loss_params=[] drops=[.3333,.6666]
 nrd --dataset webvision --loss gjs --drops .5 | drops=[.5]
 fickle_teacher | teacher_arch=wrn-10-2 student_arch=wrn-10-1 dropout=.2 limit_train=300 batch_size=32 lr=.05
 fickle_teacher | epochs=50 teacher_epochs=100 weight_decay=5e-4 alpha=.9 tau=4
