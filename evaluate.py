@@ -12,7 +12,6 @@
     python evaluate.py CKPT … --ece                 # Figure 5 of Neural Vicinal Risk Minimization
     python evaluate.py CKPT … --memory              # its Table 1, Figures 1 and 2; of several epochs Table 6
     python evaluate.py CKPT … --plot-by batch-size  # Figure 3b of Noise-engineered Data-free KD
-    python evaluate.py --show-corruptions --dataset cifar10    # what --cifar-c does without a folder
     python evaluate.py wrn_40_2.pth --arch wrn-40-2 --dataset cifar100     # public weights, as RepDistiller's
     python evaluate.py weights.pt --model mine.py:net --dataset cifar10    # any module: net() gives it
 
@@ -41,7 +40,6 @@ import io
 import itertools
 import json
 import math
-import os
 import shlex
 import statistics
 import sys
@@ -105,7 +103,6 @@ def parse_args():
     add("--memory", type=common.count, nargs="?", const=10, metavar="K", help=memory)
     add("--plot-by", nargs="+", default=[], metavar="FLAG", help="flag of training on the axis; two: a map")
     add("--curves", nargs="*", metavar="METRIC", help="draw training.png: these metrics by epoch, or all")
-    add("--show-corruptions", action="store_true", help="draw corruptions.png, a contact sheet")
 
     add = parser.add_argument_group("data, machine and output").add_argument
     add("--dataset", metavar="NAME", help="data set, as in training scripts; None: that of CKPT's run")
@@ -129,7 +126,7 @@ def parse_args():
     args.attacks = bool(args.pgd or args.attack or args.cinic or args.transfer or args.cifar_c is not None)
     asked = args.attacks or args.ece or args.plot_by or args.table
     args.measures = bool(asked or args.curves is None and not args.memory)
-    if not (args.checkpoints or args.model) and (asked or not args.show_corruptions):
+    if not (args.checkpoints or args.model):
         raise UsageError("CKPT: name the checkpoint.pt of a run folder, before the other flags")
     for flag, readers in READ_BY.items():
         if not any(getattr(args, reader) for reader in readers):
@@ -226,8 +223,7 @@ def corrupt(images, name, severity, seed=0):
     images: uint8 [N, 3, H, W], H and W at least 16. severity: 1 … 5. The same seed gives the same pixels on the same
     kind of device. Each thousand images has a generator of its own, so that they do not depend on what follows.
     """
-    assert images.dtype == torch.uint8, f"images are {images.dtype}, not uint8"
-    assert severity in (1, 2, 3, 4, 5), f"severity is {severity}, not 1 … 5"
+    assert images.dtype == torch.uint8 and severity in range(1, 6)
     function = CORRUPTIONS[name]
     constants = SEVERITIES[name][severity - 1]
     parts = []
@@ -1159,15 +1155,14 @@ ERRORS = ("ECE", "NLL", "Brier")  # columns in which less is better
 
 
 def statistic(members, column):
-    """Mean (NaN of none), sample standard deviation (None of one) and number of a column over subjects."""
+    """Mean, sample standard deviation (None of one) and number of a column over subjects."""
     values = [subject.numbers[column] for subject in members]
-    mean = statistics.fmean(values) if values else math.nan
-    return {"mean": mean, "std": statistics.stdev(values) if len(values) > 1 else None, "n": len(values)}
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
 
 
 def cell(members, column):
     """94.28, or 94.28 ± 0.09 (5) for five seeds."""
-    mean, std, n = statistic(members, column).values()
+    mean, std, n = statistic(members, column)
     digits = 4 if column in ERRORS else 2
     return f"{mean:.{digits}f}" if n == 1 else f"{mean:.{digits}f} ± {std:.{digits}f} ({n})"
 
@@ -1261,7 +1256,7 @@ def report(args, groups, teacher):
     if args.table and args.table.suffix == ".csv":  # numbers, not texts
         lines = [[heading, *(f"{column} {kind}" for column in columns for kind in ("mean", "std", "n"))]]
         for name, members in groups:
-            lines.append([name, *(v for column in columns for v in statistic(members, column).values())])
+            lines.append([name, *(v for column in columns for v in statistic(members, column))])
     tables = [lines]
     if args.transfer:
         tables.append(report_transfer(args, groups, teacher))
@@ -1273,6 +1268,8 @@ def report(args, groups, teacher):
         draw_by(args, subjects, heading)
     if args.cifar_c is not None:
         draw_corruptions(args, groups, f"{test_sets}; CIFAR-C, {args.cifar_c or 'generated'}")
+    if args.cifar_c == "":
+        draw_contact_sheet(args, subjects[0].data.test_images[:1])
     if args.table:
         write_table(args.table, tables)
 
@@ -1317,28 +1314,31 @@ def heat_map(axes, values, rows, columns, title):
             axes.text(j, i, f"{v:.3g}", ha="center", va="center", color="w" if v <= middle else "k")
     axes.set_title(title)
     axes.set_yticks(range(len(rows)), rows)
-    names = [textwrap.fill(str(name), 45) for name in columns]
-    axes.set_xticks(range(len(columns)), names, rotation=90, fontsize="small")
+    axes.set_xticks(range(len(columns)), columns, rotation=90)
 
 
-def line_style(i, name):
-    """How the row i is drawn: ten colours, then the same ones dashed; and its label."""
-    label = f" {name}" if name.startswith("_") else name  # matplotlib leaves out what begins with _
-    return {"color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10 % 2], "label": label}
+def label_of(name):
+    """The name of a row as a legend takes it: matplotlib leaves out what begins with _."""
+    return f" {name}" if name.startswith("_") else name
 
 
-def draw_means(axes, rows, places, ticks):
-    """A curve of means with error bars for each of `rows`, (name, a `statistic` for each of the places)."""
-    for i, (name, stats) in enumerate(rows):
-        known = [(place, s["mean"], s["std"] or math.nan) for place, s in zip(places, stats) if s["n"]]
-        axes.errorbar(*zip(*known), marker=".", capsize=3, **line_style(i, name))
-    axes.set_xticks(places, ticks, rotation=45)
-    axes.minorticks_off()
+def draw_means(axes, rows):
+    """Curves of the mean, ± standard deviation as a band: (name, [(place, the numbers of its seeds)]) each."""
+    for i, (name, points) in enumerate(rows):
+        points = [(place, values) for place, values in points if values]
+        if not points:
+            continue
+        places = [place for place, _ in points]
+        mean = np.array([statistics.fmean(values) for _, values in points])
+        std = np.array([statistics.stdev(values) if len(values) > 1 else 0 for _, values in points])
+        color = f"C{i % 10}"
+        axes.plot(places, mean, ".-" if i < 10 else ".--", color=color, label=label_of(name))
+        axes.fill_between(places, mean - std, mean + std, color=color, alpha=0.2, lw=0)
     axes.grid(alpha=0.3)
 
 
 def spread(numbers):
-    """What error bars and bands are; numbers: of seeds. None where there is one seed everywhere."""
+    """What the bands are; numbers: of seeds. None where there is one seed everywhere."""
     few = min(numbers)
     many = max(numbers)
     if many > 1:
@@ -1378,6 +1378,7 @@ def draw_by(args, subjects, heading):
     if not numeric:
         values = {subject: str(value) for subject, value in values.items()}
     across = sorted(set(values.values()))
+    places = across if numeric else range(len(across))
     columns = list(subjects[0].numbers)
     path = args.out / f"by-{'-'.join(args.plot_by)}.png"
     height = max(3.4, 0.3 * len(groups))
@@ -1385,19 +1386,23 @@ def draw_by(args, subjects, heading):
         for axes, column in zip(drawn, columns):
             rows = []
             for name, members in groups:
-                seeds = [[subject for subject in members if values[subject] == value] for value in across]
-                rows.append((name, [statistic(of, column) for of in seeds]))
+                numbers = {value: [] for value in across}  # of the seeds of each value
+                for subject in members:
+                    numbers[values[subject]].append(subject.numbers[column])
+                rows.append((name, numbers))
             if first:
-                means = [[s["mean"] for s in stats] for _, stats in rows]
-                heat_map(axes, means, [name for name, _ in rows], across, column)
+                means = [[np.mean(of) if of else math.nan for of in numbers.values()] for _, numbers in rows]
+                heat_map(axes, means, [name for name, _ in groups], across, column)
             else:
                 if numeric and min(across) > 0 and max(across) >= 20 * min(across):
                     axes.set_xscale("log")
-                draw_means(axes, rows, across if numeric else range(len(across)), across)
+                draw_means(axes, [(name, zip(places, numbers.values())) for name, numbers in rows])
+                axes.set_xticks(places, across)
+                axes.minorticks_off()
                 axes.set_ylabel(column)
             axes.set_xlabel(flag)
         if not first:
-            legend_below(figure, spread([s["n"] for _, stats in rows for s in stats if s["n"]]))
+            legend_below(figure, spread([len(of) for _, numbers in rows for of in numbers.values() if of]))
 
 
 def draw_reliability(args, groups):
@@ -1411,7 +1416,7 @@ def draw_reliability(args, groups):
             confidence = (weights * [subject.bins["confidence"] for subject in members]).sum(0)
             edges = np.linspace(0, 1, len(accuracy) + 1)
             axes.stairs(accuracy, edges, fill=True, color="tab:blue", label="accuracy")
-            gap = {"color": "tab:red", "fill": False, "hatch": "////", "label": "gap to confidence"}
+            gap = {"color": "none", "edgecolor": "tab:red", "hatch": "////", "label": "gap to confidence"}
             axes.bar(edges[:-1], confidence - accuracy, edges[1], accuracy, align="edge", **gap)
             axes.stairs(shares.mean(0), edges, color="k", label="share of samples")
             axes.plot([0, 1], [0, 1], "k--", lw=1)
@@ -1430,7 +1435,7 @@ def draw_corruptions(args, groups, title):
         for axes, kind in zip(drawn, ("accuracy", "natural robustness")):
             for i, (name, members) in enumerate(groups):
                 means = [statistics.fmean(s.corruptions[kind][row] for s in members) for row in rows]
-                bars = axes.barh(places + i * thickness, means, thickness, align="edge", **line_style(i, name))
+                bars = axes.barh(places + i * thickness, means, thickness, align="edge", label=label_of(name))
                 axes.bar_label(bars, fmt="%.0f", fontsize="x-small", padding=2)
             axes.set_yticks(places + 0.4, rows)
             axes.set(xlabel=f"{kind} (%)", xlim=(0, 105), ylim=(len(rows), -0.2))
@@ -1447,10 +1452,15 @@ def draw_pgd(args, groups, heading):
     sweeps = {label: points for label, points in sweeps.items() if len(points) > 1}
     with common.panels(args.out / "pgd.png", heading, len(sweeps), 6, 4.2, pdf=args.pdf) as (figure, drawn):
         for axes, (label, points) in zip(drawn, sweeps.items()):
-            places, ticks, columns = zip((0, "0", "accuracy (%)"), *points)
-            rows = [(name, [statistic(members, column) for column in columns]) for name, members in groups]
+            points = [(0, "0", "accuracy (%)"), *points]
+            rows = []
+            for name, members in groups:
+                rows.append((name, [(place, [s.numbers[column] for s in members]) for place, _, column in points]))
+            draw_means(axes, rows)
+            places, ticks, _ = zip(*points)
             axes.set_xscale("symlog", linthresh=min(place for place in places if place > 0))
-            draw_means(axes, rows, places, ticks)
+            axes.set_xticks(places, ticks, rotation=45)
+            axes.minorticks_off()
             axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(0, None))
         legend_below(figure, spread([len(members) for _, members in groups]))
 
@@ -1478,41 +1488,34 @@ def draw_curves(args, groups):
     names = args.curves or [key for key in dict.fromkeys(known) if key not in unseen]
     with common.panels(args.out / "training.png", "", len(names), 5, 3.4, pdf=args.pdf) as (figure, drawn):
         for key, axes in zip(names, drawn):
-            for i, (name, members) in enumerate(groups):
-                runs = [[record.get(key) for record in subject.metrics] for subject in members]
-                values = np.array(runs, dtype=float)  # [seeds, epochs], NaN where there is no number
-                if np.isnan(values).all():
-                    continue
-                epochs = [record["epoch"] for record in members[0].metrics]
-                mean = values.mean(0)
-                (line,) = axes.plot(epochs, mean, **line_style(i, name))
-                if len(members) > 1:
-                    std = values.std(0, ddof=1)
-                    axes.fill_between(epochs, mean - std, mean + std, color=line.get_color(), alpha=0.2, lw=0)
+            rows = []
+            for name, members in groups:
+                points = {record["epoch"]: [] for record in members[0].metrics}
+                for record in (record for subject in members for record in subject.metrics):
+                    if record.get(key) is not None:
+                        points[record["epoch"]].append(record[key])
+                rows.append((name, points.items()))
+            draw_means(axes, rows)
             label = key.replace("acc", "accuracy").replace("top5", "top-5 accuracy").replace("_", " ")
             label = f"{label} (%)" if "accuracy" in label else label
             axes.set(xlabel="epoch", ylabel=LABELS.get(key, label))
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(alpha=0.3)
         legend_below(figure, spread([len(members) for _, members in groups]))
 
 
-def show_corruptions(args, images):
-    """A contact sheet of one or two images uint8 [N, 3, H, W]: a row per corruption, clean, severity 1-5."""
-    from torchvision.utils import make_grid  # a second to import, and only here
-
-    cells = []
+def draw_contact_sheet(args, image):
+    """What generated corruptions do to an image uint8 [1, 3, H, W]: a row each, clean and severity 1 to 5."""
+    rows = []
     for name in CORRUPTIONS:
-        row = [images, *(corrupt(images, name, severity, args.seed) for severity in range(1, 6))]
-        cells.append(torch.stack(row, 1).flatten(0, 1))
-    columns = 6 * len(images)
-    sheet = make_grid(torch.cat(cells), columns, padding=2, pad_value=255)
-    side = images.shape[3] + 2
-    with common.picture(args.out / "corruptions.png", 13, 19.5, args.pdf) as figure:
+        row = torch.cat([image, *(corrupt(image, name, severity, args.seed) for severity in range(1, 6))])
+        row = F.pad(row, (1, 1, 1, 1), value=255)
+        rows.append(row.permute(2, 0, 3, 1).flatten(1, 2))  # [H + 2, 6 (W + 2), 3]
+    height, width = image.shape[2:]
+    with common.picture(args.out / "corruptions.png", 7, 20, args.pdf) as figure:
         axes = figure.subplots()
-        axes.imshow(sheet.permute(1, 2, 0).cpu(), interpolation="nearest")
-        axes.set_yticks([(i + 0.5) * side for i in range(len(CORRUPTIONS))], CORRUPTIONS)
-        axes.set_xticks([(i + 0.5) * side for i in range(columns)], ["clean", *"12345"] * len(images))
+        axes.imshow(torch.cat(rows).cpu(), interpolation="nearest")
+        axes.set_yticks((np.arange(len(rows)) + 0.5) * (height + 2), CORRUPTIONS)
+        axes.set_xticks((np.arange(6) + 0.5) * (width + 2), ["clean", *"12345"])
         axes.xaxis.tick_top()
         axes.spines[:].set_visible(False)
 
@@ -1528,11 +1531,6 @@ def main(args):
     torch.backends.cudnn.allow_tf32 = False
     load_dataset.cache_clear()  # files may have changed since an earlier call
 
-    if args.show_corruptions:
-        images = read_data(args, args.dataset or "shapes", {}).test_images
-        show_corruptions(args, images[evenly_spaced(len(images), 2)])
-        if not (args.checkpoints or args.model):
-            return
     subjects = []
     if args.arch or args.model:
         flags = {"teacher_model": args.model, "teacher_arch": args.arch, "mean": args.mean, "std": args.std}
@@ -1559,10 +1557,9 @@ def main(args):
     if not args.measures:
         return
 
-    flags = args.plot_by
-    if len(flags) > 2 or flags and all(subject.config.get(flags[-1]) is None for subject in subjects):
-        says = f"name one or two flags of the runs' config.json, not {' '.join(flags)}"
-        raise UsageError(f"--plot-by: {says}")
+    if args.plot_by and all(subject.config.get(args.plot_by[-1]) is None for subject in subjects):
+        flags = " ".join(args.plot_by)
+        raise UsageError(f"--plot-by: name one or two flags of the runs' config.json, not {flags}")
     teacher = [find_teacher(subjects, args)] if args.teacher else []
     if args.transfer and len({subject.data.test_digest for subject in subjects + teacher}) > 1:
         says = "the checkpoints have different test sets; --dataset NAME takes one for all"
