@@ -33,8 +33,8 @@ import dataclasses
 import datetime
 import fractions
 import functools
-import importlib
 import hashlib
+import importlib
 import inspect
 import io
 import itertools
@@ -99,7 +99,7 @@ def parse_args():
     add("--transfer", action="store_true", help="PGD-20 images of each CKPT on each other; smallest --eps")
     named = "teacher, one more source of --transfer; no CKPT: the one that the students name"
     add("--teacher", nargs="?", type=path, const=True, metavar="CKPT", help=named)
-    memory = "number of unseen views, or 10: what the training images' wrong labels left; memory.png"
+    memory = "number of unseen views, or 10: what the training images' wrong labels left; memory1.png"
     add("--memory", type=common.count, nargs="?", const=10, metavar="K", help=memory)
     add("--plot-by", nargs="+", default=[], metavar="FLAG", help="flag of training on the axis; two: a map")
     add("--curves", nargs="*", metavar="METRIC", help="draw training.png: these metrics by epoch, or all")
@@ -670,9 +670,7 @@ def read_data(args, dataset, config, test_only=True):
     image_size = args.image_size or config.get("image_size", 224)
     data_dir = args.data_dir or config.get("data_dir", "data")
     limit = None if test_only else config.get("limit_train")
-    return load_dataset(
-        dataset, data_dir, limit, args.limit_test, args.device, resize, image_size, test_only
-    )
+    return load_dataset(dataset, data_dir, limit, args.limit_test, args.device, resize, image_size, test_only)
 
 
 def subject_of_run(path, checkpoint, part, args):
@@ -917,14 +915,13 @@ def evaluate_corruptions(subject, args, official):
     images = subject.data.test_images
     labels = subject.data.test_labels
     found = {"accuracy": {}, "natural robustness": {}}
+    rows = evenly_spaced(10000, len(images)).numpy()  # of the official files
     label = f"CIFAR-C, {args.cifar_c or 'generated'}, on {subject.path}"
     for name in common.progress(list(CORRUPTIONS), label):
         hits = []
         for severity in range(1, 6):
             if official:
-                rows = evenly_spaced(10000, len(images)).numpy()
                 corrupted = torch.from_numpy(official[name][severity - 1, rows]).permute(0, 3, 1, 2)
-                corrupted = corrupted.to(images.device)
             else:
                 corrupted = corrupt(images, name, severity, args.seed)
             hits.append(predict(subject.model, corrupted, batch_size=subject.batch_size).argmax(1) == labels)
@@ -949,7 +946,9 @@ def evaluate_transfer(source, targets, args):
 
     label = f"transfer, ε {eps_name(args.eps[0])}, from {source.path}"
     fooled = fooled_by(attack, source, source.right.nonzero().squeeze(1), targets, label)
-    return [100 * of[source.right & target.right].double().mean().item() for of, target in zip(fooled, targets)]
+    return [
+        100 * of[source.right & target.right].double().mean().item() for of, target in zip(fooled, targets)
+    ]
 
 
 def measure(subject, args, attacks, official, cinic):
@@ -1004,7 +1003,7 @@ def views_of(subject):
     as_in_training = functools.partial(common.crop_flip, size=size)
     augment = subject.config.get("student_augment")
     if augment:  # nrd.py or its fork
-        name = subject.config["script"]
+        name = subject.config["script"].split(",")[0]  # without its network
         try:
             script = importlib.import_module(name)
         except ImportError:
@@ -1025,10 +1024,9 @@ def training_labels(args, subject):
         if config.get(flag):
             raise UsageError(f"{about} was trained on a part of the images; train it without --{flag}")
     data = read_data(args, subject.dataset, config, test_only=False)
-    if "train_digest" in config and config["train_digest"] != data.train_digest:
+    if config.get("train_digest", data.train_digest) != data.train_digest:
         raise UsageError(f"{about} was trained on other images or labels than {subject.dataset} has now")
-    noise = argparse.Namespace(**config)
-    noise.data_dir = args.data_dir or config["data_dir"]
+    noise = argparse.Namespace(**config | {"data_dir": args.data_dir or config["data_dir"]})
     # as the script calls noisy_labels; a teacher is given the labels of a script that has per_sample
     per_sample = config["script"] == "teacher" or "per_sample=True" in str(subject.source)
     given = common.noisy_labels(noise, data, per_sample)
@@ -1045,8 +1043,8 @@ def report_memory(args, subjects):
     """Print, record and draw what each subject predicts for its training images.
 
     For the images as they are, and the mean over args.memory views of each: AutoAugment and random erasing,
-    as in Table 1 and Figure 1. Figure 2a and Table 6 have AutoAugment alone. The pictures of several subjects
-    are numbered. Of several epochs of one run there is confidence.png too.
+    as in Table 1 and Figure 1. Figure 2a and Table 6 have AutoAugment alone. The pictures are memory1.png for
+    the first row that is printed, and so on. Of several epochs of one run there is confidence.png too.
     """
     from scipy.stats import mannwhitneyu  # a second to import, and only here
 
@@ -1083,7 +1081,7 @@ def report_memory(args, subjects):
         true = true[some].tolist()
         epoch = subject.metrics[-1]["epoch"]
         confidence[epoch] = torch.stack([clouds[:, k, :, true[k]] for k in range(3, 7)], 1)
-        path = args.out / f"memory{number if len(subjects) > 1 else ''}.png"
+        path = args.out / f"memory{number}.png"
         title = f"{subject.path}, epoch {epoch}, AUROC {auroc:.3f}"
         with common.panels(path, title, 9, 4.2, 3.6, pdf=args.pdf) as (figure, drawn):
             draw_forgetting(*drawn[:2], nll, bins)
@@ -1268,8 +1266,6 @@ def report(args, groups, teacher):
         draw_by(args, subjects, heading)
     if args.cifar_c is not None:
         draw_corruptions(args, groups, f"{test_sets}; CIFAR-C, {args.cifar_c or 'generated'}")
-    if args.cifar_c == "":
-        draw_contact_sheet(args, subjects[0].data.test_images[:1])
     if args.table:
         write_table(args.table, tables)
 
@@ -1322,31 +1318,35 @@ def label_of(name):
     return f" {name}" if name.startswith("_") else name
 
 
-def draw_means(axes, rows):
-    """Curves of the mean, ± standard deviation as a band: (name, [(place, the numbers of its seeds)]) each."""
-    for i, (name, points) in enumerate(rows):
-        points = [(place, values) for place, values in points if values]
-        if not points:
+def draw_means(axes, groups, points):
+    """A curve per row of the tables: the mean over its seeds, ± standard deviation as a band.
+
+    points: {subject: [(place on the x-axis, number)]}. Returns how many seeds each point of a curve is of.
+    """
+    counts = []
+    for i, (name, members) in enumerate(groups):
+        numbers = {}  # {place: those of the seeds}
+        for subject in members:
+            for place, number in points[subject]:
+                numbers.setdefault(place, []).append(number)
+        if not numbers:
             continue
-        places = [place for place, _ in points]
-        mean = np.array([statistics.fmean(values) for _, values in points])
-        std = np.array([statistics.stdev(values) if len(values) > 1 else 0 for _, values in points])
+        places = sorted(numbers)
+        mean = np.array([statistics.fmean(numbers[place]) for place in places])
+        std = np.array([np.std(numbers[place], ddof=len(numbers[place]) > 1) for place in places])
         color = f"C{i % 10}"
         axes.plot(places, mean, ".-" if i < 10 else ".--", color=color, label=label_of(name))
         axes.fill_between(places, mean - std, mean + std, color=color, alpha=0.2, lw=0)
+        counts += map(len, numbers.values())
     axes.grid(alpha=0.3)
+    return counts
 
 
-def spread(numbers):
-    """What the bands are; numbers: of seeds. None where there is one seed everywhere."""
-    few = min(numbers)
-    many = max(numbers)
-    if many > 1:
-        return f"mean ± standard deviation of {many if few == many else f'{few} to {many}'} seeds"
+def legend_below(figure, counts=(1,)):
+    """One legend for all panels, in as many columns as fit. The figure grows by its height.
 
-
-def legend_below(figure, title=None):
-    """One legend for all panels, in as many columns as fit. The figure grows by its height."""
+    counts: of draw_means; where there are several seeds, the title says how many, and what the bands are.
+    """
     handles = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels()):
@@ -1354,6 +1354,10 @@ def legend_below(figure, title=None):
     letters = round(13 * figure.get_figwidth())  # that fit beside one another
     labels = [textwrap.fill(label, letters - 8) for label in handles]
     columns = max(1, letters // (max(map(len, labels)) + 8))
+    few = min(counts)
+    many = max(counts)
+    seeds = many if few == many else f"{few} to {many}"
+    title = f"mean ± standard deviation of {seeds} seeds" if many > 1 else None
     style = {"loc": "outside lower center", "fontsize": "small", "title_fontsize": "small"}
     figure.legend(handles.values(), labels, title=title, ncols=columns, **style)
     figure.set_figheight(figure.get_figheight() + 0.2 * (len(labels) / columns + 1))
@@ -1384,25 +1388,26 @@ def draw_by(args, subjects, heading):
     height = max(3.4, 0.3 * len(groups))
     with common.panels(path, heading, len(columns), 4.8, height, bool(first), args.pdf) as (figure, drawn):
         for axes, column in zip(drawn, columns):
-            rows = []
-            for name, members in groups:
-                numbers = {value: [] for value in across}  # of the seeds of each value
-                for subject in members:
-                    numbers[values[subject]].append(subject.numbers[column])
-                rows.append((name, numbers))
             if first:
-                means = [[np.mean(of) if of else math.nan for of in numbers.values()] for _, numbers in rows]
+                means = []
+                for _, members in groups:
+                    seeds = [[s.numbers[column] for s in members if values[s] == value] for value in across]
+                    means.append([statistics.fmean(numbers) if numbers else math.nan for numbers in seeds])
                 heat_map(axes, means, [name for name, _ in groups], across, column)
             else:
                 if numeric and min(across) > 0 and max(across) >= 20 * min(across):
                     axes.set_xscale("log")
-                draw_means(axes, [(name, zip(places, numbers.values())) for name, numbers in rows])
+                place_of = dict(zip(across, places))
+                points = {
+                    subject: [(place_of[values[subject]], subject.numbers[column])] for subject in subjects
+                }
+                counts = draw_means(axes, groups, points)
                 axes.set_xticks(places, across)
                 axes.minorticks_off()
                 axes.set_ylabel(column)
             axes.set_xlabel(flag)
         if not first:
-            legend_below(figure, spread([len(of) for _, numbers in rows for of in numbers.values() if of]))
+            legend_below(figure, counts)
 
 
 def draw_reliability(args, groups):
@@ -1411,9 +1416,9 @@ def draw_reliability(args, groups):
     with common.panels(path, "", len(groups), 4, 4.2, True, args.pdf) as (figure, drawn):
         for axes, (name, members) in zip(drawn, groups):
             shares = np.array([subject.bins["share"] for subject in members])  # [seeds, bins]
-            weights = shares / shares.sum(0).clip(1e-12)
-            accuracy = (weights * [subject.bins["accuracy"] for subject in members]).sum(0)
-            confidence = (weights * [subject.bins["confidence"] for subject in members]).sum(0)
+            weights = shares + 1e-12  # empty bins have accuracy 0
+            accuracy = np.average([subject.bins["accuracy"] for subject in members], 0, weights)
+            confidence = np.average([subject.bins["confidence"] for subject in members], 0, weights)
             edges = np.linspace(0, 1, len(accuracy) + 1)
             axes.stairs(accuracy, edges, fill=True, color="tab:blue", label="accuracy")
             gap = {"color": "none", "edgecolor": "tab:red", "hatch": "////", "label": "gap to confidence"}
@@ -1444,6 +1449,7 @@ def draw_corruptions(args, groups, title):
 
 def draw_pgd(args, groups, heading):
     """Accuracy by the number of PGD's steps at the smallest ε, and by ε at the largest number; 0 is clean."""
+    subjects = [subject for _, members in groups for subject in members]
     steps = args.pgd[-1]
     sweeps = {  # label of the axis: (place on it, tick, column of the tables)
         "PGD steps": [(k, str(k), pgd_column(k, args.eps[0])) for k in args.pgd],
@@ -1452,17 +1458,16 @@ def draw_pgd(args, groups, heading):
     sweeps = {label: points for label, points in sweeps.items() if len(points) > 1}
     with common.panels(args.out / "pgd.png", heading, len(sweeps), 6, 4.2, pdf=args.pdf) as (figure, drawn):
         for axes, (label, points) in zip(drawn, sweeps.items()):
-            points = [(0, "0", "accuracy (%)"), *points]
-            rows = []
-            for name, members in groups:
-                rows.append((name, [(place, [s.numbers[column] for s in members]) for place, _, column in points]))
-            draw_means(axes, rows)
-            places, ticks, _ = zip(*points)
+            places, ticks, columns = zip((0, "0", "accuracy (%)"), *points)
+            numbers = {
+                s: [(place, s.numbers[column]) for place, column in zip(places, columns)] for s in subjects
+            }
+            counts = draw_means(axes, groups, numbers)
             axes.set_xscale("symlog", linthresh=min(place for place in places if place > 0))
             axes.set_xticks(places, ticks, rotation=45)
             axes.minorticks_off()
             axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(0, None))
-        legend_below(figure, spread([len(members) for _, members in groups]))
+        legend_below(figure, counts)
 
 
 LABELS = {  # of the metrics whose names do not say it
@@ -1479,45 +1484,27 @@ def draw_curves(args, groups):
     args.curves: names of metrics; empty: all except learning rate and speed. A group that lacks a metric is
     not in its panel. Raises UsageError for a metric that no run has.
     """
-    every = [record for _, members in groups for subject in members for record in subject.metrics]
-    known = [key for record in every for key, value in record.items() if isinstance(value, (int, float))]
+    subjects = [subject for _, members in groups for subject in members]
+    records = [record for subject in subjects for record in subject.metrics]
+    known = [key for record in records for key, value in record.items() if isinstance(value, (int, float))]
     for name in args.curves:
         if name not in known:
             raise UsageError(f"--curves: no run has {name}; they have {', '.join(sorted(set(known)))}")
     unseen = ("epoch", "lr", "seconds", "images_per_second")
     names = args.curves or [key for key in dict.fromkeys(known) if key not in unseen]
+    counts = []
     with common.panels(args.out / "training.png", "", len(names), 5, 3.4, pdf=args.pdf) as (figure, drawn):
         for key, axes in zip(names, drawn):
-            rows = []
-            for name, members in groups:
-                points = {record["epoch"]: [] for record in members[0].metrics}
-                for record in (record for subject in members for record in subject.metrics):
-                    if record.get(key) is not None:
-                        points[record["epoch"]].append(record[key])
-                rows.append((name, points.items()))
-            draw_means(axes, rows)
+            points = {}
+            for subject in subjects:
+                records = [record for record in subject.metrics if record.get(key) is not None]
+                points[subject] = [(record["epoch"], record[key]) for record in records]
+            counts += draw_means(axes, groups, points)
             label = key.replace("acc", "accuracy").replace("top5", "top-5 accuracy").replace("_", " ")
             label = f"{label} (%)" if "accuracy" in label else label
             axes.set(xlabel="epoch", ylabel=LABELS.get(key, label))
             axes.xaxis.get_major_locator().set_params(integer=True)
-        legend_below(figure, spread([len(members) for _, members in groups]))
-
-
-def draw_contact_sheet(args, image):
-    """What generated corruptions do to an image uint8 [1, 3, H, W]: a row each, clean and severity 1 to 5."""
-    rows = []
-    for name in CORRUPTIONS:
-        row = torch.cat([image, *(corrupt(image, name, severity, args.seed) for severity in range(1, 6))])
-        row = F.pad(row, (1, 1, 1, 1), value=255)
-        rows.append(row.permute(2, 0, 3, 1).flatten(1, 2))  # [H + 2, 6 (W + 2), 3]
-    height, width = image.shape[2:]
-    with common.picture(args.out / "corruptions.png", 7, 20, args.pdf) as figure:
-        axes = figure.subplots()
-        axes.imshow(torch.cat(rows).cpu(), interpolation="nearest")
-        axes.set_yticks((np.arange(len(rows)) + 0.5) * (height + 2), CORRUPTIONS)
-        axes.set_xticks((np.arange(6) + 0.5) * (width + 2), ["clean", *"12345"])
-        axes.xaxis.tick_top()
-        axes.spines[:].set_visible(False)
+        legend_below(figure, counts)
 
 
 # ------------------------------------------------------------------------------------------------------- main
