@@ -37,7 +37,6 @@ import hashlib
 import importlib
 import inspect
 import io
-import itertools
 import json
 import math
 import shlex
@@ -160,7 +159,8 @@ def random_start(images, eps, generator):
 def ascend(model, x, images, labels, eps, step_size):
     """One step of PGD from x, float [B, 3, H, W]: the logits [B, C] at x, and the next point.
 
-    The step follows the sign of the cross-entropy's gradient, then returns to the ball around `images` and to [0, 1].
+    The step follows the sign of the cross-entropy's gradient, then returns to the ball around `images` and
+    to [0, 1].
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -173,8 +173,9 @@ def ascend(model, x, images, labels, eps, step_size):
 def pgd(model, images, labels, eps=0.031, step_size=0.003, steps=20, generator=None):
     """Projected gradient descent (Madry et al. 2018), l∞, from one random start: the adversarial images.
 
-    model: gives logits of float images, in evaluation mode. images: float [B, 3, H, W] in [0, 1]; labels: int64 [B].
-    eps, step_size: in [0, 1]. generator: of the random start, on the images' device; None: the global one.
+    model: gives logits of float images, in evaluation mode. images: float [B, 3, H, W] in [0, 1].
+    labels: int64 [B]. eps, step_size: in [0, 1].
+    generator: of the random start, on the images' device; None: the global one.
     Returns float [B, 3, H, W], within eps of `images` and within [0, 1].
     """
     x = random_start(images, eps, generator)
@@ -184,10 +185,10 @@ def pgd(model, images, labels, eps=0.031, step_size=0.003, steps=20, generator=N
 
 
 # ------------------------------------------------------------------------------------------------ corruptions
-# CIFAR-C (Hendrycks and Dietterich 2019), batched: each function takes x float [B, 3, H, W] in [0, 1], the constants of
-# its severity, made for 32×32 pixels, and a generator, and gives x corrupted, not yet clipped. All repeat the published
-# generator except three. JPEG's values differ from Pillow's by up to 50 of 255, its mean pixel distance by 0.3 %. Frost
-# and spatter have the published mean pixel distances on CIFAR-10 to 15 %.
+# CIFAR-C (Hendrycks and Dietterich 2019), batched: each function takes x float [B, 3, H, W] in [0, 1], the
+# constants of its severity, made for 32×32 pixels, and a generator, and gives x corrupted, not yet clipped.
+# All repeat the published generator except three. JPEG's values differ from Pillow's by up to 50 of 255, its
+# mean pixel distance by 0.3 %. Frost and spatter have the published mean pixel distances on CIFAR-10 to 15 %.
 
 SEVERITIES = {  # severity 1 … 5
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation
@@ -199,9 +200,10 @@ SEVERITIES = {  # severity 1 … 5
     "glass_blur": ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),  # blur, shift, rounds
     "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),  # radius, standard deviation
     "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),  # end of np.arange(1, end, 0.01)
-    # mean and deviation of the flakes, zoom, threshold, radius and deviation of their trails, weight of the image
-    "snow": ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-             (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
+    # mean and deviation of the flakes, zoom, threshold, radius and deviation of their trails, image's weight
+    "snow": ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+             (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+             (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
     "frost": ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),  # weights of image and frost
     "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),  # amount, decay of the plasma
     # mean and deviation of the liquid, its blur, threshold, amount, mud instead of water
@@ -213,15 +215,17 @@ SEVERITIES = {  # severity 1 … 5
     "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),  # side
     "jpeg_compression": (80, 65, 58, 50, 40),  # quality
     # displacement, its smoothness, jitter of the affine part, as shares of the side
-    "elastic_transform": ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+    "elastic_transform": ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05),
+                          (0.1, 0.03, 0.03)),
 }  # fmt: skip
 
 
 def corrupt(images, name, severity, seed=0):
-    """CIFAR-C's corruption `name` (a key of CORRUPTIONS) of images: uint8 [N, 3, H, W] again, on the same device.
+    """CIFAR-C's corruption `name` (a key of CORRUPTIONS) of images: uint8 [N, 3, H, W], on the same device.
 
-    images: uint8 [N, 3, H, W], H and W at least 16. severity: 1 … 5. The same seed gives the same pixels on the same
-    kind of device. Each thousand images has a generator of its own, so that they do not depend on what follows.
+    images: uint8 [N, 3, H, W], H and W at least 16. severity: 1 … 5. The same seed gives the same pixels on
+    the same kind of device. Each thousand images has a generator of its own, so that they do not depend on
+    what follows.
     """
     assert images.dtype == torch.uint8 and severity in range(1, 6)
     function = CORRUPTIONS[name]
@@ -229,9 +233,8 @@ def corrupt(images, name, severity, seed=0):
     parts = []
     for i, part in enumerate(images.split(1000)):
         x = function(to_float(part), constants, torch.Generator(images.device).manual_seed(seed + i))
-        parts.append(
-            (x * 255 + 1e-3).clamp(0, 255).byte()
-        )  # cut off, as CIFAR-C's; 1e-3: float32's own error
+        x = x * 255 + 1e-3  # float32's own error
+        parts.append(x.clamp(0, 255).byte())  # cut off, as CIFAR-C's
     return torch.cat(parts)
 
 
@@ -268,7 +271,7 @@ def speckle_noise(x, sigma, generator):
 
 @functools.cache
 def gaussian_matrix(size, sigma, device, cut, mode):
-    """[size, size]: blur of an axis by a Gaussian, cut off at so many deviations; mode: scipy's, of the border."""
+    """[size, size]: blur of an axis by a Gaussian. cut: in deviations. mode: scipy's, for the border."""
     matrix = scipy.ndimage.gaussian_filter1d(np.eye(size), sigma, axis=0, mode=mode, truncate=cut)
     return torch.from_numpy(matrix).float().to(device)
 
@@ -296,9 +299,11 @@ def defocus_blur(x, constants, generator):
 
 
 def glass_blur(x, constants, generator):
-    """Each pixel takes the value of one up to `shift` above and left of it, `rounds` times, between two blurs.
+    """Each pixel takes the value of one up to `shift` above and left of it. That is done `rounds` times,
+    between two blurs.
 
-    The published generator sets out to swap the two pixels, but its swap overwrites one before it is read: a copy.
+    The published generator sets out to swap the two pixels, but its swap overwrites one before it is read:
+    a copy.
     """
     sigma, shift, rounds = constants
     count, _, height, width = x.shape
@@ -314,7 +319,10 @@ def glass_blur(x, constants, generator):
 
 
 def trail(x, radius, sigma, degrees):
-    """Motion blur as ImageMagick's: [B, K, H, W] drawn out one way at `degrees` [B], fading as half a Gaussian."""
+    """Motion blur as ImageMagick's: x [B, K, H, W] drawn out one way, fading as half a Gaussian.
+
+    degrees: float [B], the direction.
+    """
     reach = 2 * radius
     steps = torch.arange(reach + 1.0)
     weights = (-0.5 * (steps / sigma) ** 2).exp()
@@ -324,24 +332,29 @@ def trail(x, radius, sigma, degrees):
     padded = F.pad(x, (reach,) * 4, mode="replicate")
     windows = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # a view, shifted images
     rows = torch.arange(len(x), device=x.device)
-    return sum(
-        w * windows[rows, :, down[i], right[i]] for i, w in enumerate((weights / weights.sum()).tolist())
-    )
+    weights = (weights / weights.sum()).tolist()
+    return sum(w * windows[rows, :, down[i], right[i]] for i, w in enumerate(weights))
 
 
 def motion_blur(x, constants, generator):
     return trail(x, *constants, uniform(-45, 45, len(x), x, generator))
 
 
+def middle(x, height, width):
+    """The middle of [B, K, H, W]: [B, K, height, width]."""
+    top = (x.shape[2] - height) // 2
+    left = (x.shape[3] - width) // 2
+    return x[..., top : top + height, left : left + width]
+
+
 def zoomed(x, factor):
     """The middle of [B, K, H, W] enlarged `factor` times, linearly, to the same size."""
     height, width = x.shape[2:]
-    h, w = math.ceil(height / factor), math.ceil(width / factor)
-    top, left = (height - h) // 2, (width - w) // 2
+    h = math.ceil(height / factor)
+    w = math.ceil(width / factor)
     size = round(h * factor), round(w * factor)
-    x = F.interpolate(x[..., top : top + h, left : left + w], size, mode="bilinear", align_corners=True)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return x[..., top : top + height, left : left + width]
+    x = F.interpolate(middle(x, h, w), size, mode="bilinear", align_corners=True)
+    return middle(x, height, width)
 
 
 def zoom_blur(x, end, generator):
@@ -370,19 +383,18 @@ def frost_texture(size, device):
     seeds = size * torch.rand(size**2 // 400, 2, generator=generator)
     angle = 2 * math.pi * torch.rand(len(seeds), generator=generator)
     axis = torch.arange(size) + 0.5
-    dy, dx = axis.view(-1, 1, 1) - seeds[:, 0], axis.view(1, -1, 1) - seeds[:, 1]
+    dy = axis.view(-1, 1, 1) - seeds[:, 0]
+    dx = axis.view(1, -1, 1) - seeds[:, 1]
     nearest = (dx**2 + dy**2).argmin(2, keepdim=True)
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     along = (cos * dx + sin * dy).gather(2, nearest)[..., 0]
     across = (cos * dy - sin * dx).gather(2, nearest)[..., 0].abs()
     branches = 0.5 + 0.5 * torch.cos((along.abs() - across / math.tan(math.pi / 3)) * (2 * math.pi / 4.5))
     ice = 0.2 + 0.7 * (-across / 1.2).exp() + 0.7 * branches * (-across / 10).exp()
     clouds = blur(torch.randn(1, 1, size, size, generator=generator), 5)[0, 0]
-    ice = (
-        ice
-        * (0.85 + 0.3 * clouds / clouds.std())
-        * (0.75 + 0.5 * torch.rand(size, size, generator=generator))
-    )
+    ice = ice * (0.85 + 0.3 * clouds / clouds.std())
+    ice = ice * (0.75 + 0.5 * torch.rand(size, size, generator=generator))
     ice = ice.clamp(0, 1) * torch.tensor([0.85, 0.95, 1.0]).view(3, 1, 1)
     return (0.4 + 0.6 * ice).to(device)  # as bright as the photographs, whose mean level is 157 … 176 of 255
 
@@ -392,9 +404,9 @@ def frost(x, constants, generator):
     height, width = x.shape[2:]
     pane = frost_texture(max(height, width) + 224, x.device)
     windows = pane.unfold(1, height, 1).unfold(2, width, 1)  # a view: [3, tops, lefts, H, W]
-    top, left = (
-        torch.randint(n, (len(x),), device=x.device, generator=generator) for n in windows.shape[1:3]
-    )
+    tops, lefts = windows.shape[1:3]
+    top = torch.randint(tops, (len(x),), device=x.device, generator=generator)
+    left = torch.randint(lefts, (len(x),), device=x.device, generator=generator)
     return keep * x + amount * windows[:, top, left].transpose(0, 1)
 
 
@@ -421,7 +433,8 @@ def plasma(x, decay, generator):
         field[:, half::step, ::step] = displaced(sides, amplitude)
         step = half
         amplitude = amplitude / decay**2  # CIFAR-C's displacement is the square of what it decays
-    low, high = field.amin((1, 2), keepdim=True), field.amax((1, 2), keepdim=True)
+    low = field.amin((1, 2), keepdim=True)
+    high = field.amax((1, 2), keepdim=True)
     return ((field - low) / (high - low)).unsqueeze(1)[..., :height, :width]
 
 
@@ -432,8 +445,11 @@ def fog(x, constants, generator):
 
 
 def spatter(x, constants, generator):
-    """Drops of water that catch the light, or mud. CIFAR-C takes the drops' height from an edge detector and a distance
-    transform; here it is the number of times that a pixel of rim can be taken off."""
+    """Drops of water that catch the light, or mud.
+
+    CIFAR-C takes the drops' height from an edge detector and a distance transform. Here it is the number of
+    times that a pixel of rim can be taken off.
+    """
     mean, std, sigma, threshold, amount, mud = constants
     liquid = blur(mean + std * normal(x[:, :1], generator), sigma)
     wet = (liquid > threshold).float()
@@ -455,7 +471,7 @@ def spatter(x, constants, generator):
 
 
 def brightness(x, amount, generator):
-    """HSV's value plus `amount`; with hue and saturation kept, that scales the pixel, and makes black gray."""
+    """HSV's value plus `amount`. As hue and saturation stay, that scales the pixel, and makes black gray."""
     value = x.amax(1, keepdim=True)
     new = (value + amount).clamp(0, 1)
     return torch.where(value > 0, x * (new / value.clamp(min=1e-6)), new)
@@ -467,7 +483,10 @@ def contrast(x, factor, generator):
 
 
 def saturate(x, constants, generator):
-    """HSV's saturation times, plus; with hue and value kept, that stretches the channels' distance from the largest."""
+    """HSV's saturation times `factor`, plus `plus`.
+
+    With hue and value kept, that stretches the channels' distance from the largest.
+    """
     factor, plus = constants
     value = x.amax(1, keepdim=True)
     below = (value - x) / value.clamp(min=1e-6)
@@ -478,7 +497,7 @@ def saturate(x, constants, generator):
 
 
 def box_matrix(size, new):
-    """[new, size]: an axis resampled with Pillow's box filter, the mean of the pixels whose centres lie in the box."""
+    """[new, size]: an axis resampled with Pillow's box filter: the mean of pixels with centres in the box."""
     scale = size / new
     distance = torch.arange(size) + 0.5 - (torch.arange(new) + 0.5).view(-1, 1) * scale
     half = max(scale, 1) / 2
@@ -503,7 +522,7 @@ JPEG_TABLES = """
 
 
 def jpeg_compression(x, quality, generator):
-    """The lossy half of JPEG: YCbCr, chroma at half resolution, DCT of 8×8 pixels, rounding to the tables' grain."""
+    """The lossy half of JPEG: YCbCr, chroma at half resolution, DCT of 8×8 pixels, rounding by the tables."""
     scale = 5000 / quality if quality < 50 else 200 - 2 * quality
     tables = torch.tensor([int(v) for v in JPEG_TABLES.split()], device=x.device).view(2, 8, 8)
     grain = ((tables * scale + 50) / 100).floor().clamp(1, 255)
@@ -532,8 +551,10 @@ def jpeg_compression(x, quality, generator):
 
 
 def sampled(x, points, repeat):
-    """x [B, K, H, W] at `points` [B, H, W, 2], (x, y) in pixels, linearly. Beyond its border x is mirrored: c b a b c,
-    or with `repeat` the border pixel comes twice: b a a b."""
+    """x [B, K, H, W] at `points` [B, H, W, 2], (x, y) in pixels, linearly.
+
+    Beyond its border x is mirrored: c b a b c, or with `repeat` the border pixel comes twice: b a a b.
+    """
     size = torch.tensor([x.shape[3], x.shape[2]], device=x.device)
     grid = (2 * points + 1) / size - 1 if repeat else 2 * points / (size - 1) - 1
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=not repeat)
@@ -544,16 +565,14 @@ def elastic_transform(x, constants, generator):
     count, _, height, width = x.shape
     side = min(height, width)
     amount, smoothness, jitter = (share * side for share in constants)
-    rows, columns = torch.meshgrid(
-        *(torch.arange(n, device=x.device) for n in (height, width)), indexing="ij"
-    )
-    points = torch.stack([columns, rows], -1).float()  # [H, W, 2]
+    rows = torch.arange(height, device=x.device)
+    columns = torch.arange(width, device=x.device)
+    points = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).float()  # [H, W, 2]
     third = torch.tensor([[1.0, 1], [1, -1], [-1, -1]], device=x.device) * (side // 3)
     before = third + torch.tensor([width // 2, height // 2], device=x.device)
     after = before + uniform(-jitter, jitter, (count, 3, 2), x, generator)
-    inverse = torch.linalg.solve(
-        F.pad(after, (0, 1), value=1.0), before.expand(count, 3, 2)
-    )  # after -> before
+    after = F.pad(after, (0, 1), value=1.0)
+    inverse = torch.linalg.solve(after, before.expand(count, 3, 2))  # after -> before
     x = sampled(x, torch.einsum("hwi,bij->bhwj", F.pad(points, (0, 1), value=1.0), inverse), repeat=False)
     if amount == 0:
         return x
@@ -582,7 +601,7 @@ def read_cifar_c(folder, subjects):
         path = folder / f"{name}.npy"
         try:
             array = np.load(path, mmap_mode="r").reshape(5, 10000, *shape)
-            assert array.dtype == np.uint8, array.dtype
+            assert array.dtype == np.uint8 or not shape
         except Exception as error:  # no such file, or whatever a damaged one makes numpy raise
             says = f"{path} is missing, damaged or not CIFAR-10-C's ({type(error).__name__})"
             raise UsageError(f"--cifar-c: {says}; without a folder the corruptions are generated") from None
@@ -965,13 +984,13 @@ def measure(subject, args, attacks, official, cinic):
         for eps in args.eps:
             for k, accuracy in zip(args.pgd, evaluate_pgd(subject, eps, args)):
                 numbers[pgd_column(k, eps)] = accuracy
-    for name, eps in itertools.product(args.attack, args.eps):
-        numbers[f"{name}, ε {eps_name(eps)} (%)"] = evaluate_attack(subject, attacks[name], eps, args)
+    for name, attack in attacks.items():
+        for eps in args.eps:
+            numbers[f"{name}, ε {eps_name(eps)} (%)"] = evaluate_attack(subject, attack, eps, args)
     if args.cifar_c is not None:
         subject.corruptions = evaluate_corruptions(subject, args, official)
-        numbers[f"mCA, {'official' if official else 'generated'} (%)"] = subject.corruptions["accuracy"][
-            "mean"
-        ]
+        kind = "official" if official else "generated"
+        numbers[f"mCA, {kind} (%)"] = subject.corruptions["accuracy"]["mean"]
         numbers["natural robustness (%)"] = subject.corruptions["natural robustness"]["mean"]
 
 
@@ -996,19 +1015,14 @@ def views_of(subject):
     The view as in training is the script's student_view, where the run has --student-augment, else a crop and
     a flip.
     """
-    from torchvision.transforms.functional import center_crop  # a second to import, and only here
-
     size = subject.data.image_size
-    plain = functools.partial(center_crop, output_size=list(subject.data.test_images.shape[2:]))
+    height, width = subject.data.test_images.shape[2:]
+    plain = functools.partial(middle, height=height, width=width)
     as_in_training = functools.partial(common.crop_flip, size=size)
     augment = subject.config.get("student_augment")
     if augment:  # nrd.py or its fork
         name = subject.config["script"].split(",")[0]  # without its network
-        try:
-            script = importlib.import_module(name)
-        except ImportError:
-            says = f"{subject.path} needs the views of {name}.py beside evaluate.py"
-            raise UsageError(f"--memory: {says}") from None
+        script = importlib.import_module(name)
         as_in_training = functools.partial(script.student_view, augment=augment, size=size)
     return plain, as_in_training, lambda images: common.auto_augment(plain(images))
 
@@ -1084,15 +1098,20 @@ def report_memory(args, subjects):
         path = args.out / f"memory{number}.png"
         title = f"{subject.path}, epoch {epoch}, AUROC {auroc:.3f}"
         with common.panels(path, title, 9, 4.2, 3.6, pdf=args.pdf) as (figure, drawn):
-            draw_forgetting(*drawn[:2], nll, bins)
-            draw_polygons(drawn[2:], clouds, given, true, data.classes)
+            draw_memory(drawn, nll, bins, clouds, given, true, data.classes)
             legend_below(figure)
     if len(confidence) > 1 and len({str(subject.config) for subject in subjects}) == 1:
         draw_confidence(args, confidence)
 
 
-def draw_forgetting(histogram, calibration, nll, bins):
-    """Figure 1, of the mislabelled images; Figure 2b, calibration of all images for the true labels."""
+def draw_memory(panels, nll, bins, clouds, given, true, classes):
+    """Figure 1, of the mislabelled images; Figure 2b, calibration of all images for the true labels;
+    Figure 2a, softmax vectors in the polygon of classes (equiradial projection), a panel per image.
+
+    nll, bins: {kind of views: array}. clouds: [2 kinds of views, images, views, C]. given, true: the classes
+    of these images.
+    """
+    histogram, calibration, *polygons = panels
     edges = np.linspace(0, max(map(max, nll.values())), 41)
     for name, colour in zip(nll, VIEWS.values()):
         style = {"color": colour, "alpha": 0.5, "label": name}
@@ -1101,16 +1120,9 @@ def draw_forgetting(histogram, calibration, nll, bins):
     histogram.set(xlabel="-log p(true class), mislabelled images", ylabel="density")
     calibration.plot([0, 1], [0, 1], "k--", lw=1)
     calibration.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy for the true label")
-
-
-def draw_polygons(panels, clouds, given, true, classes):
-    """Figure 2a: softmax vectors in the polygon of classes (equiradial projection), a panel per image.
-
-    clouds: [2 kinds of views, images, views, C]. given, true: the classes of the images.
-    """
     angles = torch.arange(len(classes)) * (2 * math.pi / len(classes))
     corners = torch.stack([angles.cos(), angles.sin()], 1)  # [C, 2]; a softmax vector p lies at p @ corners
-    for k, axes in enumerate(panels):
+    for k, axes in enumerate(polygons):
         axes.fill(*corners.T, fill=False)
         axes.plot(*corners[given[k]], "s", color="tab:orange", ms=14, mfc="none", mew=2, label="given label")
         axes.plot(*corners[true[k]], "*", color="tab:green", ms=14, label="true class")
@@ -1521,8 +1533,8 @@ def main(args):
     subjects = []
     if args.arch or args.model:
         flags = {"teacher_model": args.model, "teacher_arch": args.arch, "mean": args.mean, "std": args.std}
-        for path in args.checkpoints or [None]:
-            subjects.append(subject_of_weights(path, flags, args.dataset, args))
+        paths = args.checkpoints or [None]
+        subjects = [subject_of_weights(path, flags, args.dataset, args) for path in paths]
     else:
         for path in args.checkpoints:
             try:

@@ -978,7 +978,6 @@ def test_photographs_are_seen_in_the_size_of_training():
     ({"noise": "none", "rate": None}, ": 0 of its 40 labels are wrong; train it with --noise"),
     ({"imbalance": 0.2}, " was trained on a part of the images; train it without --imbalance"),
     ({"validation": 0.1}, " was trained on a part of the images; train it without --validation"),
-    ({"student_augment": "crop", "script": "lost"}, " needs the views of lost.py beside evaluate.py"),
 ])  # fmt: skip
 def test_memory_that_cannot_be_measured_is_one_line(run, changes, says):
     write_checkpoint("a.pt", **{"noise": "sym", "rate": 0.5, "noise_seed": 0, "limit_train": None} | changes)
