@@ -1348,7 +1348,7 @@ def draw_means(axes, groups, points):
         std = np.array([np.std(numbers[place], ddof=len(numbers[place]) > 1) for place in places])
         color = f"C{i % 10}"
         axes.plot(places, mean, ".-" if i < 10 else ".--", color=color, label=label_of(name))
-        axes.fill_between(places, mean - std, mean + std, color=color, alpha=0.2, lw=0)
+        axes.fill_between(places, mean - std, mean + std, color=color, alpha=0.2, lw=2)  # lw: for one place
         counts += map(len, numbers.values())
     axes.grid(alpha=0.3)
     return counts

@@ -1,8 +1,8 @@
-"""evaluate.py: attacks and measures against closed forms and naive versions, then the script as a user runs it."""
+"""evaluate.py: attacks and measures against closed forms and naive versions; the script as a user runs it."""
 
 import csv
-import importlib
 import hashlib
+import importlib
 import json
 import math
 import statistics
@@ -52,7 +52,8 @@ class Centred(Net):
 
 
 class Lookup(nn.Module):
-    """Logits looked up by an image's first pixel, so that a test can say what is predicted for which image."""
+    """Logits looked up by an image's first pixel, so that a test can say what is predicted for which
+    image."""
 
     def __init__(self, logits):
         super().__init__()
@@ -63,7 +64,8 @@ class Lookup(nn.Module):
 
 
 class Knows(nn.Module):
-    """Class 0 for the clean images in one set, and for the attacked images in another. Its gradient is nought."""
+    """Class 0 for the clean images in one set, and for the attacked images in another. Its gradient is
+    nought."""
 
     def __init__(self, clean, attacked):
         super().__init__()
@@ -180,7 +182,8 @@ def test_natural_robustness_by_hand(monkeypatch):
 
 
 def test_transfer_by_hand(monkeypatch):
-    """By PGD-20, of samples that source and target both classify correctly. The attack does no more than mark them."""
+    """By PGD-20, of samples that source and target both classify correctly. The attack does no more than mark
+    them."""
     attacks, real = [], evaluate.pgd
     monkeypatch.setattr(evaluate, "pgd", lambda *arguments: attacks.append(arguments) or real(*arguments))
     models = [Knows("111100", "011111"), Knows("111010", "011000"), Knows("000011", "111111")]
@@ -643,7 +646,8 @@ def legend(figure):
 
 
 def test_reliability_diagram(figures):
-    """The bins of seeds are pooled; the hatched gap reaches from a bin's accuracy to its confidence, up or down."""
+    """The bins of seeds are pooled; the hatched gap reaches from a bin's accuracy to its confidence, up or
+    down."""
     bins = [
         {"share": [0.5, 0.5, 0.0, 0.0], "accuracy": [0.2, 0.9, 0, 0], "confidence": [0.25, 0.5, 0, 0]},
         {
@@ -692,7 +696,8 @@ def test_picture_of_pgd(figures):
 def test_picture_of_training(figures):
     """A line is the mean of the seeds, a band one sample standard deviation to either side."""
     runs = [[{"epoch": 1, "test_acc": 10.0, "loss": 0.1}, {"epoch": 2, "test_acc": 20.0, "loss": 0.1}],
-            [{"epoch": 1, "test_acc": 14.0, "loss": 0.1}, {"epoch": 2, "test_acc": 30.0, "loss": 0.1}]]  # fmt: skip
+            [{"epoch": 1, "test_acc": 14.0, "loss": 0.1},
+             {"epoch": 2, "test_acc": 30.0, "loss": 0.1}]]  # fmt: skip
     groups = [
         ("two", [drawn_subject(metrics=run) for run in runs]),
         ("one", [drawn_subject(metrics=runs[1])]),
@@ -1003,7 +1008,8 @@ def test_rows_are_seeds(rows):
 
 LR = ["lr"]
 NAMES = [  # what the runs are, in the order of the command line | the rows
-    ([{"lr": 0.2, "given": LR}, {"lr": 0.1}, {"lr": 0.05, "given": LR}], ["nrd lr=0.05", "nrd lr=0.1", "nrd lr=0.2"]),
+    ([{"lr": 0.2, "given": LR}, {"lr": 0.1}, {"lr": 0.05, "given": LR}],
+     ["nrd lr=0.05", "nrd lr=0.1", "nrd lr=0.2"]),
     ([{"lr": 10, "given": LR}, {"lr": 9, "given": LR}], ["nrd lr=9", "nrd lr=10"]),
     ([{"lr": 0.1, "given": LR}, {"lr": 0.1}], ["nrd"]),  # typed or not, it is the same
     ([{"dataset": "tiny.npz", "given": ["dataset", "loss"], "loss": "ce"},
@@ -1128,7 +1134,8 @@ def test_size_of_pictures_is_asked_for_or_that_of_training(run):
 
 @pytest.fixture
 def official(folder):
-    """A CIFAR-10-C of sparse files: the images that 20 evenly spaced ones are taken from are numbered by their row."""
+    """A CIFAR-10-C of sparse files: the images that 20 evenly spaced ones are taken from are numbered by
+    their row."""
     images = np.lib.format.open_memmap("images.npy", "w+", np.uint8, (50000, 32, 32, 3))
     rows = np.arange(0, 50000, 500)
     images[rows, 0, 0, 0] = rows // 256
