@@ -20,7 +20,8 @@ commit, epoch and setting whose seeds differ are one row of a table: mean ± sam
 row is named by the typed flags whose values differ between the rows, and by its path where these do not tell
 two rows apart. cmd.py trains two networks and reports their mean; here a row is of network A, with --part
 peer of B. --out holds the pictures, and evaluation.jsonl: a line per checkpoint as soon as it is measured,
-after the lines of earlier calls. No file is read back: each call measures anew.
+after the lines of earlier calls. No file is read back: each call measures anew. --memory and --curves may
+stand beside other measures.
 
 Tables and figures without another name are those of Noise as a Resource for Learning in Knowledge
 Distillation (Arani, Sarfraz, Zonooz). evaluate.pgd takes any model, evaluate.corrupt any images. Everything

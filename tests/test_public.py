@@ -523,7 +523,7 @@ def test_public_weights_are_evaluated(cli):
     numbers = json.loads(Path("evaluation.jsonl").read_text(encoding="utf-8"))["numbers"]
     assert numbers["accuracy (%)"] == common.accuracy(logits, data.test_labels)
     status, _, err = cli(evaluate, "wrn.pth", *flags[:4], "--model", "mine.py:net")
-    assert (status, err) == (2, "error: --arch: a module has its own; leave it out beside --model\n")
+    assert (status, err) == (2, "error: --arch: a module has its own; leave it out\n")
 
 
 def test_accuracies_go_to_tensorboard(cli, monkeypatch):
