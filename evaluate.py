@@ -12,7 +12,6 @@
     python evaluate.py CKPT … --ece                 # Figure 5 of Neural Vicinal Risk Minimization
     python evaluate.py CKPT … --memory              # its Table 1, Figures 1 and 2; of several epochs Table 6
     python evaluate.py CKPT … --plot-by batch-size  # Figure 3b of Noise-engineered Data-free KD
-    python evaluate.py --show-corruptions --dataset cifar10    # what --cifar-c does without a folder
     python evaluate.py wrn_40_2.pth --arch wrn-40-2 --dataset cifar100     # public weights, as RepDistiller's
     python evaluate.py weights.pt --model mine.py:net --dataset cifar10    # any module: net() gives it
 
@@ -21,7 +20,8 @@ commit, epoch and setting whose seeds differ are one row of a table: mean ± sam
 row is named by the typed flags whose values differ between the rows, and by its path where these do not tell
 two rows apart. cmd.py trains two networks and reports their mean; here a row is of network A, with --part
 peer of B. --out holds the pictures, and evaluation.jsonl: a line per checkpoint as soon as it is measured,
-after the lines of earlier calls. No file is read back: each call measures anew.
+after the lines of earlier calls. No file is read back: each call measures anew. --memory and --curves may
+stand beside other measures.
 
 Tables and figures without another name are those of Noise as a Resource for Learning in Knowledge
 Distillation (Arani, Sarfraz, Zonooz). evaluate.pgd takes any model, evaluate.corrupt any images. Everything
@@ -34,14 +34,12 @@ import dataclasses
 import datetime
 import fractions
 import functools
-import importlib
 import hashlib
+import importlib
 import inspect
 import io
-import itertools
 import json
 import math
-import os
 import shlex
 import statistics
 import sys
@@ -49,6 +47,7 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import scipy.ndimage
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -62,10 +61,7 @@ from common import UsageError, evenly_spaced, evenly_split, predict, to_float
 
 def fraction(text):
     """argparse type: a float in [0, 1], written as 0.031 or as 8/255."""
-    value = float(fractions.Fraction(text))
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
-    return value
+    return common.share(fractions.Fraction(text))
 
 
 READ_BY = {  # flags that do nothing without one of others
@@ -103,11 +99,10 @@ def parse_args():
     add("--transfer", action="store_true", help="PGD-20 images of each CKPT on each other; smallest --eps")
     named = "teacher, one more source of --transfer; no CKPT: the one that the students name"
     add("--teacher", nargs="?", type=path, const=True, metavar="CKPT", help=named)
-    memory = "number of unseen views, or 10: what the training images' wrong labels left; memory.png"
+    memory = "number of unseen views, or 10: what the training images' wrong labels left; memory1.png"
     add("--memory", type=common.count, nargs="?", const=10, metavar="K", help=memory)
     add("--plot-by", nargs="+", default=[], metavar="FLAG", help="flag of training on the axis; two: a map")
     add("--curves", nargs="*", metavar="METRIC", help="draw training.png: these metrics by epoch, or all")
-    add("--show-corruptions", action="store_true", help="draw corruptions.png, a contact sheet")
 
     add = parser.add_argument_group("data, machine and output").add_argument
     add("--dataset", metavar="NAME", help="data set, as in training scripts; None: that of CKPT's run")
@@ -124,30 +119,28 @@ def parse_args():
     add("--table", type=Path, metavar="FILE", help="table as .csv, .md or .tex: mean, standard deviation, n")
     add("--pdf", action="store_true", help="write each picture as a vector PDF too")
     args = parser.parse_intermixed_args()
-    typed = parser.parse_intermixed_args(namespace=argparse.Namespace(**dict.fromkeys(("part", *READ_BY))))
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    typed = vars(parser.parse_intermixed_args(namespace=unset))
+    args.given = [flag for flag, value in typed.items() if value is not None]
 
     args.attacks = bool(args.pgd or args.attack or args.cinic or args.transfer or args.cifar_c is not None)
-    args.measures = bool(args.attacks or args.ece or args.plot_by or args.table or args.curves is None)
-    if not (args.checkpoints or args.model) and (args.attacks or args.ece or not args.show_corruptions):
+    asked = args.attacks or args.ece or args.plot_by or args.table
+    args.measures = bool(asked or args.curves is None and not args.memory)
+    if not (args.checkpoints or args.model):
         raise UsageError("CKPT: name the checkpoint.pt of a run folder, before the other flags")
-    for flag, others in READ_BY.items():
-        if getattr(typed, flag) is not None and not any(getattr(args, other) for other in others):
-            names = ", ".join(f"--{other}" for other in others)
-            raise UsageError(f"--{flag.replace('_', '-')}: nothing reads it without {names}; leave it out")
+    for flag, readers in READ_BY.items():
+        if not any(getattr(args, reader) for reader in readers):
+            common.refuse(args, [flag], f"nothing reads it without --{', --'.join(readers)}")
     if args.arch or args.model:
         if not args.dataset:
             raise UsageError("--dataset: weights do not tell what to evaluate on; add --dataset NAME")
-        if args.arch and args.model:
-            raise UsageError("--arch: a module has its own; leave it out beside --model")
-        if args.curves is not None:
-            raise UsageError("--curves: weights hold no metrics of their training; name checkpoints of runs")
-        if typed.part is not None:
-            raise UsageError("--part: checkpoints of runs have parts, other weights have none; leave it out")
-    if args.memory and (args.attacks or args.ece or args.plot_by or args.table or args.curves is not None):
-        raise UsageError("--memory: looks at training images alone; leave the other measures out")
-    args.plot_by = [flag.replace("-", "_") for flag in args.plot_by]
+        if args.model:
+            common.refuse(args, ["arch"], "a module has its own")
+        common.refuse(args, ["curves", "memory"], "weights hold no metrics of their training, and no labels")
+        common.refuse(args, ["part"], "checkpoints of runs have parts, other weights have none")
     if args.table and args.table.suffix not in (".csv", ".md", ".tex"):
         raise UsageError(f"--table: {args.table} ends with none of .csv, .md, .tex")
+    args.plot_by = [flag.replace("-", "_") for flag in args.plot_by]
     args.pgd = sorted(set(args.pgd))
     args.eps = sorted(set(args.eps))
     there = (path.parent for path in args.checkpoints if path.exists())
@@ -167,7 +160,8 @@ def random_start(images, eps, generator):
 def ascend(model, x, images, labels, eps, step_size):
     """One step of PGD from x, float [B, 3, H, W]: the logits [B, C] at x, and the next point.
 
-    The step follows the sign of the cross-entropy's gradient, then returns to the ball around `images` and to [0, 1].
+    The step follows the sign of the cross-entropy's gradient, then returns to the ball around `images` and
+    to [0, 1].
     """
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -180,8 +174,9 @@ def ascend(model, x, images, labels, eps, step_size):
 def pgd(model, images, labels, eps=0.031, step_size=0.003, steps=20, generator=None):
     """Projected gradient descent (Madry et al. 2018), l∞, from one random start: the adversarial images.
 
-    model: gives logits of float images, in evaluation mode. images: float [B, 3, H, W] in [0, 1]; labels: int64 [B].
-    eps, step_size: in [0, 1]. generator: of the random start, on the images' device; None: the global one.
+    model: gives logits of float images, in evaluation mode. images: float [B, 3, H, W] in [0, 1].
+    labels: int64 [B]. eps, step_size: in [0, 1].
+    generator: of the random start, on the images' device; None: the global one.
     Returns float [B, 3, H, W], within eps of `images` and within [0, 1].
     """
     x = random_start(images, eps, generator)
@@ -191,10 +186,10 @@ def pgd(model, images, labels, eps=0.031, step_size=0.003, steps=20, generator=N
 
 
 # ------------------------------------------------------------------------------------------------ corruptions
-# CIFAR-C (Hendrycks and Dietterich 2019), batched: each function takes x float [B, 3, H, W] in [0, 1], the constants of
-# its severity, made for 32×32 pixels, and a generator, and gives x corrupted, not yet clipped. All repeat the published
-# generator except three. JPEG's values differ from Pillow's by up to 50 of 255, its mean pixel distance by 0.3 %. Frost
-# and spatter have the published mean pixel distances on CIFAR-10 to 15 %.
+# CIFAR-C (Hendrycks and Dietterich 2019), batched: each function takes x float [B, 3, H, W] in [0, 1], the
+# constants of its severity, made for 32×32 pixels, and a generator, and gives x corrupted, not yet clipped.
+# All repeat the published generator except three. JPEG's values differ from Pillow's by up to 50 of 255, its
+# mean pixel distance by 0.3 %. Frost and spatter have the published mean pixel distances on CIFAR-10 to 15 %.
 
 SEVERITIES = {  # severity 1 … 5
     "gaussian_noise": (0.04, 0.06, 0.08, 0.09, 0.10),  # standard deviation
@@ -206,9 +201,10 @@ SEVERITIES = {  # severity 1 … 5
     "glass_blur": ((0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)),  # blur, shift, rounds
     "motion_blur": ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)),  # radius, standard deviation
     "zoom_blur": (1.06, 1.11, 1.16, 1.21, 1.26),  # end of np.arange(1, end, 0.01)
-    # mean and deviation of the flakes, zoom, threshold, radius and deviation of their trails, weight of the image
-    "snow": ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9),
-             (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85), (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
+    # mean and deviation of the flakes, zoom, threshold, radius and deviation of their trails, image's weight
+    "snow": ((0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+             (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+             (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)),
     "frost": ((1, 0.2), (1, 0.3), (0.9, 0.4), (0.85, 0.4), (0.75, 0.45)),  # weights of image and frost
     "fog": ((0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)),  # amount, decay of the plasma
     # mean and deviation of the liquid, its blur, threshold, amount, mud instead of water
@@ -220,26 +216,26 @@ SEVERITIES = {  # severity 1 … 5
     "pixelate": (0.95, 0.9, 0.85, 0.75, 0.65),  # side
     "jpeg_compression": (80, 65, 58, 50, 40),  # quality
     # displacement, its smoothness, jitter of the affine part, as shares of the side
-    "elastic_transform": ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)),
+    "elastic_transform": ((0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05),
+                          (0.1, 0.03, 0.03)),
 }  # fmt: skip
 
 
 def corrupt(images, name, severity, seed=0):
-    """CIFAR-C's corruption `name` (a key of CORRUPTIONS) of images: uint8 [N, 3, H, W] again, on the same device.
+    """CIFAR-C's corruption `name` (a key of CORRUPTIONS) of images: uint8 [N, 3, H, W], on the same device.
 
-    images: uint8 [N, 3, H, W], H and W at least 16. severity: 1 … 5. The same seed gives the same pixels on the same
-    kind of device. Each thousand images has a generator of its own, so that they do not depend on what follows.
+    images: uint8 [N, 3, H, W], H and W at least 16. severity: 1 … 5. The same seed gives the same pixels on
+    the same kind of device. Each thousand images has a generator of its own, so that they do not depend on
+    what follows.
     """
-    assert images.dtype == torch.uint8, f"images are {images.dtype}, not uint8"
-    assert severity in (1, 2, 3, 4, 5), f"severity is {severity}, not 1 … 5"
+    assert images.dtype == torch.uint8 and severity in range(1, 6)
     function = CORRUPTIONS[name]
     constants = SEVERITIES[name][severity - 1]
     parts = []
     for i, part in enumerate(images.split(1000)):
         x = function(to_float(part), constants, torch.Generator(images.device).manual_seed(seed + i))
-        parts.append(
-            (x * 255 + 1e-3).clamp(0, 255).byte()
-        )  # cut off, as CIFAR-C's; 1e-3: float32's own error
+        x = x * 255 + 1e-3  # float32's own error
+        parts.append(x.clamp(0, 255).byte())  # cut off, as CIFAR-C's
     return torch.cat(parts)
 
 
@@ -275,22 +271,15 @@ def speckle_noise(x, sigma, generator):
 
 
 @functools.cache
-def gaussian_matrix(size, sigma, device, cut, mirrored):
-    """[size, size]: blur of an axis by a Gaussian, as scipy's: cut off at so many deviations, mirrored at its ends or
-    with the last value repeated."""
-    reach = int(cut * sigma + 0.5)
-    taps = torch.arange(-reach, reach + 1)
-    weights = (-0.5 * (taps / max(sigma, 1e-6)) ** 2).exp()
-    source = torch.arange(size).view(-1, 1) + taps
-    folded = torch.minimum(source % (2 * size), 2 * size - 1 - source % (2 * size))
-    source = folded if mirrored else source.clamp(0, size - 1)
-    matrix = torch.zeros(size, size).scatter_add_(1, source, (weights / weights.sum()).expand(size, -1))
-    return matrix.to(device)
+def gaussian_matrix(size, sigma, device, cut, mode):
+    """[size, size]: blur of an axis by a Gaussian. cut: in deviations. mode: scipy's, for the border."""
+    matrix = scipy.ndimage.gaussian_filter1d(np.eye(size), sigma, axis=0, mode=mode, truncate=cut)
+    return torch.from_numpy(matrix).float().to(device)
 
 
-def blur(x, sigma, cut=4, mirrored=False):
+def blur(x, sigma, cut=4, mode="nearest"):
     """Gaussian blur of [B, K, H, W], sigma in pixels: a matrix for each axis."""
-    height, width = (gaussian_matrix(size, sigma, x.device, cut, mirrored) for size in x.shape[2:])
+    height, width = (gaussian_matrix(size, sigma, x.device, cut, mode) for size in x.shape[2:])
     return torch.einsum("bkhw,ih,jw->bkij", x, height, width)
 
 
@@ -302,20 +291,20 @@ def defocus_blur(x, constants, generator):
     """Convolution with a disc, itself blurred by a 3×3 Gaussian against aliasing."""
     radius, alias = constants
     reach = math.floor(radius) + 1
-    squares = torch.arange(-reach, reach + 1) ** 2
-    disc = (squares + squares.view(-1, 1) <= radius**2).float()
-    soft = (-0.5 * (torch.arange(-1, 2) / alias) ** 2).exp()
-    kernel = F.conv2d(
-        (disc / disc.sum())[None, None], torch.outer(soft, soft)[None, None] / soft.sum() ** 2, padding=1
-    )
+    squares = np.arange(-reach, reach + 1) ** 2
+    disc = (squares + squares[:, None] <= radius**2) / 1.0
+    kernel = scipy.ndimage.gaussian_filter(disc / disc.sum(), alias, mode="constant", radius=1)
+    kernel = torch.from_numpy(kernel).float().to(x.device)
     x = F.pad(x, (reach,) * 4, mode="reflect").contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x, kernel.to(x.device).expand(3, -1, -1, -1), groups=3).contiguous()
+    return F.conv2d(x, kernel.expand(3, 1, -1, -1), groups=3).contiguous()
 
 
 def glass_blur(x, constants, generator):
-    """Each pixel takes the value of one up to `shift` above and left of it, `rounds` times, between two blurs.
+    """Each pixel takes the value of one up to `shift` above and left of it. That is done `rounds` times,
+    between two blurs.
 
-    The published generator sets out to swap the two pixels, but its swap overwrites one before it is read: a copy.
+    The published generator sets out to swap the two pixels, but its swap overwrites one before it is read:
+    a copy.
     """
     sigma, shift, rounds = constants
     count, _, height, width = x.shape
@@ -331,7 +320,10 @@ def glass_blur(x, constants, generator):
 
 
 def trail(x, radius, sigma, degrees):
-    """Motion blur as ImageMagick's: [B, K, H, W] drawn out one way at `degrees` [B], fading as half a Gaussian."""
+    """Motion blur as ImageMagick's: x [B, K, H, W] drawn out one way, fading as half a Gaussian.
+
+    degrees: float [B], the direction.
+    """
     reach = 2 * radius
     steps = torch.arange(reach + 1.0)
     weights = (-0.5 * (steps / sigma) ** 2).exp()
@@ -341,24 +333,29 @@ def trail(x, radius, sigma, degrees):
     padded = F.pad(x, (reach,) * 4, mode="replicate")
     windows = padded.unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)  # a view, shifted images
     rows = torch.arange(len(x), device=x.device)
-    return sum(
-        w * windows[rows, :, down[i], right[i]] for i, w in enumerate((weights / weights.sum()).tolist())
-    )
+    weights = (weights / weights.sum()).tolist()
+    return sum(w * windows[rows, :, down[i], right[i]] for i, w in enumerate(weights))
 
 
 def motion_blur(x, constants, generator):
     return trail(x, *constants, uniform(-45, 45, len(x), x, generator))
 
 
+def middle(x, height, width):
+    """The middle of [B, K, H, W]: [B, K, height, width]."""
+    top = (x.shape[2] - height) // 2
+    left = (x.shape[3] - width) // 2
+    return x[..., top : top + height, left : left + width]
+
+
 def zoomed(x, factor):
     """The middle of [B, K, H, W] enlarged `factor` times, linearly, to the same size."""
     height, width = x.shape[2:]
-    h, w = math.ceil(height / factor), math.ceil(width / factor)
-    top, left = (height - h) // 2, (width - w) // 2
+    h = math.ceil(height / factor)
+    w = math.ceil(width / factor)
     size = round(h * factor), round(w * factor)
-    x = F.interpolate(x[..., top : top + h, left : left + w], size, mode="bilinear", align_corners=True)
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return x[..., top : top + height, left : left + width]
+    x = F.interpolate(middle(x, h, w), size, mode="bilinear", align_corners=True)
+    return middle(x, height, width)
 
 
 def zoom_blur(x, end, generator):
@@ -387,19 +384,18 @@ def frost_texture(size, device):
     seeds = size * torch.rand(size**2 // 400, 2, generator=generator)
     angle = 2 * math.pi * torch.rand(len(seeds), generator=generator)
     axis = torch.arange(size) + 0.5
-    dy, dx = axis.view(-1, 1, 1) - seeds[:, 0], axis.view(1, -1, 1) - seeds[:, 1]
+    dy = axis.view(-1, 1, 1) - seeds[:, 0]
+    dx = axis.view(1, -1, 1) - seeds[:, 1]
     nearest = (dx**2 + dy**2).argmin(2, keepdim=True)
-    cos, sin = angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
     along = (cos * dx + sin * dy).gather(2, nearest)[..., 0]
     across = (cos * dy - sin * dx).gather(2, nearest)[..., 0].abs()
     branches = 0.5 + 0.5 * torch.cos((along.abs() - across / math.tan(math.pi / 3)) * (2 * math.pi / 4.5))
     ice = 0.2 + 0.7 * (-across / 1.2).exp() + 0.7 * branches * (-across / 10).exp()
     clouds = blur(torch.randn(1, 1, size, size, generator=generator), 5)[0, 0]
-    ice = (
-        ice
-        * (0.85 + 0.3 * clouds / clouds.std())
-        * (0.75 + 0.5 * torch.rand(size, size, generator=generator))
-    )
+    ice = ice * (0.85 + 0.3 * clouds / clouds.std())
+    ice = ice * (0.75 + 0.5 * torch.rand(size, size, generator=generator))
     ice = ice.clamp(0, 1) * torch.tensor([0.85, 0.95, 1.0]).view(3, 1, 1)
     return (0.4 + 0.6 * ice).to(device)  # as bright as the photographs, whose mean level is 157 … 176 of 255
 
@@ -409,9 +405,9 @@ def frost(x, constants, generator):
     height, width = x.shape[2:]
     pane = frost_texture(max(height, width) + 224, x.device)
     windows = pane.unfold(1, height, 1).unfold(2, width, 1)  # a view: [3, tops, lefts, H, W]
-    top, left = (
-        torch.randint(n, (len(x),), device=x.device, generator=generator) for n in windows.shape[1:3]
-    )
+    tops, lefts = windows.shape[1:3]
+    top = torch.randint(tops, (len(x),), device=x.device, generator=generator)
+    left = torch.randint(lefts, (len(x),), device=x.device, generator=generator)
     return keep * x + amount * windows[:, top, left].transpose(0, 1)
 
 
@@ -438,7 +434,8 @@ def plasma(x, decay, generator):
         field[:, half::step, ::step] = displaced(sides, amplitude)
         step = half
         amplitude = amplitude / decay**2  # CIFAR-C's displacement is the square of what it decays
-    low, high = field.amin((1, 2), keepdim=True), field.amax((1, 2), keepdim=True)
+    low = field.amin((1, 2), keepdim=True)
+    high = field.amax((1, 2), keepdim=True)
     return ((field - low) / (high - low)).unsqueeze(1)[..., :height, :width]
 
 
@@ -449,8 +446,11 @@ def fog(x, constants, generator):
 
 
 def spatter(x, constants, generator):
-    """Drops of water that catch the light, or mud. CIFAR-C takes the drops' height from an edge detector and a distance
-    transform; here it is the number of times that a pixel of rim can be taken off."""
+    """Drops of water that catch the light, or mud.
+
+    CIFAR-C takes the drops' height from an edge detector and a distance transform. Here it is the number of
+    times that a pixel of rim can be taken off.
+    """
     mean, std, sigma, threshold, amount, mud = constants
     liquid = blur(mean + std * normal(x[:, :1], generator), sigma)
     wet = (liquid > threshold).float()
@@ -472,7 +472,7 @@ def spatter(x, constants, generator):
 
 
 def brightness(x, amount, generator):
-    """HSV's value plus `amount`; with hue and saturation kept, that scales the pixel, and makes black gray."""
+    """HSV's value plus `amount`. As hue and saturation stay, that scales the pixel, and makes black gray."""
     value = x.amax(1, keepdim=True)
     new = (value + amount).clamp(0, 1)
     return torch.where(value > 0, x * (new / value.clamp(min=1e-6)), new)
@@ -484,7 +484,10 @@ def contrast(x, factor, generator):
 
 
 def saturate(x, constants, generator):
-    """HSV's saturation times, plus; with hue and value kept, that stretches the channels' distance from the largest."""
+    """HSV's saturation times `factor`, plus `plus`.
+
+    With hue and value kept, that stretches the channels' distance from the largest.
+    """
     factor, plus = constants
     value = x.amax(1, keepdim=True)
     below = (value - x) / value.clamp(min=1e-6)
@@ -495,7 +498,7 @@ def saturate(x, constants, generator):
 
 
 def box_matrix(size, new):
-    """[new, size]: an axis resampled with Pillow's box filter, the mean of the pixels whose centres lie in the box."""
+    """[new, size]: an axis resampled with Pillow's box filter: the mean of pixels with centres in the box."""
     scale = size / new
     distance = torch.arange(size) + 0.5 - (torch.arange(new) + 0.5).view(-1, 1) * scale
     half = max(scale, 1) / 2
@@ -520,7 +523,7 @@ JPEG_TABLES = """
 
 
 def jpeg_compression(x, quality, generator):
-    """The lossy half of JPEG: YCbCr, chroma at half resolution, DCT of 8×8 pixels, rounding to the tables' grain."""
+    """The lossy half of JPEG: YCbCr, chroma at half resolution, DCT of 8×8 pixels, rounding by the tables."""
     scale = 5000 / quality if quality < 50 else 200 - 2 * quality
     tables = torch.tensor([int(v) for v in JPEG_TABLES.split()], device=x.device).view(2, 8, 8)
     grain = ((tables * scale + 50) / 100).floor().clamp(1, 255)
@@ -549,8 +552,10 @@ def jpeg_compression(x, quality, generator):
 
 
 def sampled(x, points, repeat):
-    """x [B, K, H, W] at `points` [B, H, W, 2], (x, y) in pixels, linearly. Beyond its border x is mirrored: c b a b c,
-    or with `repeat` the border pixel comes twice: b a a b."""
+    """x [B, K, H, W] at `points` [B, H, W, 2], (x, y) in pixels, linearly.
+
+    Beyond its border x is mirrored: c b a b c, or with `repeat` the border pixel comes twice: b a a b.
+    """
     size = torch.tensor([x.shape[3], x.shape[2]], device=x.device)
     grid = (2 * points + 1) / size - 1 if repeat else 2 * points / (size - 1) - 1
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=not repeat)
@@ -561,20 +566,18 @@ def elastic_transform(x, constants, generator):
     count, _, height, width = x.shape
     side = min(height, width)
     amount, smoothness, jitter = (share * side for share in constants)
-    rows, columns = torch.meshgrid(
-        *(torch.arange(n, device=x.device) for n in (height, width)), indexing="ij"
-    )
-    points = torch.stack([columns, rows], -1).float()  # [H, W, 2]
+    rows = torch.arange(height, device=x.device)
+    columns = torch.arange(width, device=x.device)
+    points = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).float()  # [H, W, 2]
     third = torch.tensor([[1.0, 1], [1, -1], [-1, -1]], device=x.device) * (side // 3)
     before = third + torch.tensor([width // 2, height // 2], device=x.device)
     after = before + uniform(-jitter, jitter, (count, 3, 2), x, generator)
-    inverse = torch.linalg.solve(
-        F.pad(after, (0, 1), value=1.0), before.expand(count, 3, 2)
-    )  # after -> before
+    after = F.pad(after, (0, 1), value=1.0)
+    inverse = torch.linalg.solve(after, before.expand(count, 3, 2))  # after -> before
     x = sampled(x, torch.einsum("hwi,bij->bhwj", F.pad(points, (0, 1), value=1.0), inverse), repeat=False)
     if amount == 0:
         return x
-    shift = amount * blur(uniform(-1, 1, (count, 2, height, width), x, generator), smoothness, 3, True)
+    shift = amount * blur(uniform(-1, 1, (count, 2, height, width), x, generator), smoothness, 3, "reflect")
     return sampled(x, points + shift.permute(0, 2, 3, 1), repeat=True)
 
 
@@ -599,11 +602,10 @@ def read_cifar_c(folder, subjects):
         path = folder / f"{name}.npy"
         try:
             array = np.load(path, mmap_mode="r").reshape(5, 10000, *shape)
+            assert array.dtype == np.uint8 or not shape
         except Exception as error:  # no such file, or whatever a damaged one makes numpy raise
             says = f"{path} is missing, damaged or not CIFAR-10-C's ({type(error).__name__})"
             raise UsageError(f"--cifar-c: {says}; without a folder the corruptions are generated") from None
-        if shape and array.dtype != np.uint8:
-            raise UsageError(f"--cifar-c: {path} is {array.dtype}, not uint8")
         return array
 
     images = {name: read(name, 32, 32, 3) for name in CORRUPTIONS}
@@ -677,21 +679,21 @@ class Subject:
         return logits.argmax(1) == self.data.test_labels
 
 
-def read_data(args, dataset, config, device, load_dataset, limit_train=None, test_only=True):
+load_dataset = functools.cache(common.load_dataset)  # one copy for all checkpoints
+
+
+def read_data(args, dataset, config, test_only=True):
     """The Dataset `dataset`, read as the flags say, else as in training (config), else as by default."""
-    sizes = {}
-    for flag in ("resize", "image_size"):
-        asked = getattr(args, flag)
-        if asked and not common.is_photographs(dataset):
-            name = flag.replace("_", "-")
-            raise UsageError(f"--{name}: the images of {dataset} keep their size; leave the flag out")
-        if asked or config.get(flag):
-            sizes[flag] = asked or config[flag]
+    if not common.is_photographs(dataset):
+        common.refuse(args, ("resize", "image_size"), f"the images of {dataset} keep their size")
+    resize = args.resize or config.get("resize", 256)
+    image_size = args.image_size or config.get("image_size", 224)
     data_dir = args.data_dir or config.get("data_dir", "data")
-    return load_dataset(dataset, data_dir, limit_train, args.limit_test, device, **sizes, test_only=test_only)
+    limit = None if test_only else config.get("limit_train")
+    return load_dataset(dataset, data_dir, limit, args.limit_test, args.device, resize, image_size, test_only)
 
 
-def subject_of_run(path, checkpoint, part, args, device, load_dataset):
+def subject_of_run(path, checkpoint, part, args):
     """The Subject in `part` ("model", "ema", …) of a run's checkpoint.
 
     It has neither model nor data where only curves are drawn. Where training left BatchNorm on current
@@ -710,18 +712,18 @@ def subject_of_run(path, checkpoint, part, args, device, load_dataset):
         raise UsageError(f"--part: {path} has no {part!r}; it has {', '.join(parts)}")
     found = {key: checkpoint.get(key) for key in ("source", "metrics", "teacher")}
     subject = Subject(str(path), config, **found)
-    if not args.measures:
+    if not (args.measures or args.memory):
         return subject
     subject.dataset = args.dataset or checkpoint["dataset"]
-    subject.data = data = read_data(args, subject.dataset, config, device, load_dataset)
+    subject.data = data = read_data(args, subject.dataset, config)
     if list(data.classes) != checkpoint["classes"]:
         raise UsageError(f"--dataset: {subject.dataset} has other classes than {path}, or in another order")
     if config.get("test_digest") not in (None, data.test_digest):
         print(f"{path}: tested on other images or labels than in training", flush=True)
-    subject.model = common.load_model(checkpoint, part, device).requires_grad_(False)
-    subject.by_batch = checkpoint.get("batch_norm") == "current"
-    batch_size = common.EVAL_BATCH[device.type]
-    if subject.by_batch:
+    subject.model = common.load_model(checkpoint, part, args.device).requires_grad_(False)
+    batch_size = common.EVAL_BATCH[data.test_labels.device.type]
+    if checkpoint.get("batch_norm") == "current":
+        subject.by_batch = True
         batch_size = config.get("eval_batch_size", config["batch_size"])
         for layer in subject.model.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -730,7 +732,7 @@ def subject_of_run(path, checkpoint, part, args, device, load_dataset):
     return subject
 
 
-def subject_of_weights(path, flags, dataset, args, device, load_dataset):
+def subject_of_weights(path, flags, dataset, args):
     """The Subject of a module or of public weights, as a training script takes them for a teacher.
 
     path: of the weights, or None. flags: config of a student: teacher_model, teacher_arch, mean, std and
@@ -740,12 +742,7 @@ def subject_of_weights(path, flags, dataset, args, device, load_dataset):
     module = flags["teacher_model"]
     mean = flags["mean"]
     std = flags["std"]
-    limit = flags.get("limit_train")
-    test_only = bool(module or mean and std or common.is_photographs(dataset))
-    try:
-        data = read_data(args, dataset, flags, device, load_dataset, limit, test_only)
-    except UsageError:  # as where there are no training images; channel_stats says so
-        data = read_data(args, dataset, flags, device, load_dataset)
+    data = read_data(args, dataset, flags, bool(module or mean and std or common.is_photographs(dataset)))
     if module:
         model = common.load_module(module, "--model", path)
     else:
@@ -754,18 +751,18 @@ def subject_of_weights(path, flags, dataset, args, device, load_dataset):
             mean = mean or stats[0]
             std = std or stats[1]
         model = common.load_public(path, "CKPT", flags["teacher_arch"], mean, std, data.image_size)
-    logits = predict(model.to(device).requires_grad_(False), data.test_images[:100])
+    logits = predict(model.to(args.device).requires_grad_(False), data.test_images[:100])
     if logits.shape[1] != len(data.classes):
         count = f"{len(data.classes)} classes, the model has {logits.shape[1]}"
         raise UsageError(f"--dataset: {dataset} has {count}")
     if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-2:
         raise UsageError(f"--model: {module} gives probabilities, not logits; leave its softmax out")
     config = {"script": path.stem if path else module, "seed": 0, "given": []}
-    batch_size = args.batch_size or common.EVAL_BATCH[device.type]
+    batch_size = args.batch_size or common.EVAL_BATCH[logits.device.type]
     return Subject(str(path or module), config, model, dataset, data, batch_size)
 
 
-def find_teacher(subjects, args, device, load_dataset):
+def find_teacher(subjects, args):
     """The Subject of --teacher, or of the teacher that the students name, as their training was given it."""
     students = {subject.teacher: subject for subject in subjects if subject.teacher}
     name = str(args.teacher)
@@ -777,15 +774,10 @@ def find_teacher(subjects, args, device, load_dataset):
     student = students.get(name)
     config = student.config if student else {}
     weights = config.get("teacher")
-    if not config.get("teacher_model"):
-        try:
-            checkpoint = common.load_checkpoint(name, "--teacher")
-        except UsageError:
-            if not weights:
-                raise
-        else:
-            return subject_of_run(name, checkpoint, "model", args, device, load_dataset)
-    return subject_of_weights(weights and Path(weights), config, student.dataset, args, device, load_dataset)
+    is_module = config.get("teacher_model")
+    if is_module or weights and "built_as" not in common.read_weights_only(weights, "--teacher"):
+        return subject_of_weights(weights and Path(weights), config, student.dataset, args)
+    return subject_of_run(name, common.load_checkpoint(name, "--teacher"), "model", args)
 
 
 def by_value(value):
@@ -800,8 +792,8 @@ def grouped(subjects, leave_out=()):
 
     --seed and --noise-seed count as seeds: runs may differ in one of them or in both. Flags of training in
     `leave_out` may differ too. A name is the script, and the typed flags whose values differ between rows,
-    with these values: "nrd loss=ce". The rows of a script are sorted by them. Where two rows have one name,
-    the path of the first checkpoint follows.
+    with these values: "nrd loss=ce". The rows are sorted by the script and by them. Where two rows have one
+    name, the path of the first checkpoint follows.
     """
     seeds = ("seed", "noise_seed", *leave_out)
     ignored = (*seeds, "name", "given", *common.MACHINE)
@@ -819,16 +811,11 @@ def grouped(subjects, leave_out=()):
             rows += [[subject] for subject in members]
 
     typed = {flag for subject in subjects for flag in subject.config["given"]} - {*seeds}
-    differing = [
-        flag for flag in sorted(typed) if len({by_value(row[0].config.get(flag)) for row in rows}) > 1
-    ]
-    scripts = [row[0].config["script"] for row in rows]
-
-    def place(row):
-        config = row[0].config
-        return scripts.index(config["script"]), [by_value(config.get(flag)) for flag in differing]
-
-    rows.sort(key=place)
+    differing = []
+    for flag in sorted(typed):
+        if len({by_value(row[0].config.get(flag)) for row in rows}) > 1:
+            differing.append(flag)
+    rows.sort(key=lambda row: [by_value(row[0].config.get(flag)) for flag in ("script", *differing)])
     names = []
     for row in rows:
         config = row[0].config
@@ -886,10 +873,9 @@ def evaluate_pgd(subject, eps, args):
                     )
                     fooled = rows[logits.argmax(1) != true[rows]]
                     lost[fooled] = lost[fooled].clamp(max=step)
-    withstood = torch.stack([lost_at > k for k in args.pgd])  # bool [step counts, restarts, N]
-    if args.worst_start:
-        return (100 * withstood.all(1).double().mean(1)).tolist()
-    return (100 * withstood.double().mean(2).amin(1)).tolist()
+    withstood = torch.stack([lost_at > k for k in args.pgd]).double()  # [step counts, restarts, N]
+    worst = withstood.amin(1).mean(1) if args.worst_start else withstood.mean(2).amin(1)
+    return (100 * worst).tolist()
 
 
 def load_attack(name, classes):
@@ -909,21 +895,34 @@ def load_attack(name, classes):
     return known[name]
 
 
+def fooled_by(attack, source, rows, targets, label):
+    """bool [targets, N]: whether each target misclassifies a test image of the source once it is attacked.
+
+    attack: gives the adversarial images of float images [B, 3, H, W] and labels [B]. rows: int64, the images
+    that are attacked; the others count as not misclassified.
+    """
+    images = source.data.test_images
+    labels = source.data.test_labels
+    fooled = torch.zeros(len(targets), len(labels), dtype=torch.bool, device=labels.device)
+    for batch in common.progress(evenly_split(rows, source.batch_size), label):
+        clean = to_float(images[batch.to(images.device)].to(labels.device))
+        adversarial = attack(clean, labels[batch]).detach()
+        for i, target in enumerate(targets):
+            fooled[i, batch] = target.model(adversarial).argmax(1) != labels[batch]
+    return fooled
+
+
 def evaluate_attack(subject, attack, eps, args):
     """Accuracy in percent under an attack of load_attack with its own settings, of l∞ radius eps."""
     classes = min(10, len(subject.data.classes))  # AutoAttack: 9 targets
     options = {"eps": eps, "seed": args.seed, "n_classes": classes}
     takes = inspect.signature(attack).parameters
+    label = f"{attack.__name__}, ε {eps_name(eps)}, on {subject.path}"
     attack = attack(subject.model, **{name: value for name, value in options.items() if name in takes})
-    images = subject.data.test_images
-    labels = subject.data.test_labels
     torch.manual_seed(args.seed)
-    hits = 0
-    batches = evenly_split(torch.arange(len(labels), device=labels.device), subject.batch_size)
-    for rows in common.progress(batches, f"{type(attack).__name__}, ε {eps_name(eps)}, on {subject.path}"):
-        adversarial = attack(to_float(images[rows.to(images.device)].to(labels.device)), labels[rows])
-        hits += (subject.model(adversarial.detach()).argmax(1) == labels[rows]).sum().item()
-    return 100 * hits / len(labels)
+    rows = torch.arange(len(subject.right), device=subject.right.device)
+    fooled = fooled_by(attack, subject, rows, [subject], label)
+    return 100 * (~fooled).double().mean().item()
 
 
 def evaluate_corruptions(subject, args, official):
@@ -936,14 +935,13 @@ def evaluate_corruptions(subject, args, official):
     images = subject.data.test_images
     labels = subject.data.test_labels
     found = {"accuracy": {}, "natural robustness": {}}
+    rows = evenly_spaced(10000, len(images)).numpy()  # of the official files
     label = f"CIFAR-C, {args.cifar_c or 'generated'}, on {subject.path}"
     for name in common.progress(list(CORRUPTIONS), label):
         hits = []
         for severity in range(1, 6):
             if official:
-                rows = evenly_spaced(10000, len(images)).numpy()
                 corrupted = torch.from_numpy(official[name][severity - 1, rows]).permute(0, 3, 1, 2)
-                corrupted = corrupted.to(images.device)
             else:
                 corrupted = corrupt(images, name, severity, args.seed)
             hits.append(predict(subject.model, corrupted, batch_size=subject.batch_size).argmax(1) == labels)
@@ -961,17 +959,16 @@ def evaluate_transfer(source, targets, args):
     What counts are the samples that source and target both classify correctly. The attack succeeds where the
     target misclassifies the adversarial image. On the source itself that is the white-box success rate.
     """
-    images = source.data.test_images
-    labels = source.data.test_labels
-    generator = torch.Generator(labels.device).manual_seed(args.seed)
-    missed = torch.zeros(len(targets), len(labels), dtype=torch.bool, device=labels.device)
-    batches = evenly_split(source.right.nonzero().squeeze(1), source.batch_size)
-    for rows in common.progress(batches, f"transfer, ε {eps_name(args.eps[0])}, from {source.path}"):
-        clean = to_float(images[rows.to(images.device)].to(labels.device))
-        adversarial = pgd(source.model, clean, labels[rows], args.eps[0], args.step_size, 20, generator)
-        for i, target in enumerate(targets):
-            missed[i, rows] = target.model(adversarial).argmax(1) != labels[rows]
-    return [100 * missed[i, source.right & t.right].double().mean().item() for i, t in enumerate(targets)]
+    generator = torch.Generator(source.right.device).manual_seed(args.seed)
+
+    def attack(images, labels):
+        return pgd(source.model, images, labels, args.eps[0], args.step_size, 20, generator)
+
+    label = f"transfer, ε {eps_name(args.eps[0])}, from {source.path}"
+    fooled = fooled_by(attack, source, source.right.nonzero().squeeze(1), targets, label)
+    return [
+        100 * of[source.right & target.right].double().mean().item() for of, target in zip(fooled, targets)
+    ]
 
 
 def measure(subject, args, attacks, official, cinic):
@@ -988,13 +985,13 @@ def measure(subject, args, attacks, official, cinic):
         for eps in args.eps:
             for k, accuracy in zip(args.pgd, evaluate_pgd(subject, eps, args)):
                 numbers[pgd_column(k, eps)] = accuracy
-    for name, eps in itertools.product(args.attack, args.eps):
-        numbers[f"{name}, ε {eps_name(eps)} (%)"] = evaluate_attack(subject, attacks[name], eps, args)
+    for name, attack in attacks.items():
+        for eps in args.eps:
+            numbers[f"{name}, ε {eps_name(eps)} (%)"] = evaluate_attack(subject, attack, eps, args)
     if args.cifar_c is not None:
         subject.corruptions = evaluate_corruptions(subject, args, official)
-        numbers[f"mCA, {'official' if official else 'generated'} (%)"] = subject.corruptions["accuracy"][
-            "mean"
-        ]
+        kind = "official" if official else "generated"
+        numbers[f"mCA, {kind} (%)"] = subject.corruptions["accuracy"]["mean"]
         numbers["natural robustness (%)"] = subject.corruptions["natural robustness"]["mean"]
 
 
@@ -1019,41 +1016,32 @@ def views_of(subject):
     The view as in training is the script's student_view, where the run has --student-augment, else a crop and
     a flip.
     """
-    from torchvision.transforms.functional import center_crop  # a second to import, and only here
-
     size = subject.data.image_size
-    plain = functools.partial(center_crop, output_size=list(subject.data.test_images.shape[2:]))
+    height, width = subject.data.test_images.shape[2:]
+    plain = functools.partial(middle, height=height, width=width)
     as_in_training = functools.partial(common.crop_flip, size=size)
     augment = subject.config.get("student_augment")
     if augment:  # nrd.py or its fork
-        name = subject.config["script"]
-        try:
-            script = importlib.import_module(name)
-        except ImportError:
-            raise UsageError(
-                f"--memory: {subject.path} needs the views of {name}.py beside evaluate.py"
-            ) from None
+        name = subject.config["script"].split(",")[0]  # without its network
+        script = importlib.import_module(name)
         as_in_training = functools.partial(script.student_view, augment=augment, size=size)
     return plain, as_in_training, lambda images: common.auto_augment(plain(images))
 
 
-def training_labels(args, subject, device, load_dataset):
+def training_labels(args, subject):
     """The Dataset on which a subject was trained, and the labels that training was given, int64 [N].
 
     Raises UsageError where these cannot be told, and where fewer than four of them are right or wrong.
     """
     config = subject.config
     about = f"--memory: {subject.path}"
-    if "noise" not in config:
-        raise UsageError(f"{about} does not tell the labels of its training; name the checkpoint of a run")
     for flag in ("imbalance", "validation"):
         if config.get(flag):
             raise UsageError(f"{about} was trained on a part of the images; train it without --{flag}")
-    data = read_data(args, subject.dataset, config, device, load_dataset, config["limit_train"], False)
-    if "train_digest" in config and config["train_digest"] != data.train_digest:
+    data = read_data(args, subject.dataset, config, test_only=False)
+    if config.get("train_digest", data.train_digest) != data.train_digest:
         raise UsageError(f"{about} was trained on other images or labels than {subject.dataset} has now")
-    noise = argparse.Namespace(**config)
-    noise.data_dir = args.data_dir or config["data_dir"]
+    noise = argparse.Namespace(**config | {"data_dir": args.data_dir or config["data_dir"]})
     # as the script calls noisy_labels; a teacher is given the labels of a script that has per_sample
     per_sample = config["script"] == "teacher" or "per_sample=True" in str(subject.source)
     given = common.noisy_labels(noise, data, per_sample)
@@ -1063,19 +1051,22 @@ def training_labels(args, subject, device, load_dataset):
     return data, given
 
 
-def report_memory(args, subjects, device, load_dataset):
+VIEWS = {"views as in training": "tab:red", "AutoAugment, unseen": "tab:blue"}
+
+
+def report_memory(args, subjects):
     """Print, record and draw what each subject predicts for its training images.
 
     For the images as they are, and the mean over args.memory views of each: AutoAugment and random erasing,
-    as in Table 1 and Figure 1. Figure 2a and Table 6 have AutoAugment alone. The pictures of several subjects
-    are numbered. Of several epochs of one run there is confidence.png too.
+    as in Table 1 and Figure 1. Figure 2a and Table 6 have AutoAugment alone. The pictures are memory1.png for
+    the first row that is printed, and so on. Of several epochs of one run there is confidence.png too.
     """
     from scipy.stats import mannwhitneyu  # a second to import, and only here
 
     confidence = {}  # {epoch: p(true class) [2 kinds of views, 4 mislabelled images, 40 views]}
     for number, subject in enumerate(subjects, 1):
         torch.manual_seed(args.seed)
-        data, given = training_labels(args, subject, device, load_dataset)
+        data, given = training_labels(args, subject)
         images = data.train_images
         true = data.true_labels
         wrong = given != true
@@ -1092,65 +1083,55 @@ def report_memory(args, subjects, device, load_dataset):
             nll[name] = -p[wrong, true[wrong]].clamp(min=1e-30).log().cpu().numpy()
         auroc = float(mannwhitneyu(*nll.values()).statistic) / int(wrong.sum()) ** 2
         record(args, subject.path, {"memory": rows, "AUROC": auroc})
-        heading = f"{subject.path}, AUROC {auroc:.4f}, accuracy (%) for the true label"
-        texts = [(name, [f"{value:.2f}" for value in row.values()]) for name, row in rows.items()]
-        print_table(heading, [*masks, "ECE"], texts)
+        lines = [[f"{subject.path}, AUROC {auroc:.4f}, accuracy (%) for the true label", *masks, "ECE"]]
+        lines += [[name, *(f"{value:.2f}" for value in row.values())] for name, row in rows.items()]
+        print_table(lines)
 
         some = [mask.nonzero().squeeze(1) for mask in (~wrong, wrong)]
-        some = torch.cat([indices[evenly_spaced(len(indices), 4)] for indices in some])
+        some = torch.cat([rows[evenly_spaced(len(rows), count)] for rows, count in zip(some, (3, 4))])
         repeated = images[some.to(images.device)].repeat_interleave(40, 0)
         clouds = [seen(subject.model, view, repeated) for view in (as_in_training, auto_augment)]
-        clouds = torch.stack(clouds).unflatten(1, (8, 40)).cpu()
+        clouds = torch.stack(clouds).unflatten(1, (7, 40)).cpu()
         given = given[some].tolist()
         true = true[some].tolist()
         epoch = subject.metrics[-1]["epoch"]
-        confidence[epoch] = torch.stack([clouds[:, k, :, true[k]] for k in range(4, 8)], 1)
-        path = args.out / f"memory{number if len(subjects) > 1 else ''}.png"
-        with common.picture(path, 15, 7, args.pdf) as figure:
-            figure.suptitle(f"{subject.path}, epoch {epoch}, AUROC {auroc:.3f}")
-            left, right = figure.subfigures(1, 2, width_ratios=(1, 2.5))
-            draw_forgetting(left, nll, bins, rows)
-            draw_polygons(right, clouds, given, true, data.classes)
+        confidence[epoch] = torch.stack([clouds[:, k, :, true[k]] for k in range(3, 7)], 1)
+        path = args.out / f"memory{number}.png"
+        title = f"{subject.path}, epoch {epoch}, AUROC {auroc:.3f}"
+        with common.panels(path, title, 9, 4.2, 3.6, pdf=args.pdf) as (figure, drawn):
+            draw_memory(drawn, nll, bins, clouds, given, true, data.classes)
+            legend_below(figure)
     if len(confidence) > 1 and len({str(subject.config) for subject in subjects}) == 1:
         draw_confidence(args, confidence)
 
 
-VIEWS = {"views as in training": "red", "AutoAugment, unseen": "blue"}
+def draw_memory(panels, nll, bins, clouds, given, true, classes):
+    """Figure 1, of the mislabelled images; Figure 2b, calibration of all images for the true labels;
+    Figure 2a, softmax vectors in the polygon of classes (equiradial projection), a panel per image.
 
-
-def draw_forgetting(figure, nll, bins, rows):
-    """Figure 1, histograms of the mislabelled images; Figure 2b, calibration of all for the true labels."""
-    histogram, calibration = figure.subplots(2, 1)
+    nll, bins: {kind of views: array}. clouds: [2 kinds of views, images, views, C]. given, true: the classes
+    of these images.
+    """
+    histogram, calibration, *polygons = panels
     edges = np.linspace(0, max(map(max, nll.values())), 41)
-    for name, colour in zip(rows, ("tab:red", "tab:blue")):
-        style = {"color": colour, "alpha": 0.5, "label": f"{name}, ECE {rows[name]['ECE']:.2f}"}
+    for name, colour in zip(nll, VIEWS.values()):
+        style = {"color": colour, "alpha": 0.5, "label": name}
         histogram.hist(nll[name], edges, density=True, **style)
-        count = len(bins[name])
-        calibration.bar(np.arange(count) / count, bins[name], 1 / count, align="edge", **style)
+        calibration.stairs(bins[name], np.linspace(0, 1, len(bins[name]) + 1), fill=True, **style)
     histogram.set(xlabel="-log p(true class), mislabelled images", ylabel="density")
     calibration.plot([0, 1], [0, 1], "k--", lw=1)
     calibration.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy for the true label")
-    figure.legend(*calibration.get_legend_handles_labels(), loc="outside lower center")
-
-
-def draw_polygons(figure, clouds, given, true, classes):
-    """Figure 2a: softmax vectors in the polygon of classes (equiradial projection), a panel per image.
-
-    clouds: [2 kinds of views, 8 images, 40 views, C]. given, true: the classes of the images.
-    """
     angles = torch.arange(len(classes)) * (2 * math.pi / len(classes))
     corners = torch.stack([angles.cos(), angles.sin()], 1)  # [C, 2]; a softmax vector p lies at p @ corners
-    for k, axes in enumerate(figure.subplots(2, 4).flat):
+    for k, axes in enumerate(polygons):
         axes.fill(*corners.T, fill=False)
         axes.plot(*corners[given[k]], "s", color="tab:orange", ms=14, mfc="none", mew=2, label="given label")
         axes.plot(*corners[true[k]], "*", color="tab:green", ms=14, label="true class")
         for (label, colour), cloud, marker in zip(VIEWS.items(), clouds, "+."):
             axes.plot(*(cloud[k] @ corners).T, marker, color=colour, ms=8, alpha=0.6, label=label)
-        names = dict.fromkeys((classes[true[k]], classes[given[k]]))
-        axes.set_title("\nlabelled ".join(names), fontsize="medium")
+        axes.set_title(f"{classes[true[k]]}\nlabelled {classes[given[k]]}", fontsize="medium")
         axes.set_aspect("equal")
         axes.axis("off")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
 
 
 def draw_confidence(args, confidence):
@@ -1185,45 +1166,36 @@ ERRORS = ("ECE", "NLL", "Brier")  # columns in which less is better
 
 
 def statistic(members, column):
-    """Mean, sample standard deviation (None of one) and number of a column over subjects, as a dict."""
+    """Mean, sample standard deviation (None of one) and number of a column over subjects."""
     values = [subject.numbers[column] for subject in members]
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": deviation, "n": len(values)}
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
 
 
 def cell(members, column):
     """94.28, or 94.28 ± 0.09 (5) for five seeds."""
-    mean, std, n = statistic(members, column).values()
+    mean, std, n = statistic(members, column)
     digits = 4 if column in ERRORS else 2
     return f"{mean:.{digits}f}" if n == 1 else f"{mean:.{digits}f} ± {std:.{digits}f} ({n})"
 
 
-def print_table(heading, columns, rows):
-    """heading: of the first column. columns: names. rows: [(name, a text for each column)]."""
-    lines = [[heading, *columns]]
-    lines += [[name, *texts] for name, texts in rows]
+def print_table(lines):
+    """lines: lists of texts. The first one is the header; a line begins with the name of its row."""
     first, *widths = [max(map(len, column)) for column in zip(*lines)]
     print()
     for name, *texts in lines:
         print(name.ljust(first), *(text.rjust(width) for text, width in zip(texts, widths)), sep="  ")
 
 
-def write(path, save):
-    """Let save(temporary path) make the file `path`; where it cannot be written, say so and go on."""
-    try:
-        with common.atomic_write(path) as partial:
-            save(partial)
-    except OSError as error:
-        print(error, file=sys.stderr)
-    else:
-        print(f"wrote {path}")
-
-
 def record(args, path, numbers):
     """Add a line to evaluation.jsonl in --out: numbers, their checkpoint, the command and the date."""
-    entry = {"date": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}", "command": shlex.join(sys.argv)}
-    entry |= {"checkpoint": path, "digest": None, "numbers": numbers}
-    if os.path.isfile(path):
+    entry = {
+        "date": datetime.datetime.now().isoformat(" ", "seconds"),
+        "command": shlex.join(sys.argv),
+        "checkpoint": path,
+        "digest": None,
+        "numbers": numbers,
+    }
+    if Path(path).is_file():
         entry["digest"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
     entry = json.loads(json.dumps(entry), parse_constant=lambda nan: None)  # JSON has no NaN
     try:
@@ -1234,72 +1206,71 @@ def record(args, path, numbers):
         print(error, file=sys.stderr)
 
 
-TEX = {"\\": "textbackslash", "~": "textasciitilde", "^": "textasciicircum"}
-TEX = {sign: rf"\{name}{{}}" for sign, name in TEX.items()} | {sign: rf"\{sign}" for sign in "&%$#_{}"}
-TEX |= {"±": r"$\pm$", "ε": r"$\epsilon$"}
+TEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+    "ε": r"$\epsilon$", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+}  # fmt: skip
 
 
-def latex(heading, columns, rows):
-    """A tabular of booktabs, a line per (name, cells).
+def latex(lines):
+    """A tabular of booktabs, of lines as for print_table.
 
     The best of several values of a column is bold, where its name tells whether more is better.
     """
-    lines = [["", *columns], *([name, *cells] for name, cells in rows)]
-    lines = [[text.translate(str.maketrans(TEX)) for text in line] for line in lines]
-    for j, column in enumerate(columns):
-        means = [float(cells[j].split()[0]) for _, cells in rows]
-        known = [mean for mean in means if not math.isnan(mean)] or [math.inf]
-        best = min(known) if column in ERRORS else max(known)
-        for line, mean in zip(lines[1:], means):
-            if mean == best and len(rows) > 1 and (column in ERRORS or "(%)" in column):
-                line[j + 1] = rf"\textbf{{{line[j + 1]}}}"
-    head, *body = [" & ".join(line) + r" \\" for line in lines]
-    begin = rf"\begin{{tabular}}{{l{'r' * len(columns)}}} \toprule  % \usepackage{{booktabs}}; {heading}"
+    caption, *columns = lines[0]
+    texts = [[text.translate(str.maketrans(TEX)) for text in line] for line in lines]
+    texts[0][0] = ""
+    for j, column in enumerate(columns, 1):
+        means = [float(line[j].split()[0]) for line in lines[1:]]
+        known = [mean for mean in means if not math.isnan(mean)]
+        if len(known) > 1 and (column in ERRORS or "(%)" in column):
+            best = min(known) if column in ERRORS else max(known)
+            for line, mean in zip(texts[1:], means):
+                if mean == best:
+                    line[j] = rf"\textbf{{{line[j]}}}"
+    head, *body = [" & ".join(line) + r" \\" for line in texts]
+    begin = rf"\begin{{tabular}}{{l{'r' * len(columns)}}} \toprule  % \usepackage{{booktabs}}; {caption}"
     return "\n".join([begin, head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def write_table(path, tables):
-    """Write tables, each (heading, columns, [(name, cells)]), as CSV, Markdown or LaTeX."""
+    """Write tables, each lines as for print_table, as CSV, Markdown or LaTeX."""
     texts = []
-    for heading, columns, rows in tables:
-        lines = [[heading, *columns], *([name, *cells] for name, cells in rows)]
+    for lines in tables:
         if path.suffix == ".csv":
             file = io.StringIO()
             csv.writer(file).writerows(lines)
             texts.append(file.getvalue())
         elif path.suffix == ".md":
-            lines.insert(1, ["---"] * len(lines[0]))
-            lines = [[text.replace("|", r"\|") for text in line] for line in lines]
-            texts.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+            rows = [[text.replace("|", r"\|") for text in line] for line in lines]
+            rows.insert(1, ["---"] * len(lines[0]))
+            texts.append("".join(f"| {' | '.join(row)} |\n" for row in rows))
         else:
-            texts.append(latex(heading, columns, rows))
-    write(path, lambda partial: partial.write_text("\n".join(texts), encoding="utf-8", newline=""))
+            texts.append(latex(lines))
+    with common.atomic_write(path) as partial:
+        partial.write_text("\n".join(texts), encoding="utf-8", newline="")
+    print(f"wrote {path}")
 
 
-def report(args, subjects, teacher):
+def report(args, groups, teacher):
     """Print the tables and write the files. teacher: a list, empty without one."""
-    groups = grouped(subjects)
+    subjects = [subject for _, members in groups for subject in members]
     columns = list(subjects[0].numbers)
     test_sets = heading = "; ".join(sorted({subject.test_set for subject in subjects}))
     if args.pgd:
-        heading += (
-            f"; PGD: worst {'start of each sample' if args.worst_start else 'restart'} of {args.restarts}"
-        )
-    table = heading, columns, [(name, [cell(members, c) for c in columns]) for name, members in groups]
-    print_table(*table)
-    tables = [table]
+        worst = "start of each sample" if args.worst_start else "restart"
+        heading += f"; PGD: worst {worst} of {args.restarts}"
+    lines = [[heading, *columns]]
+    for name, members in groups:
+        lines.append([name, *(cell(members, column) for column in columns)])
+    print_table(lines)
+    if args.table and args.table.suffix == ".csv":  # numbers, not texts
+        lines = [[heading, *(f"{column} {kind}" for column in columns for kind in ("mean", "std", "n"))]]
+        for name, members in groups:
+            lines.append([name, *(v for column in columns for v in statistic(members, column))])
+    tables = [lines]
     if args.transfer:
         tables.append(report_transfer(args, groups, teacher))
-    if args.table:
-        if args.table.suffix == ".csv":
-            wide = [f"{column} {kind}" for column in columns for kind in ("mean", "std", "n")]
-            rows = []
-            for name, members in groups:
-                rows.append(
-                    (name, [value for column in columns for value in statistic(members, column).values()])
-                )
-            tables[0] = heading, wide, rows
-        write_table(args.table, tables)
     if args.ece:
         draw_reliability(args, groups)
     if len(args.pgd) > 1 or args.pgd and len(args.eps) > 1:
@@ -1308,13 +1279,15 @@ def report(args, subjects, teacher):
         draw_by(args, subjects, heading)
     if args.cifar_c is not None:
         draw_corruptions(args, groups, f"{test_sets}; CIFAR-C, {args.cifar_c or 'generated'}")
+    if args.table:
+        write_table(args.table, tables)
 
 
 def report_transfer(args, groups, teacher):
     """The matrix of KD Beyond's Figure 1: targets in rows, sources in columns, the teacher after the mean.
 
     ONE and DML have no teacher and are not in that figure: they have a row and a column, but no part in the
-    means.
+    means. Returns lines as for print_table.
     """
     subjects = [subject for _, members in groups for subject in members]
     names = [f"{name} seed {subject.config['seed']}" for name, members in groups for subject in members]
@@ -1323,10 +1296,10 @@ def report_transfer(args, groups, teacher):
     values = np.insert(values, len(subjects), values[:, counted].mean(1), axis=1)
     values = np.vstack([values, values[counted].mean(0)]).tolist()
     rows = [*(f"{i}: {name}" for i, name in enumerate(names, 1)), "mean"]
-    columns = [*(str(i) for i in range(1, len(names) + 1)), "mean", *("teacher" for _ in teacher)]
-    heading = f"{subjects[0].test_set}: success rate (%), source → / target ↓"
-    table = heading, columns, [(name, [f"{v:.2f}" for v in row]) for name, row in zip(rows, values)]
-    print_table(*table)
+    columns = [*(str(i) for i in range(1, len(rows))), "mean", *("teacher" for _ in teacher)]
+    lines = [[f"{subjects[0].test_set}: success rate (%), source → / target ↓", *columns]]
+    lines += [[name, *(f"{value:.2f}" for value in row)] for name, row in zip(rows, values)]
+    print_table(lines)
     record(args, "", {"rows are targets": rows, "columns are sources": columns, "success_rate": values})
     size = 6 + 0.8 * len(columns), 2.5 + 0.45 * len(rows)
     with common.picture(args.out / "transfer.png", *size, args.pdf) as figure:
@@ -1334,50 +1307,59 @@ def report_transfer(args, groups, teacher):
         heat_map(axes, values, rows, columns, f"success rate (%), PGD-20, ε = {eps_name(args.eps[0])}")
         blank = "; blank: no image that both classify correctly" if np.isnan(values).any() else ""
         axes.set(xlabel=f"source{blank}", ylabel="target")
-    return table
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------- pictures
 
 
-def heat_map(axes, values, rows, columns, title, low=None, high=None):
-    """Numbers in coloured cells; NaN leaves a cell empty. low, high: ends of the colour scale, else those of values."""
+def heat_map(axes, values, rows, columns, title):
+    """Numbers in coloured cells; NaN leaves a cell empty."""
     values = np.array(values)
-    axes.imshow(values, cmap="viridis", aspect="auto", vmin=low, vmax=high)
-    middle = (np.nanmin(values) + np.nanmax(values) if low is None else low + high) / 2
+    axes.imshow(values, aspect="auto")
+    middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (i, j), v in np.ndenumerate(values):
         if not math.isnan(v):
             axes.text(j, i, f"{v:.3g}", ha="center", va="center", color="w" if v <= middle else "k")
     axes.set_title(title)
     axes.set_yticks(range(len(rows)), rows)
-    names = [textwrap.fill(str(name), 45) for name in columns]
-    axes.set_xticks(range(len(columns)), names, rotation=90, fontsize="small")
+    axes.set_xticks(range(len(columns)), columns, rotation=90)
 
 
-def draw_means(axes, places, stats, style):
-    """A curve of means with ± standard deviation; stats: dicts of `statistic`."""
-    means = [s["mean"] for s in stats]
-    deviations = [s["std"] or math.nan for s in stats]
-    axes.errorbar(places, means, deviations, marker=".", capsize=3, **style)
+def label_of(name):
+    """The name of a row as a legend takes it: matplotlib leaves out what begins with _."""
+    return f" {name}" if name.startswith("_") else name
+
+
+def draw_means(axes, groups, points):
+    """A curve per row of the tables: the mean over its seeds, ± standard deviation as a band.
+
+    points: {subject: [(place on the x-axis, number)]}. Returns how many seeds each point of a curve is of.
+    """
+    counts = []
+    for i, (name, members) in enumerate(groups):
+        numbers = {}  # {place: those of the seeds}
+        for subject in members:
+            for place, number in points[subject]:
+                numbers.setdefault(place, []).append(number)
+        if not numbers:
+            continue
+        places = sorted(numbers)
+        mean = np.array([statistics.fmean(numbers[place]) for place in places])
+        std = np.array([np.std(numbers[place], ddof=len(numbers[place]) > 1) for place in places])
+        color = f"C{i % 10}"
+        axes.plot(places, mean, ".-" if i < 10 else ".--", color=color, label=label_of(name))
+        axes.fill_between(places, mean - std, mean + std, color=color, alpha=0.2, lw=2)  # lw: for one place
+        counts += map(len, numbers.values())
     axes.grid(alpha=0.3)
+    return counts
 
 
-def line_style(i, name):
-    """How the row i is drawn: ten colours, then the same ones dashed; and its label."""
-    label = f" {name}" if name.startswith("_") else name  # matplotlib leaves out what begins with _
-    return {"color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10 % 2], "label": label}
+def legend_below(figure, counts=(1,)):
+    """One legend for all panels, in as many columns as fit. The figure grows by its height.
 
-
-def spread(numbers):
-    """What error bars and bands are; numbers: of seeds. None where there is one seed everywhere."""
-    few = min(numbers)
-    many = max(numbers)
-    if many > 1:
-        return f"mean ± standard deviation of {many if few == many else f'{few} to {many}'} seeds"
-
-
-def legend_below(figure, title=None):
-    """One legend for all panels, in as many columns as fit. The figure grows by its height."""
+    counts: of draw_means; where there are several seeds, the title says how many, and what the bands are.
+    """
     handles = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels()):
@@ -1385,6 +1367,10 @@ def legend_below(figure, title=None):
     letters = round(13 * figure.get_figwidth())  # that fit beside one another
     labels = [textwrap.fill(label, letters - 8) for label in handles]
     columns = max(1, letters // (max(map(len, labels)) + 8))
+    few = min(counts)
+    many = max(counts)
+    seeds = many if few == many else f"{few} to {many}"
+    title = f"mean ± standard deviation of {seeds} seeds" if many > 1 else None
     style = {"loc": "outside lower center", "fontsize": "small", "title_fontsize": "small"}
     figure.legend(handles.values(), labels, title=title, ncols=columns, **style)
     figure.set_figheight(figure.get_figheight() + 0.2 * (len(labels) / columns + 1))
@@ -1399,17 +1385,11 @@ def draw_by(args, subjects, heading):
     Over two flags: a heat map of the means, the second flag across, the first and all others down. Runs
     without the last flag are left out, as a teacher without sigma.
     """
-
-    def order(value):
-        return value is None, isinstance(value, str), value
-
     *first, flag = args.plot_by
     subjects = [subject for subject in subjects if subject.config.get(flag) is not None]
     apart = KEPT_APART.union(first, *(subject.config["given"] for subject in subjects))
     follow = {name for subject in subjects for name in subject.config} - apart  # what presets set
     groups = grouped(subjects, [flag, *follow])
-    if first:
-        groups.sort(key=lambda group: order(group[1][0].config.get(first[0])))
     values = {subject: subject.config[flag] for subject in subjects}
     numeric = all(isinstance(value, (int, float)) for value in values.values())
     if not numeric:
@@ -1421,95 +1401,86 @@ def draw_by(args, subjects, heading):
     height = max(3.4, 0.3 * len(groups))
     with common.panels(path, heading, len(columns), 4.8, height, bool(first), args.pdf) as (figure, drawn):
         for axes, column in zip(drawn, columns):
-            means = []
-            numbers = []  # of seeds
-            for i, (name, members) in enumerate(groups):
-                seeds = [[subject for subject in members if values[subject] == value] for value in across]
-                stats = [statistic(of, column) if of else None for of in seeds]
-                means.append([s["mean"] if s else math.nan for s in stats])
-                numbers += [len(of) for of in seeds if of]
-                if not first:
-                    points = [(place, s) for place, s in zip(places, stats) if s]
-                    draw_means(axes, *zip(*points), line_style(i, name))
             if first:
+                means = []
+                for _, members in groups:
+                    seeds = [[s.numbers[column] for s in members if values[s] == value] for value in across]
+                    means.append([statistics.fmean(numbers) if numbers else math.nan for numbers in seeds])
                 heat_map(axes, means, [name for name, _ in groups], across, column)
-                axes.set(xlabel=flag)
-                continue
-            axes.set(xlabel=flag, ylabel=column)
-            if numeric and min(across) > 0 and max(across) >= 20 * min(across):
-                axes.set_xscale("log")
+            else:
+                if numeric and min(across) > 0 and max(across) >= 20 * min(across):
+                    axes.set_xscale("log")
+                place_of = dict(zip(across, places))
+                points = {
+                    subject: [(place_of[values[subject]], subject.numbers[column])] for subject in subjects
+                }
+                counts = draw_means(axes, groups, points)
+                axes.set_xticks(places, across)
                 axes.minorticks_off()
-            axes.set_xticks(places, across)
+                axes.set_ylabel(column)
+            axes.set_xlabel(flag)
         if not first:
-            legend_below(figure, spread(numbers))
+            legend_below(figure, counts)
 
 
 def draw_reliability(args, groups):
-    """A reliability diagram per group, the bins of its seeds pooled. Bins of less than 1 % are pale."""
+    """A reliability diagram per group, the bins of its seeds pooled."""
     path = args.out / "reliability.png"
     with common.panels(path, "", len(groups), 4, 4.2, True, args.pdf) as (figure, drawn):
         for axes, (name, members) in zip(drawn, groups):
             shares = np.array([subject.bins["share"] for subject in members])  # [seeds, bins]
-            weights = shares / shares.sum(0).clip(1e-12)
-            accuracy = (weights * [subject.bins["accuracy"] for subject in members]).sum(0)
-            confidence = (weights * [subject.bins["confidence"] for subject in members]).sum(0)
-            share = shares.mean(0)
-            edges = np.linspace(0, 1, len(share) + 1)
-            for some, alpha in ((share >= 0.01, 1), (share < 0.01, 0.3)):
-                left = edges[:-1][some]
-                acc = accuracy[some]
-                bar = {"width": 1 / len(share), "align": "edge", "alpha": alpha}
-                axes.bar(left, acc, color="tab:blue", edgecolor="w", label="accuracy", **bar)
-                bar |= {"color": "none", "edgecolor": "tab:red", "hatch": "////"}
-                axes.bar(left, confidence[some] - acc, bottom=acc, label="gap to confidence", **bar)
-            axes.stairs(share, edges, color="k", label="share of samples")
+            weights = shares + 1e-12  # empty bins have accuracy 0
+            accuracy = np.average([subject.bins["accuracy"] for subject in members], 0, weights)
+            confidence = np.average([subject.bins["confidence"] for subject in members], 0, weights)
+            edges = np.linspace(0, 1, len(accuracy) + 1)
+            axes.stairs(accuracy, edges, fill=True, color="tab:blue", label="accuracy")
+            gap = {"color": "none", "edgecolor": "tab:red", "hatch": "////", "label": "gap to confidence"}
+            axes.bar(edges[:-1], confidence - accuracy, edges[1], accuracy, align="edge", **gap)
+            axes.stairs(shares.mean(0), edges, color="k", label="share of samples")
             axes.plot([0, 1], [0, 1], "k--", lw=1)
             axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
             axes.set_title(textwrap.fill(f"{name}, ECE {cell(members, 'ECE')}", 45), fontsize="medium")
-        legend_below(figure, "pale: bins of less than 1 % of samples")
+        legend_below(figure)
 
 
 def draw_corruptions(args, groups, title):
-    """Figure 3: corruption by model; of one model, bars."""
-    rows = (*CORRUPTIONS, "mean")
-    names = [name for name, _ in groups]
-    means = {"accuracy": [], "natural robustness": []}  # of each row: of each group, the mean over seeds
-    for kind, row in itertools.product(means, rows):
-        means[kind].append([statistics.fmean(s.corruptions[kind][row] for s in of) for _, of in groups])
-    path = args.out / "cifar-c.png"
-    if len(groups) == 1:
-        with common.panels(path, f"{names[0]}; {title}", 1, 6.5, 8, pdf=args.pdf) as (figure, (axes,)):
-            for i, (kind, values) in enumerate(means.items()):
-                axes.barh(np.arange(len(rows)) + 0.4 * i, [value for (value,) in values], 0.4, label=kind)
-            axes.set_yticks(np.arange(len(rows)) + 0.2, rows)
-            axes.set(xlabel="%", ylim=(len(rows), -0.6))
-            legend_below(figure)
-        return
-    with common.panels(path, title, 2, 2.5 + 0.8 * max(3, len(groups)), 9, True, args.pdf) as (_, drawn):
-        for axes, (kind, values) in zip(drawn, means.items()):
-            heat_map(axes, values, rows, names, f"{kind} (%)", 0, 100)
+    """Figure 3: a bar per corruption and model, the mean over its seeds."""
+    rows = [*CORRUPTIONS, "mean"]
+    places = np.arange(len(rows))
+    thickness = 0.8 / len(groups)
+    height = 4 + 3 * len(groups)
+    with common.panels(args.out / "cifar-c.png", title, 2, 5, height, True, args.pdf) as (figure, drawn):
+        for axes, kind in zip(drawn, ("accuracy", "natural robustness")):
+            for i, (name, members) in enumerate(groups):
+                means = [statistics.fmean(s.corruptions[kind][row] for s in members) for row in rows]
+                bars = axes.barh(places + i * thickness, means, thickness, align="edge", label=label_of(name))
+                axes.bar_label(bars, fmt="%.0f", fontsize="x-small", padding=2)
+            axes.set_yticks(places + 0.4, rows)
+            axes.set(xlabel=f"{kind} (%)", xlim=(0, 105), ylim=(len(rows), -0.2))
+        legend_below(figure)
 
 
 def draw_pgd(args, groups, heading):
-    """Accuracy by the number of PGD's steps at the smallest ε, and by ε at the largest number; 0 is the clean one."""
-    sweeps = {
+    """Accuracy by the number of PGD's steps at the smallest ε, and by ε at the largest number; 0 is clean."""
+    subjects = [subject for _, members in groups for subject in members]
+    steps = args.pgd[-1]
+    sweeps = {  # label of the axis: (place on it, tick, column of the tables)
         "PGD steps": [(k, str(k), pgd_column(k, args.eps[0])) for k in args.pgd],
-        f"ε of PGD-{args.pgd[-1]}": [(eps, eps_name(eps), pgd_column(args.pgd[-1], eps)) for eps in args.eps],
+        f"ε of PGD-{steps}": [(eps, eps_name(eps), pgd_column(steps, eps)) for eps in args.eps],
     }
     sweeps = {label: points for label, points in sweeps.items() if len(points) > 1}
     with common.panels(args.out / "pgd.png", heading, len(sweeps), 6, 4.2, pdf=args.pdf) as (figure, drawn):
         for axes, (label, points) in zip(drawn, sweeps.items()):
-            values, names, columns = zip((0, "0", "accuracy (%)"), *points)
-            for i, (name, members) in enumerate(groups):
-                stats = [statistic(members, column) for column in columns]
-                draw_means(axes, values, stats, line_style(i, name))
-            first = min(value for value in values if value > 0)
-            axes.set_xscale("symlog", linthresh=first)
-            axes.set_xticks(values, names, rotation=45)
+            places, ticks, columns = zip((0, "0", "accuracy (%)"), *points)
+            numbers = {
+                s: [(place, s.numbers[column]) for place, column in zip(places, columns)] for s in subjects
+            }
+            counts = draw_means(axes, groups, numbers)
+            axes.set_xscale("symlog", linthresh=min(place for place in places if place > 0))
+            axes.set_xticks(places, ticks, rotation=45)
             axes.minorticks_off()
-            axes.set(xlabel=label, xlim=(-first / 10, values[-1] * 1.05))
-            axes.set(ylabel="accuracy (%)", ylim=(0, None))
-        legend_below(figure, spread([len(members) for _, members in groups]))
+            axes.set(xlabel=label, ylabel="accuracy (%)", ylim=(0, None))
+        legend_below(figure, counts)
 
 
 LABELS = {  # of the metrics whose names do not say it
@@ -1520,61 +1491,33 @@ LABELS = {  # of the metrics whose names do not say it
 }
 
 
-def metric_label(name):
-    """ema_test_acc -> ema test accuracy (%)."""
-    words = name.replace("acc", "accuracy").replace("top5", "top-5 accuracy").replace("_", " ")
-    return LABELS.get(name, f"{words} (%)" if "accuracy" in words else words)
-
-
 def draw_curves(args, groups):
     """The metrics of training over its epochs: the mean of a group's seeds, ± standard deviation as a band.
 
     args.curves: names of metrics; empty: all except learning rate and speed. A group that lacks a metric is
-    not in its panel.
+    not in its panel. Raises UsageError for a metric that no run has.
     """
-    every = [record for _, members in groups for subject in members for record in subject.metrics]
-    numbers = [key for record in every for key, value in record.items() if isinstance(value, (int, float))]
+    subjects = [subject for _, members in groups for subject in members]
+    records = [record for subject in subjects for record in subject.metrics]
+    known = [key for record in records for key, value in record.items() if isinstance(value, (int, float))]
+    for name in args.curves:
+        if name not in known:
+            raise UsageError(f"--curves: no run has {name}; they have {', '.join(sorted(set(known)))}")
     unseen = ("epoch", "lr", "seconds", "images_per_second")
-    names = args.curves or [key for key in dict.fromkeys(numbers) if key not in unseen]
+    names = args.curves or [key for key in dict.fromkeys(known) if key not in unseen]
+    counts = []
     with common.panels(args.out / "training.png", "", len(names), 5, 3.4, pdf=args.pdf) as (figure, drawn):
         for key, axes in zip(names, drawn):
-            for i, (name, members) in enumerate(groups):
-                runs = [[record.get(key) for record in subject.metrics] for subject in members]
-                values = np.array(runs, dtype=float)  # [seeds, epochs], NaN where there is no number
-                if np.isnan(values).all():
-                    continue
-                epochs = [record["epoch"] for record in members[0].metrics]
-                mean = values.mean(0)
-                style = line_style(i, name)
-                axes.plot(epochs, mean, **style)
-                if len(members) > 1:
-                    deviation = values.std(0, ddof=1)
-                    band = {"color": style["color"], "alpha": 0.2, "lw": 0}
-                    axes.fill_between(epochs, mean - deviation, mean + deviation, **band)
-            axes.set(xlabel="epoch", ylabel=metric_label(key))
+            points = {}
+            for subject in subjects:
+                records = [record for record in subject.metrics if record.get(key) is not None]
+                points[subject] = [(record["epoch"], record[key]) for record in records]
+            counts += draw_means(axes, groups, points)
+            label = key.replace("acc", "accuracy").replace("top5", "top-5 accuracy").replace("_", " ")
+            label = f"{label} (%)" if "accuracy" in label else label
+            axes.set(xlabel="epoch", ylabel=LABELS.get(key, label))
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(alpha=0.3)
-        legend_below(figure, spread([len(members) for _, members in groups]))
-
-
-def show_corruptions(args, images):
-    """A contact sheet of one or two images uint8 [N, 3, H, W]: a row per corruption, clean, severity 1-5."""
-    from torchvision.utils import make_grid  # a second to import, and only here
-
-    cells = []
-    for name in CORRUPTIONS:
-        row = [images, *(corrupt(images, name, severity, args.seed) for severity in range(1, 6))]
-        cells.append(torch.stack(row, 1).flatten(0, 1))
-    columns = 6 * len(images)
-    sheet = make_grid(torch.cat(cells), columns, padding=2, pad_value=255)
-    side = images.shape[3] + 2
-    with common.picture(args.out / "corruptions.png", 13, 19.5, args.pdf) as figure:
-        axes = figure.subplots()
-        axes.imshow(sheet.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        axes.set_yticks([(i + 0.5) * side for i in range(len(CORRUPTIONS))], list(CORRUPTIONS))
-        axes.set_xticks([(i + 0.5) * side for i in range(columns)], ["clean", *"12345"] * len(images))
-        axes.xaxis.tick_top()
-        axes.spines[:].set_visible(False)
+        legend_below(figure, counts)
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -1582,27 +1525,17 @@ def show_corruptions(args, images):
 
 def main(args):
     """Evaluate what the flags name."""
-    device = common.setup(args)
+    common.setup(args)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
-    load_dataset = functools.cache(common.load_dataset)
+    load_dataset.cache_clear()  # files may have changed since an earlier call
 
-    if args.show_corruptions:
-        images = read_data(args, args.dataset or "shapes", {}, "cpu", load_dataset).test_images
-        show_corruptions(args, images[evenly_spaced(len(images), 2)])
-        if not (args.checkpoints or args.model):
-            return
     subjects = []
     if args.arch or args.model:
-        for path in args.checkpoints or [None]:
-            flags = {
-                "teacher_model": args.model,
-                "teacher_arch": args.arch,
-                "mean": args.mean,
-                "std": args.std,
-            }
-            subjects.append(subject_of_weights(path, flags, args.dataset, args, device, load_dataset))
+        flags = {"teacher_model": args.model, "teacher_arch": args.arch, "mean": args.mean, "std": args.std}
+        paths = args.checkpoints or [None]
+        subjects = [subject_of_weights(path, flags, args.dataset, args) for path in paths]
     else:
         for path in args.checkpoints:
             try:
@@ -1611,47 +1544,37 @@ def main(args):
                 if len(args.checkpoints) == 1:
                     raise
                 print(f"left out: {error}", file=sys.stderr, flush=True)
-                continue
-            subjects.append(subject_of_run(path, checkpoint, args.part, args, device, load_dataset))
+            else:
+                subjects.append(subject_of_run(path, checkpoint, args.part, args))
         if not subjects:
             raise UsageError("CKPT: none of these can be evaluated; name checkpoints of runs")
     groups = grouped(subjects)
     subjects = [subject for _, members in groups for subject in members]
     if args.memory:
-        return report_memory(args, subjects, device, load_dataset)
+        report_memory(args, subjects)
     if args.curves is not None:
-        epochs = [epoch for subject in subjects for epoch in subject.metrics]
-        known = {key for epoch in epochs for key, value in epoch.items() if isinstance(value, (int, float))}
-        for name in args.curves:
-            if name not in known:
-                raise UsageError(f"--curves: no run has {name}; they have {', '.join(sorted(known))}")
         draw_curves(args, groups)
-        if not args.measures:
-            return
+    if not args.measures:
+        return
 
-    if args.plot_by and (
-        len(args.plot_by) > 2 or all(s.config.get(args.plot_by[-1]) is None for s in subjects)
-    ):
-        raise UsageError(
-            f"--plot-by: name one or two flags of the runs' config.json, not {' '.join(args.plot_by)}"
-        )
-    teacher = [find_teacher(subjects, args, device, load_dataset)] if args.teacher else []
-    tests = [(subject.data.test_images, subject.data.test_labels) for subject in subjects + teacher]
-    if args.transfer and not all(torch.equal(a, b) for test in tests for a, b in zip(test, tests[0])):
-        raise UsageError(
-            "--transfer: the checkpoints have different test sets; --dataset NAME takes one for all"
-        )
+    if args.plot_by and all(subject.config.get(args.plot_by[-1]) is None for subject in subjects):
+        flags = " ".join(args.plot_by)
+        raise UsageError(f"--plot-by: name one or two flags of the runs' config.json, not {flags}")
+    teacher = [find_teacher(subjects, args)] if args.teacher else []
+    if args.transfer and len({subject.data.test_digest for subject in subjects + teacher}) > 1:
+        says = "the checkpoints have different test sets; --dataset NAME takes one for all"
+        raise UsageError(f"--transfer: {says}")
     attacks = {name: load_attack(name, min(len(s.data.classes) for s in subjects)) for name in args.attack}
     official = read_cifar_c(Path(args.cifar_c), subjects) if args.cifar_c else None
     cinic = None
     if args.cinic:
         if any(list(subject.data.classes) != CIFAR10 for subject in subjects):
             raise UsageError("--cinic: has the classes of cifar10, and a checkpoint has other ones")
-        cinic = [part.to(device) for part in load_cinic(args.cinic, args.seed)]
+        cinic = [part.to(args.device) for part in load_cinic(args.cinic, args.seed)]
     for subject in subjects:
         measure(subject, args, attacks, official, cinic)
         record(args, subject.path, {"test set": subject.test_set, **subject.numbers})
-    report(args, subjects, teacher)
+    report(args, groups, teacher)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""CIFAR-C's corruptions against its own generator in the mean, against scipy, Pillow and numpy pixel by pixel."""
+"""CIFAR-C's corruptions against its own generator in the mean, against scipy, Pillow and numpy pixel by
+pixel."""
 
 import io
 import math
@@ -14,8 +15,8 @@ import common
 import evaluate
 from evaluate import CORRUPTIONS, SEVERITIES, corrupt
 
-RANDOM = {"gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "glass_blur", "motion_blur", "snow",
-          "frost", "fog", "spatter", "elastic_transform"}  # fmt: skip
+RANDOM = {"gaussian_noise", "shot_noise", "impulse_noise", "speckle_noise", "glass_blur", "motion_blur",
+          "snow", "frost", "fog", "spatter", "elastic_transform"}  # fmt: skip
 
 
 def by_severity(name, *published):
@@ -28,7 +29,8 @@ def applied(name, severity, x):
 
 
 def assert_close(found, expected, tolerance=1e-5, share=0):
-    """A share of the values may be off: those that float32's error takes past a whole level before they are cut off."""
+    """A share of the values may be off: those that float32's error takes past a whole level before they are
+    cut off."""
     assert (np.abs(np.asarray(found) - np.asarray(expected)) >= tolerance).mean() <= share
 
 
@@ -40,12 +42,14 @@ def gaussian(images, sigma, mode="nearest", truncate=4):
 
 
 def cut_off(values):
-    """As CIFAR-C's np.uint8(255 · values) / 255; 1e-4 for values that are whole levels but for float32's error."""
+    """As CIFAR-C's np.uint8(255 · values) / 255; 1e-4 for values that are whole levels but for float32's
+    error."""
     return np.floor(255 * values + 1e-4) / 255
 
 
 def textured(size):
-    """Four images uint8 [4, 3, *size], smooth in the large and noisy in the small; the last has flat patches too."""
+    """Four images uint8 [4, 3, *size], smooth in the large and noisy in the small; the last has flat patches
+    too."""
     random = np.random.default_rng(5)
     coarse = scipy.ndimage.gaussian_filter(random.random((4, 3, *size)), (0, 0, 3, 3), mode="wrap")
     coarse = (coarse - coarse.min()) / (coarse.max() - coarse.min())
@@ -64,7 +68,8 @@ def x(request):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What evaluate.normal and evaluate.uniform draw from now on, for an oracle in numpy: [(arguments, tensor)]."""
+    """What evaluate.normal and evaluate.uniform draw from now on, for an oracle in numpy: [(arguments,
+    tensor)]."""
     draws = []
 
     def recording(function):
@@ -108,12 +113,13 @@ def shapes():
 
 @pytest.mark.parametrize("line", DISTANCES.split("\n")[1:], ids=lambda line: line.split()[0])
 def test_mean_pixel_distance_is_that_of_the_published_generator(shapes, line):
-    """DISTANCES are what CIFAR-C's own make_cifar_c.py gave on 200 images of `shapes`, the mean of five seeds.
+    """DISTANCES are what CIFAR-C's own make_cifar_c.py gave on 200 images of `shapes`, the mean of five
+    seeds.
 
-    It ran with numpy 1.26, scikit-image 0.26, scipy 1.17, OpenCV 4.11, Pillow 13.0 and ImageMagick 6.9. Its photographs
-    of frost do not ship: the line of frost is measured on CIFAR-10-C's files, so on other images.
-    The tolerance is 1 % without chance and 5 % with it: affine maps drawn for 200 images change the mean by 2 %, the
-    largest chance of all. It is 15 % for spatter, whose drops have another relief, and for frost.
+    It ran with numpy 1.26, scikit-image 0.26, scipy 1.17, OpenCV 4.11, Pillow 13.0 and ImageMagick 6.9. Its
+    photographs of frost do not ship: the line of frost is measured on CIFAR-10-C's files, so on other images.
+    The tolerance is 1 % without chance and 5 % with it: affine maps drawn for 200 images change the mean by 2
+    %, the largest chance of all. It is 15 % for spatter, whose drops have another relief, and for frost.
     """
     name, *published = line.split()
     tolerance = 0.15 if name in ("frost", "spatter") else 0.05 if name in RANDOM else 0.01
@@ -124,7 +130,8 @@ def test_mean_pixel_distance_is_that_of_the_published_generator(shapes, line):
 
 @pytest.mark.parametrize("name", SEVERITIES)
 def test_form_and_seed(name):
-    """The same seed gives the same pixels; where there is chance, another seed gives others, as does another image."""
+    """The same seed gives the same pixels; where there is chance, another seed gives others, as does another
+    image."""
     clean = textured((32, 32))
     out = corrupt(clean, name, 3, seed=3)
     assert out.dtype == torch.uint8 and out.shape == clean.shape and not torch.equal(out, clean)
@@ -160,7 +167,8 @@ def test_zoom_blur_is_scipy_s(x, severity, end):
 
 
 def trailed(plane, radius, sigma, degrees):
-    """An array [H, W] drawn out: pixel by pixel along the line, the border repeated, weights half a Gaussian."""
+    """An array [H, W] drawn out: pixel by pixel along the line, the border repeated, weights half a
+    Gaussian."""
     weights = [math.exp(-(i**2) / (2 * sigma**2)) for i in range(2 * radius + 1)]
     total, out = sum(weights), np.zeros_like(plane)
     rows, columns = np.indices(plane.shape)
@@ -183,7 +191,8 @@ def test_motion_blur_is_a_loop_over_the_pixels_of_a_trail(x, severity, constants
 
 @by_severity("constants", (0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2))
 def test_glass_blur_moves_pixels_as_the_published_loop_does(severity, constants):
-    """The loop means to swap two pixels; as both sides are views of one array, it copies one over the other."""
+    """The loop means to swap two pixels; as both sides are views of one array, it copies one over the
+    other."""
     sigma, _, rounds = constants
     clean = common.to_float(textured((16, 20)))
     count, _, height, width = clean.shape
@@ -275,7 +284,8 @@ def test_elastic_transform_is_scipy_s(x, severity, constants, drawn):
 
 
 def midpoint_displacement(size, decay, draws):
-    """Plasma as CIFAR-C fills it in, point by point: a point is the mean of four around it plus amplitude² · draw."""
+    """Plasma as CIFAR-C fills it in, point by point: a point is the mean of four around it plus amplitude² ·
+    draw."""
     field, step, wibble = np.zeros((size, size)), size, 100.0
     while step > 1:
         half = step // 2
