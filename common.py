@@ -173,6 +173,8 @@ def parse(parser, preset):
         refuse(args, ("rate",), f"--noise {args.noise} has no rate")
     if not is_photographs(args.dataset):
         refuse(args, ("resize", "image_size"), f"--dataset {args.dataset} keeps its size")
+        args.resize = None
+        args.image_size = None
     args.name = folder_name(args.script, args, args.given)
     return args
 
@@ -206,13 +208,14 @@ def folder_name(first, args, flags):
 
 
 def find_device(name):
-    """The torch.device of --device. Raises UsageError for all but the CPU and CUDA devices that are there."""
+    """The torch.device of --device. Raises UsageError for all except the CPU and visible CUDA devices."""
     if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
         raise UsageError(f"--device {name}: unknown; cpu, cuda and cuda:N work")
     device = torch.device(name)
     visible = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= visible:
-        raise UsageError(f"--device {name}: {visible} CUDA devices are visible, from cuda:0 on; cpu works")
+        there = f"{visible} CUDA devices are" if visible else "no CUDA device is"
+        raise UsageError(f"--device {name}: {there} visible; --device cpu works")
     return device
 
 
@@ -234,12 +237,11 @@ def run(parse_args, main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± gets a question mark
-    args = ()
     try:
         args = parse_args()
         results = []
         for seed in args.seeds:
-            flags = {**vars(args), "seed": seed}
+            flags = vars(args) | {"seed": seed}
             del flags["seeds"]
             if args.out and len(args.seeds) > 1:
                 flags["out"] = Path(f"{args.out}-seed{seed}")
@@ -254,8 +256,7 @@ def run(parse_args, main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        training = "; the same command with --resume goes on after the last finished epoch"
-        print(f"\nstopped{training if 'resume' in args else ''}", file=sys.stderr)
+        print("\nstopped; training goes on from its last finished epoch with --resume", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -663,15 +664,14 @@ def draw_shapes(n, seed, size=32):
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
+    def uniform(low, high, channels=1):
+        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=generator)
 
     labels = torch.randperm(n, generator=generator) % 10
-    form = (labels // 2).view(-1, 1, 1)
-    dotted = (labels % 2).view(-1, 1, 1).bool()
-    axis = (torch.arange(size) + 0.5) * (2 / size) - 1
-    x = axis.view(1, 1, -1)
-    y = axis.view(1, -1, 1)
+    form = (labels // 2).view(-1, 1, 1, 1)
+    dotted = (labels % 2).view(-1, 1, 1, 1).bool()
+    x = (torch.arange(size) + 0.5) * (2 / size) - 1
+    y = x.view(-1, 1)
 
     t = uniform(-1, 1)
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
@@ -693,7 +693,7 @@ def draw_shapes(n, seed, size=32):
         torch.minimum(torch.maximum(p, 3 * q.abs()), torch.maximum(3 * p, q.abs())),
         (rho - 0.72).abs() / 0.25,
     ])  # fmt: skip
-    inside = outline.gather(0, form.expand(1, n, size, size))[0] <= 1
+    inside = outline.gather(0, form.expand(1, n, 1, size, size))[0] <= 1
 
     frequency = uniform(2.6, 3.4)
     a = (u * frequency + uniform(0, 1)) % 1 - 0.5
@@ -702,13 +702,12 @@ def draw_shapes(n, seed, size=32):
 
     light = uniform(0.7, 1, 3)
     dark = uniform(0, 0.3, 3)
-    slope = x * uniform(-0.15, 0.15).unsqueeze(1) + y * uniform(-0.15, 0.15).unsqueeze(1)
+    slope = x * uniform(-0.15, 0.15) + y * uniform(-0.15, 0.15)
     image = uniform(0.3, 0.7, 3) + slope
     for _ in range(3):  # clutter behind the form
         spot = (x - uniform(-1, 1)) ** 2 + (y - uniform(-1, 1)) ** 2 < uniform(0.08, 0.2) ** 2
-        image = torch.where(spot.unsqueeze(1), uniform(0.2, 0.8, 3), image)
-    fabric = torch.where(texture.unsqueeze(1), light, dark)
-    image = torch.where(inside.unsqueeze(1), fabric, image)
+        image = torch.where(spot, uniform(0.2, 0.8, 3), image)
+    image = torch.where(inside, torch.where(texture, light, dark), image)
     noise = torch.rand(n, 3, size, size, generator=generator) - 0.5
     image = (image + 0.15 * noise).clamp(0, 1)
     return (image * 255).round().byte(), labels
@@ -1396,45 +1395,49 @@ def inception_resnet_v2(arch, num_classes, **_):
     """Inception-ResNet-v2 (Szegedy et al. 2017), for images from 75 pixels up."""
     from torchvision.models.inception import BasicConv2d
 
-    def chain(inputs, *units):
-        """Convolution, BatchNorm, ReLU: (outputs, kernel), padded, or (outputs, kernel, stride), unpadded."""
+    def chain(inputs, units):
+        """Convolution, BatchNorm, ReLU, each: "outputs:kernel", padded, or "outputs:kernel/stride", unpadded."""
         layers = []
-        for outputs, kernel, *stride in units:
-            how = {"stride": stride[0]} if stride else {"padding": "same"}
+        for unit in units.split():
+            size, _, stride = unit.partition("/")
+            outputs, *kernel = map(int, re.split("[:x]", size))
+            how = {"stride": int(stride)} if stride else {"padding": "same"}
             layers.append(BasicConv2d(inputs, outputs, kernel_size=kernel, **how))
             inputs = outputs
         return nn.Sequential(*layers)
 
+    def branches(inputs, text):
+        return [chain(inputs, units) for units in text.split("|")]
+
     def block35():
-        branches = chain(320, (32, 1)), chain(320, (32, 1), (32, 3)), chain(320, (32, 1), (48, 3), (64, 3))
-        return InceptionResidual(320, 128, 0.17, *branches)
+        text = "32:1x1 | 32:1x1 32:3x3 | 32:1x1 48:3x3 64:3x3"
+        return InceptionResidual(320, 128, 0.17, *branches(320, text))
 
     def block17():
-        branches = chain(1088, (192, 1)), chain(1088, (128, 1), (160, (1, 7)), (192, (7, 1)))
-        return InceptionResidual(1088, 384, 0.1, *branches)
+        text = "192:1x1 | 128:1x1 160:1x7 192:7x1"
+        return InceptionResidual(1088, 384, 0.1, *branches(1088, text))
 
     def block8(scale=0.2, relu=True):
-        branches = chain(2080, (192, 1)), chain(2080, (192, 1), (224, (1, 3)), (256, (3, 1)))
-        return InceptionResidual(2080, 448, scale, *branches, relu=relu)
+        text = "192:1x1 | 192:1x1 224:1x3 256:3x1"
+        return InceptionResidual(2080, 448, scale, *branches(2080, text), relu=relu)
 
-    average = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), chain(192, (64, 1)))
+    average = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), chain(192, "64:1x1"))
     stem = nn.Sequential(
-        chain(3, (32, 3, 2), (32, 3, 1), (64, 3)), nn.MaxPool2d(3, 2), chain(64, (80, 1), (192, 3, 1)),
+        chain(3, "32:3x3/2 32:3x3/1 64:3x3"),
         nn.MaxPool2d(3, 2),
-        Parallel(
-            chain(192, (96, 1)), chain(192, (48, 1), (64, 5)), chain(192, (64, 1), (96, 3), (96, 3)), average
-        ),
-    )  # fmt: skip
-    longest = chain(320, (256, 1), (256, 3), (384, 3, 2))
-    reduce_a = Parallel(chain(320, (384, 3, 2)), longest, nn.MaxPool2d(3, 2))
-    longest = chain(1088, (256, 1), (288, 3), (320, 3, 2))
-    others = chain(1088, (256, 1), (384, 3, 2)), chain(1088, (256, 1), (288, 3, 2))
-    reduce_b = Parallel(*others, longest, nn.MaxPool2d(3, 2))
+        chain(64, "80:1x1 192:3x3/1"),
+        nn.MaxPool2d(3, 2),
+        Parallel(*branches(192, "96:1x1 | 48:1x1 64:5x5 | 64:1x1 96:3x3 96:3x3"), average),
+    )
+    text = "384:3x3/2 | 256:1x1 256:3x3 384:3x3/2"
+    reduce_a = Parallel(*branches(320, text), nn.MaxPool2d(3, 2))
+    text = "256:1x1 384:3x3/2 | 256:1x1 288:3x3/2 | 256:1x1 288:3x3 320:3x3/2"
+    reduce_b = Parallel(*branches(1088, text), nn.MaxPool2d(3, 2))
     blocks = [
         nn.Sequential(*(block35() for _ in range(10))),
         nn.Sequential(reduce_a, *(block17() for _ in range(20))),
         nn.Sequential(
-            reduce_b, *(block8() for _ in range(9)), block8(1.0, relu=False), chain(2080, (1536, 1))
+            reduce_b, *(block8() for _ in range(9)), block8(1.0, relu=False), chain(2080, "1536:1x1")
         ),
     ]
     return stem, blocks, pooled(classifier=nn.Linear(1536, num_classes))
@@ -1980,11 +1983,6 @@ class Run:
         """Number of finished epochs."""
         return len(self.metrics)
 
-    def time_left(self, done):
-        """A text, when `done` epochs, a float, are finished."""
-        seconds = (time.perf_counter() - self.began) * (self.epochs - done) / (done - self.done_before)
-        return f"{datetime.timedelta(seconds=round(seconds))} left"
-
     def track(self, **parts):
         """The parts of the training state, whose state_dict() is saved. --resume reads them back here."""
         self.parts = parts
@@ -2026,8 +2024,7 @@ class Run:
     def batches(self, total, batch_size):
         """One epoch: a random order of range(total), int64 [batch_size] at a time; no incomplete last batch.
 
-        Keeps the line with images/s and time left up to date. Under torchrun each process gets its part of
-        each batch.
+        Keeps a line with the time left of the epoch. Under torchrun each process gets its part of each batch.
         """
         if rank() > 0:  # draws of its own, and none that a checkpoint would have to hold
             torch.manual_seed((self.args.seed * self.epochs + self.epoch) * world_size() + rank())
@@ -2036,15 +2033,8 @@ class Run:
             dist.broadcast(order, 0)
         batch_size = min(batch_size, total)
         steps = order[: total // batch_size * batch_size].view(-1, world_size(), batch_size // world_size())
-        self.epoch_began = printed = time.perf_counter()
-        for step, index in enumerate(steps[:, rank()], 1):
-            yield index
-            now = time.perf_counter()
-            if now - printed > (0.2 if sys.stdout.isatty() else 60):
-                printed = now
-                speed = f"{step * batch_size / (now - self.epoch_began):,.0f} images/s"
-                where = f"epoch {self.epoch + 1}/{self.epochs}  step {step}/{len(steps)}"
-                show(f"{where}  {speed}  {self.time_left(self.epoch + step / len(steps))}", live=True)
+        self.epoch_began = time.perf_counter()
+        yield from progress(steps[:, rank()], f"epoch {self.epoch + 1}/{self.epochs}", took=False)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.images_per_second = len(steps) * batch_size / (time.perf_counter() - self.epoch_began)
@@ -2082,7 +2072,8 @@ class Run:
         numbers = {"loss": record["train_loss"], **metrics}
         shown = [f"{key} {value:#.4g}" for key, value in numbers.items() if isinstance(value, float)]
         shown += [f"{key} {value:,}" for key, value in numbers.items() if isinstance(value, int)]
-        shown += [f"{self.images_per_second:,.0f} images/s", self.time_left(self.epoch)]
+        left = (now - self.began) * (self.epochs - self.epoch) / (self.epoch - self.done_before)
+        shown += [f"{self.images_per_second:,.0f} images/s", f"{duration(left)} left"]
         show("  ".join([f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}", *shown]))
 
     def draw(self):
@@ -2249,17 +2240,26 @@ def show(text, live=False):
         print(text, flush=True)
 
 
-def progress(items, label):
-    """Yield the items, which have a length; keep a line with the share done and the time left."""
+def duration(seconds):
+    """Seconds as a text, such as 0:01:30."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def progress(items, label, took=True):
+    """Yield the items, which have a length; keep a line with the share done and the time left.
+
+    took: whether a last line says how long it took.
+    """
     began = shown = time.perf_counter()
     for done, item in enumerate(items, 1):
         yield item
         now = time.perf_counter()
         if now - shown > (0.2 if sys.stdout.isatty() else 60):
             shown = now
-            left = datetime.timedelta(seconds=round((now - began) / done * (len(items) - done)))
+            left = duration((now - began) / done * (len(items) - done))
             show(f"{label}  {100 * done / len(items):.0f} %  {left} left", live=True)
-    show(f"{label}  took {datetime.timedelta(seconds=round(time.perf_counter() - began))}")
+    if took:
+        show(f"{label}  took {duration(time.perf_counter() - began)}")
 
 
 @contextlib.contextmanager
