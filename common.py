@@ -1443,38 +1443,33 @@ def inception_resnet_v2(arch, num_classes, **_):
     return stem, blocks, pooled(classifier=nn.Linear(1536, num_classes))
 
 
+def cut(net, layers, large):
+    """Torchvision's network `net` as stem, blocks and head.
+
+    layers: the names of theirs, as in TORCHVISION. Not large: its form for CIFAR; see build_model.
+    """
+    parts = [[net.get_submodule(name) for name in part.split()] for part in layers.split("|")]
+    stem, *blocks, (*before, classifier) = parts
+    if not large:
+        stem = [layer for layer in stem if not isinstance(layer, nn.MaxPool2d)]
+        if isinstance(stem[0], nn.Conv2d):
+            stem[0] = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        else:
+            stem[0][0].stride = (1, 1)
+        if layers == MOBILENET:
+            net.features[2].conv[1][0].stride = (1, 1)
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    stem, *blocks = [part[0] if len(part) == 1 else nn.Sequential(*part) for part in (stem, *blocks)]
+    return stem, blocks, pooled(*before, classifier=classifier)
+
+
 def shufflenet(arch, num_classes, image_size, **_):
     from torchvision.models import get_model
 
     net = get_model("shufflenet_v2_x1_0", num_classes=num_classes)
-    stem = nn.Sequential(net.conv1, net.maxpool)
-    if image_size < 128:
-        stem = net.conv1
-        stem[0].stride = (1, 1)
-    return stem, [net.stage2, net.stage3, nn.Sequential(net.stage4, net.conv5)], pooled(classifier=net.fc)
-
-
-def torchvision_resnet(net, large):
-    after = (net.bn1, net.relu)
-    stem = nn.Sequential(net.conv1, *after, net.maxpool) if large else conv_stem(64, *after)
-    return stem, [net.layer1, net.layer2, net.layer3, net.layer4], pooled(classifier=net.fc)
-
-
-def mobilenet(net, large):
-    layers = list(net.features)
-    if not large:
-        layers[0][0].stride = layers[2].conv[1][0].stride = (1, 1)
-    net.classifier[0].p = 0.0  # dropout
-    blocks = [nn.Sequential(*layers[a:b]) for a, b in ((1, 4), (4, 7), (7, 14), (14, 19))]
-    return layers[0], blocks, pooled(classifier=net.classifier)
-
-
-def densenet(net, large):
-    f = net.features
-    stem = nn.Sequential(f.conv0, f.norm0, f.relu0, f.pool0) if large else conv_stem(64, f.norm0, nn.ReLU())
-    blocks = [f.denseblock1, nn.Sequential(f.transition1, f.denseblock2)]
-    blocks += [nn.Sequential(f.transition2, f.denseblock3), nn.Sequential(f.transition3, f.denseblock4)]
-    return stem, blocks, pooled(f.norm5, nn.ReLU(), classifier=net.classifier)
+    return cut(net, "conv1 maxpool | stage2 | stage3 | stage4 conv5 | fc", image_size >= 128)
 
 
 # A row is an architecture: its name, and what gives its stem, its blocks and its head.
@@ -1487,14 +1482,23 @@ ARCHITECTURES = {  # function(arch, num_classes, dropout=…, image_size=…); D
     "inception_resnet_v2": inception_resnet_v2,
     "shufflenet_v2": shufflenet,
 }
-TORCHVISION = {  # function(torchvision's network, whether images have 128 pixels or more); may be pretrained
-    "resnet18": torchvision_resnet,
-    "resnet34": torchvision_resnet,
-    "resnet50": torchvision_resnet,
-    "resnet101": torchvision_resnet,
-    "mobilenet_v2": mobilenet,
-    "densenet121": densenet,
-    "densenet169": densenet,
+RESNET = "conv1 bn1 relu maxpool | layer1 | layer2 | layer3 | layer4 | fc"
+MOBILENET = """
+features.0 | features.1 features.2 features.3 | features.4 features.5 features.6 |
+features.7 features.8 features.9 features.10 features.11 features.12 features.13 |
+features.14 features.15 features.16 features.17 features.18 | classifier"""
+DENSENET = """
+features.conv0 features.norm0 features.relu0 features.pool0 | features.denseblock1 |
+features.transition1 features.denseblock2 | features.transition2 features.denseblock3 |
+features.transition3 features.denseblock4 | features.norm5 features.relu0 classifier"""
+TORCHVISION = {  # torchvision's layers: stem | block | … | head, without its pooling; may be pretrained
+    "resnet18": RESNET,
+    "resnet34": RESNET,
+    "resnet50": RESNET,
+    "resnet101": RESNET,
+    "mobilenet_v2": MOBILENET,
+    "densenet121": DENSENET,
+    "densenet169": DENSENET,
 }
 
 
@@ -1537,7 +1541,7 @@ def build_model(
             state = net.state_dict()
             state |= {key: tensor for key, tensor in source.items() if tensor.shape == state[key].shape}
             net.load_state_dict(state)
-        stem, blocks, head = TORCHVISION[arch](net, large)
+        stem, blocks, head = cut(net, TORCHVISION[arch], large)
     elif names:
         make = ARCHITECTURES[names[0]]
         stem, blocks, head = make(arch, num_classes, dropout=dropout, image_size=image_size)
