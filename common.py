@@ -494,24 +494,23 @@ def download(name, path):
     from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
     print(f"downloading {name} into {path}", flush=True)
-    source = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN}[name]
-    splits = ("train", "test") if name == "svhn" else (True, False)
-    try:
-        parts = [source(path.parent, split, download=True) for split in splits]
-    except (OSError, RuntimeError) as error:  # RuntimeError: something else came, such as a web page
-        advice = f"try again, or bring {path} from a machine where it works"
-        raise UsageError(f"--dataset {name}: torchvision's download failed ({error}); {advice}") from None
-    if name == "svhn":
-        images = [part.data for part in parts]
-        labels = [part.labels for part in parts]
-        classes = [str(digit) for digit in range(10)]
-    else:
-        images = [part.data.transpose(0, 3, 1, 2) for part in parts]
-        labels = [part.targets for part in parts]
-        classes = parts[0].classes
-    arrays = (images[0], np.int64(labels[0]), images[1], np.int64(labels[1]), np.array(classes))
+    arrays = {"classes": range(10)}
+    for part in ("train", "test"):
+        try:
+            if name == "svhn":
+                source = SVHN(path.parent, part, download=True)
+            else:
+                source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name](path.parent, part == "train", download=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: something else came, such as a web page
+            advice = f"try again, or bring {path} from a machine where it works"
+            raise UsageError(f"--dataset {name}: torchvision's download failed ({error}); {advice}") from None
+        if name == "svhn":
+            arrays |= {f"{part}_images": source.data, f"{part}_labels": source.labels}
+        else:
+            images = source.data.transpose(0, 3, 1, 2)
+            arrays |= {f"{part}_images": images, f"{part}_labels": source.targets, "classes": source.classes}
     with atomic_write(path) as partial:
-        np.savez(partial, **dict(zip(ARRAYS, arrays)))
+        np.savez(partial, **arrays)
 
 
 def photographs(name, data_dir, resize, image_size, test_only=False):
@@ -831,8 +830,7 @@ def human_labels(clean, kind, data_dir):
     """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, all or evenly spaced."""
     path = Path(data_dir) / ("CIFAR-100_human.pt" if kind == "human-noisy" else "CIFAR-10_human.pt")
     # The file is a pickle of numpy arrays: torch's restricted unpickler may call what builds these alone.
-    array = np.empty(0)
-    rebuild, *_ = array.__reduce__()  # the function that makes an array; numpy 2 has given it another name
+    rebuild = np.empty(0).__reduce__()[0]  # the function that makes an array; numpy 2 has renamed it
     allowed = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
     try:
         with torch.serialization.safe_globals([*allowed, type(np.dtype(np.int64))]):
@@ -1268,8 +1266,8 @@ class Classifier(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = head
         self.amp = amp
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+        for name, values in {"mean": mean, "std": std}.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1))
 
     def forward(self, images, features=False):
         with torch.autocast("cuda" if images.is_cuda else "cpu", torch.bfloat16, enabled=self.amp):
@@ -1589,19 +1587,18 @@ def predict(model, images, batch_size=None):
     model.train(training)
     if world_size() > 1:
         dist.broadcast(logits, 0)
-    undefined = int(logits.isnan().any(1).sum())
-    if undefined:
+    undefined = logits.isnan().any(1)
+    if undefined.any():
         finite = all(values.isfinite().all() for values in model.state_dict().values())
         if finite or not training:  # that weights diverge in training, Run.end_epoch tells
-            raise UsageError(f"{name} gives NaN for {undefined:,} of {len(images):,} images")
+            raise UsageError(f"{name} gives NaN for {undefined.sum():,} of {len(images):,} images")
     return logits
 
 
 def accuracy(scores, labels, k=1):
     """Top-k accuracy in percent of scores [N, C] for labels int64 [N], as a float."""
-    if k == 1:
-        return 100 * (scores.argmax(1) == labels).double().mean().item()
-    return 100 * (scores.topk(k).indices == labels.unsqueeze(1)).any(1).double().mean().item()
+    top = scores.argmax(1, keepdim=True) if k == 1 else scores.topk(k).indices
+    return 100 * (top == labels.unsqueeze(1)).any(1).double().mean().item()
 
 
 def test_accuracies(model, data):
@@ -1666,15 +1663,15 @@ def calibration(probabilities, labels, bins=15):
 def atomic_write(path):
     """Yield a temporary path beside `path`. It is renamed to `path` once the block has ended without error.
 
-    Raises OSError, whose message has `path`, where it cannot be written.
+    Raises OSError, whose message names `path`, where it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: so torch.save calls a full disk
+        raise OSError(f"{path} cannot be written; is the disk full? ({error})") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -1684,9 +1681,7 @@ def read_weights_only(path, flag):
 
     path: a file, or a run folder, whose checkpoint.pt is read. Raises UsageError for what cannot be read.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "checkpoint.pt"
+    path = checkpoint_file(path)
     if not path.is_file():
         raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints")
     try:
@@ -1724,7 +1719,6 @@ def load_checkpoint(path, flag="checkpoint"):
     {"file until epoch N": its text before}), metrics (a dict per epoch), epoch, epochs, rng.
     Prints how far unfinished training is. Raises UsageError for a missing file and for one of other programs.
     """
-    path = checkpoint_file(path)
     checkpoint = read_weights_only(path, flag)
     if not isinstance(checkpoint, dict) or not {"built_as", "epoch", "epochs", "source"} <= checkpoint.keys():
         raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name a run folder")
@@ -1757,8 +1751,7 @@ def public_state(path, flag):
     for key in keys:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    tensors = state.values() if isinstance(state, dict) else []
-    if not tensors or not all(torch.is_tensor(tensor) for tensor in tensors):
+    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
         raise UsageError(f"{flag}: {path} has no state_dict, alone or under one of {', '.join(keys)}")
     for prefix in ("module.", "_orig_mod.", "student."):
         inside = {
@@ -1796,9 +1789,9 @@ def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=Fal
     names = [name for name in names if name in state or name not in ("mean", "std")]
     if state.keys() == set(names):  # .safetensors are sorted by name
         state = {name: state[name] for name in names}
-    lengths = [len(tensor) for tensor in state.values() if tensor.dim() > 0] or [1]
-    classes = lengths[-1]  # the classifier's bias comes last
-    model = build_model(arch, classes, dropout, mean, std, image_size, amp=amp)
+    lengths = [len(tensor) for tensor in state.values() if tensor.dim() > 0]
+    # the classifier's bias comes last
+    model = build_model(arch, lengths[-1], dropout, mean, std, image_size, amp=amp)
     own = model.state_dict()
 
     def described(name, tensors):
@@ -1818,8 +1811,8 @@ def load_module(text, flag, path=None):
     """The nn.Module that NAME() gives, in evaluation mode. text: FILE.py:NAME. path: of its weights, or None.
 
     The module takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. The file may be part of a
-    package, and imports its neighbours before other modules of their names. Raises UsageError where there is
-    no such file or name, where an import fails, and for weights of another module.
+    package, and imports its neighbours before our files of their names. Raises UsageError where there is no
+    such file or name, where an import fails, and for weights of another module.
     """
     file, _, name = text.rpartition(":")
     here = Path(file).resolve()
@@ -1829,11 +1822,9 @@ def load_module(text, flag, path=None):
     while (root / "__init__.py").exists():
         root = root.parent
     sys.path[:0] = [str(here.parent), str(root)]  # as for `python FILE.py`; for the package
-    aside = {}  # modules from elsewhere that have the name of a neighbour, such as our `common`
-    for neighbour in [*here.parent.glob("*.py"), *here.parent.glob("*/__init__.py")]:
-        key = neighbour.parent.name if neighbour.stem == "__init__" else neighbour.stem
-        if key in sys.modules and getattr(sys.modules[key], "__file__", None) != str(neighbour):
-            aside[key] = sys.modules.pop(key)
+    beside = {neighbour.stem for neighbour in here.parent.iterdir()}  # "common" for common.py and common/
+    ours = {file.stem for file in Path(__file__).parent.glob("*.py")}
+    aside = {module: sys.modules.pop(module) for module in beside & ours & sys.modules.keys()}
     try:
         dotted = ".".join(here.relative_to(root).with_suffix("").parts)  # "package.module"
         make = runpy.run_path(file, run_name=dotted).get(name)
@@ -1887,8 +1878,8 @@ def claim(folder, config, resume, wait):
     try:
         old = json.loads(text) if text else config
     except ValueError:
-        old = None
-    if not isinstance(old, dict) or old.get("script") != config["script"]:
+        old = {}
+    if old.get("script") != config["script"]:
         raise UsageError(f"--out: {path} is not of a run of {config['script']}; name a new folder")
     if (folder / "checkpoint.pt").exists():
         ignored = (*MACHINE, "given", "name", "torch", "commit")
@@ -1962,12 +1953,8 @@ class Run:
             if args.tensorboard:
                 self.board = SummaryWriter(self.folder)
         barrier()
-        hidden = (*args.given, *MACHINE, "given", "name", "script")
-        preset = {
-            flag: value
-            for flag, value in vars(args).items()
-            if flag not in hidden and value not in (None, [])
-        }
+        hidden = (*args.given, *MACHINE, "given", "name", "script", "seed")
+        preset = {flag: value for flag, value in vars(args).items() if flag not in hidden and value is not None}
         print(f"{self.folder}, given:", *assignments(args.given))
         print("preset:", *assignments(preset), flush=True)
         self.metrics = []
@@ -1976,7 +1963,7 @@ class Run:
             self.metrics = self.saved["metrics"]
             source = self.header["source"]
             for name, text in self.saved["source"].items():
-                if name in source and source[name] != text:
+                if source.get(name, text) != text:
                     print(f"{name} was edited after epoch {self.epoch}; the run goes on with it as it is now")
                     name = f"{name} until epoch {self.epoch}"
                 source.setdefault(name, text)
@@ -2003,7 +1990,7 @@ class Run:
             if self.device.type == "cuda":
                 modules = [nn.SyncBatchNorm.convert_sync_batchnorm(module) for module in modules]
             act_as_one(parts["optimizer"], modules)
-        self.began = self.drawn = time.perf_counter()
+        self.began = time.perf_counter()
 
     def save(self, path=None):
         """Write checkpoint.pt, or `path`, then metrics.jsonl, which has the metrics of the checkpoint."""
@@ -2017,10 +2004,7 @@ class Run:
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         if rank() == 0:
             with atomic_write(path or self.path) as partial:
-                try:
-                    torch.save(checkpoint, partial)
-                except RuntimeError as error:  # so PyTorch's writer calls a full disk
-                    raise OSError(f"is the disk full? ({error})") from None
+                torch.save(checkpoint, partial)
             with atomic_write(self.folder / "metrics.jsonl") as partial:
                 lines = [json.dumps(record) + "\n" for record in self.metrics]
                 partial.write_text("".join(lines), encoding="utf-8")
@@ -2061,34 +2045,29 @@ class Run:
         if not all(values.isfinite().all() for values in (losses, *weights)):
             sys.exit(f"error: a loss or weight is not finite in epoch {self.epoch + 1}; lower --lr")
         now = time.perf_counter()
-        record = {"epoch": self.epoch + 1, **metrics, "train_loss": losses.mean().item()}
-        record["images_per_second"] = round(self.images_per_second, 1)
-        record["seconds"] = round(now - self.epoch_began, 2)
-        self.metrics.append(record)
+        speed = {
+            "images_per_second": round(self.images_per_second, 1),
+            "seconds": round(now - self.epoch_began, 2),
+        }
+        metrics["train_loss"] = losses.mean().item()
+        self.metrics.append({"epoch": self.epoch + 1, **metrics, **speed})
         self.save()
-        if now - self.drawn > 60 and rank() == 0:
-            self.drawn = now
-            self.draw()
         if self.board:
-            for key, value in record.items():
+            for key, value in self.metrics[-1].items():
                 if isinstance(value, (int, float)):
                     self.board.add_scalar(key, value, self.epoch)
-        numbers = {"loss": record["train_loss"], **metrics}
-        shown = [f"{key} {value:#.4g}" for key, value in numbers.items() if isinstance(value, float)]
-        shown += [f"{key} {value:,}" for key, value in numbers.items() if isinstance(value, int)]
+        shown = [f"{key} {value:#.4g}" for key, value in metrics.items() if isinstance(value, float)]
+        shown += [f"{key} {value:,}" for key, value in metrics.items() if isinstance(value, int)]
         left = (now - self.began) * (self.epochs - self.epoch) / (self.epoch - self.done_before)
         shown += [f"{self.images_per_second:,.0f} images/s", f"{duration(left)} left"]
         show("  ".join([f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}", *shown]))
-
-    def draw(self):
-        teacher_acc = self.header.get("teacher_acc")
-        plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, teacher_acc)
 
     def finish(self):
         """Draw curves.png, print the last line and let the folder go. Returns the last epoch's metrics."""
         last = self.metrics[-1]
         if rank() == 0:
-            self.draw()
+            teacher_acc = self.header.get("teacher_acc")
+            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, teacher_acc)
             self.claimed.close()
         if self.board:
             self.board.close()
@@ -2142,16 +2121,18 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
             path = args.teacher
             checkpoint = load_checkpoint(path, "--teacher")
             theirs = checkpoint | checkpoint["built_as"][checkpoint.get("best", "model")]
-            for key, value in {"classes": list(data.classes), "image_size": data.image_size}.items():
-                if theirs[key] != value:
-                    differs = f"{key} {theirs[key]}, not {value}"
-                    raise UsageError(f"--teacher: {path} has {differs}; leave it out to train one")
-            noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
+            ours = {
+                "classes": list(data.classes), "image_size": data.image_size,
+                "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed},
+                "imbalance": vars(args).get("imbalance"), "dropout": dropout,
+            }  # fmt: skip
             if args.noise == theirs["noise"]["kind"] == "none":  # the seed of no noise decides nothing
-                noise = theirs["noise"]
-            imbalance = vars(args).get("imbalance")
-            for key, value in {"noise": noise, "imbalance": imbalance, "dropout": dropout}.items():
+                ours["noise"] = theirs["noise"]
+            for key, value in ours.items():
                 if theirs[key] != value:
+                    if key in ("classes", "image_size"):
+                        differs = f"{key} {theirs[key]}, not {value}"
+                        raise UsageError(f"--teacher: {path} has {differs}; leave it out to train one")
                     print(f"the teacher has {key} {theirs[key]}; a trained one would have {value}")
             teacher = load_model(checkpoint, "model", device, args.amp)
         elif args.teacher:
@@ -2288,8 +2269,6 @@ def picture(path, width, height, pdf=False, quiet=False):
                     figure.savefig(partial, dpi=110)
                 if not quiet:
                     print(f"wrote {file}")
-    except UsageError:
-        raise
     except Exception as error:  # whatever fonts, settings or a full disk make matplotlib raise
         print(f"{path} is not drawn: {error}", file=sys.stderr)
 
@@ -2314,16 +2293,13 @@ def panels(path, title, count, width, height, sharey=False, pdf=False, quiet=Fal
 def plot_curves(path, metrics, title, teacher_acc=None):
     """Draw the numbers of `metrics`, a dict per epoch, and the teacher's accuracy, to `path`, a .png."""
     numbers = [key for record in metrics for key, value in record.items() if isinstance(value, (int, float))]
-    names = [key for key in dict.fromkeys(numbers) if key not in ("epoch", "seconds", "images_per_second")]
-    names.sort(key=lambda key: key == "lr")
     keys_of = {}  # {label of a panel: metrics}
-    for key in names:
-        panel = key
+    for key in sorted(dict.fromkeys(numbers), key=lambda key: key == "lr"):
+        panel = "loss" if "loss" in key else key
         if "acc" in key or "top5" in key:
             panel = "training labels (%)" if key.startswith("train_acc") else "accuracy (%)"
-        elif "loss" in key:
-            panel = "loss"
-        keys_of.setdefault(panel, []).append(key)
+        if key not in ("epoch", "seconds", "images_per_second"):
+            keys_of.setdefault(panel, []).append(key)
     epochs = [record["epoch"] for record in metrics]
     with panels(path, title, len(keys_of), 4, 3, quiet=True) as (_, drawn):
         for axes, (panel, keys) in zip(drawn, keys_of.items()):
