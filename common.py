@@ -517,16 +517,17 @@ def photographs(name, data_dir, resize, image_size, test_only=False):
     """The Dataset of photographs: middle squares of `resize` pixels, for tests of `image_size` pixels."""
     if resize < image_size:
         raise UsageError(f"--resize: {resize} is smaller than --image-size {image_size}")
-    parts = ["test"] if test_only else ["train", "test"]
+    parts = ["test"] if test_only else ["test", "train"]
     if name == "webvision" and (data_dir / "imagenet" / "val").is_dir():
         parts.append("imagenet")
-    try:
-        listed = {part: list_pictures(name, data_dir, part) for part in parts}
-    except (OSError, RuntimeError) as error:  # RuntimeError: as in `download`
-        raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
-    classes = listed["test"][1]
     data = {}
-    for part, (samples, found) in listed.items():
+    for part in parts:
+        try:
+            samples, found = list_pictures(name, data_dir, part)
+        except (OSError, RuntimeError) as error:  # RuntimeError: as in `download`
+            raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
+        if part == "test":
+            classes = found
         if found != classes:
             odd = ", ".join(sorted(set(found) ^ set(classes)))
             raise UsageError(f"--dataset {name}: {part} has other classes than the test part: {odd}")
@@ -564,16 +565,17 @@ def list_pictures(name, data_dir, part):
         pictures = torchvision.datasets.ImageFolder(folder, is_valid_file=lambda path: True)
         return pictures.samples, pictures.classes
     root = data_dir / "webvision"
-    lines = (root / "info/synsets.txt").read_text(encoding="utf-8").splitlines()
-    synsets = [line.split() for line in lines[:50]]
+    def lines(name):
+        return (root / "info" / name).read_text(encoding="utf-8").splitlines()
+
+    synsets = [line.split() for line in lines("synsets.txt")[:50]]
     classes = [" ".join(words) for _, *words in synsets]
     if part == "imagenet":
         folders = [data_dir / "imagenet" / "val" / wnid for wnid, *_ in synsets]
         return [(file, c) for c, folder in enumerate(folders) for file in sorted(folder.iterdir())], classes
     file = "train_filelist_google.txt" if part == "train" else "val_filelist.txt"
     folder = root if part == "train" else root / "val_images_256"
-    lines = (root / "info" / file).read_text(encoding="utf-8").splitlines()
-    rows = [line.rsplit(maxsplit=1) for line in lines]
+    rows = [line.rsplit(maxsplit=1) for line in lines(file)]
     return [(folder / path, int(label)) for path, label in rows if int(label) < 50], classes
 
 
@@ -622,9 +624,6 @@ def decode(samples, resize, side, path):
         loader = torch.utils.data.DataLoader(
             files, None, num_workers=min(cores, 16), collate_fn=read, generator=own
         )
-        for left in path.parent.glob(f"{path.stem}.*.partial{path.suffix}"):
-            if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed while it decoded
-                left.unlink()
         rows = []
         sha = hashlib.sha256()
         # written, not mapped: on a full disk, writing into a map kills the process
@@ -795,29 +794,32 @@ def corrupt_labels(labels, kind, rate, classes, seed, data_dir="data", per_sampl
     n = len(labels)
     noisy = clean.clone()
     num_classes = len(classes)
+
+    def some(samples):
+        """Exactly round(rate · len(samples)) of them, at random."""
+        return samples[torch.randperm(len(samples), generator=generator)[: round(rate * len(samples))]]
+
     if kind == "sym":
         if per_sample:
             chosen = (torch.rand(n, generator=generator) < rate).nonzero().squeeze(1)
         else:
-            chosen = torch.randperm(n, generator=generator)[: round(rate * n)]
+            chosen = some(torch.arange(n))
         noisy[chosen] = torch.randint(num_classes, (len(chosen),), generator=generator)
     elif kind in ("sym-other", "pair"):
         flips = torch.rand(n, generator=generator) < rate
         step = torch.randint(1, num_classes, (n,), generator=generator) if kind == "sym-other" else 1
         noisy = torch.where(flips, (clean + step) % num_classes, clean)
     elif kind == "asym":
-        names = list(classes)
-        if set(CIFAR10_CONFUSIONS) | set(CIFAR10_CONFUSIONS.values()) <= set(names):
+        if set(CIFAR10_CONFUSIONS) | set(CIFAR10_CONFUSIONS.values()) <= set(classes):
             for source, target in CIFAR10_CONFUSIONS.items():
-                pool = (noisy == names.index(source)).nonzero().squeeze(1)
-                moved = pool[torch.randperm(len(pool), generator=generator)[: round(rate * len(pool))]]
-                noisy[moved] = names.index(target)
-        elif set(CIFAR100_SUPERCLASSES.replace("/", " ").split()) == set(names):
+                moved = some((noisy == classes.index(source)).nonzero().squeeze(1))
+                noisy[moved] = classes.index(target)
+        elif set(CIFAR100_SUPERCLASSES.replace("/", " ").split()) == set(classes):
             successor = torch.arange(num_classes)
             for family in CIFAR100_SUPERCLASSES.split("/"):
-                members = sorted(names.index(name) for name in family.split())
+                members = sorted(classes.index(name) for name in family.split())
                 successor[members] = torch.tensor(members[1:] + members[:1])
-            moved = torch.randperm(n, generator=generator)[: round(rate * n)]
+            moved = some(torch.arange(n))
             noisy[moved] = successor[clean[moved]]
         else:
             raise UsageError(
@@ -1573,18 +1575,16 @@ def predict(model, images, batch_size=None):
     """
     assert images.dtype == torch.uint8, f"images are {images.dtype}, not uint8"
     device = next(model.parameters(), images).device  # a module of other people may have no parameters
-    name = type(model).__name__
     training = model.training
-    logits = None
+    name = type(model).__name__
     model.eval()
-    order = torch.arange(len(images), device=images.device)
-    for rows in evenly_split(order, batch_size or EVAL_BATCH[device.type]):
-        output = model(to_float(images[rows].to(device)))
+    batches = evenly_split(torch.arange(len(images)), batch_size or EVAL_BATCH[device.type])
+    outputs = [model(to_float(images[rows.to(images.device)].to(device))) for rows in batches]
+    model.train(training)
+    for output in outputs:
         if not torch.is_tensor(output) or output.dim() != 2:
             raise UsageError(f"{name} gives a {type(output).__name__}; it must give logits [B, C] alone")
-        logits = output.new_empty(len(images), output.shape[1]) if logits is None else logits
-        logits[rows.to(device)] = output
-    model.train(training)
+    logits = torch.cat(outputs)[torch.cat(batches).argsort().to(device)]
     if world_size() > 1:
         dist.broadcast(logits, 0)
     undefined = logits.isnan().any(1)
@@ -1652,8 +1652,9 @@ def calibration(probabilities, labels, bins=15):
     size = torch.bincount(which, minlength=bins).double()
     acc = torch.bincount(which, hit, minlength=bins) / size.clamp(min=1)
     conf = torch.bincount(which, confidence, minlength=bins) / size.clamp(min=1)
-    ece = (size / len(labels) * (acc - conf).abs()).sum().item()
-    return ece, acc.tolist(), conf.tolist(), (size / len(labels)).tolist()
+    weight = size / len(labels)
+    ece = (weight * (acc - conf).abs()).sum().item()
+    return ece, acc.tolist(), conf.tolist(), weight.tolist()
 
 
 # ------------------------------------------------------------------------------------------------ run folders
@@ -1758,11 +1759,11 @@ def public_state(path, flag):
             name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
         }
         state = inside or state
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
-            raise UsageError(
-                f"{flag}: {path} has a NaN or an infinity in {name}; take weights of an earlier epoch"
-            )
+            advice = "take weights of an earlier epoch"
+            raise UsageError(f"{flag}: {path} has a NaN or an infinity in {name}; {advice}")
     return state
 
 
@@ -1779,14 +1780,11 @@ def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=Fal
         raise UsageError(
             f"--mean, --std: {mean}, {std} are not of images in [0, 1]; divide those of 0 to 255 by 255"
         )
-
-    def weights(state):
-        return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-
-    state = weights(public_state(path, flag))
+    state = public_state(path, flag)
+    left_out = {"mean", "std"} - state.keys()
     with torch.device("meta"):
-        names = weights(build_model(arch, 1, dropout, image_size=image_size).state_dict())
-    names = [name for name in names if name in state or name not in ("mean", "std")]
+        names = build_model(arch, 1, dropout, image_size=image_size).state_dict()
+    names = [name for name in names if name.split(".")[-1] not in (*left_out, "num_batches_tracked")]
     if state.keys() == set(names):  # .safetensors are sorted by name
         state = {name: state[name] for name in names}
     lengths = [len(tensor) for tensor in state.values() if tensor.dim() > 0]
@@ -2161,8 +2159,8 @@ def train_teacher(args, device, data, labels, seed, recipe):
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
     name = folder_name(recipe["arch"], args, {"epochs": recipe["epochs"]})
     path = Path("runs/teachers") / f"{name}-{digest}-seed{seed}" / "checkpoint.pt"
-    shared = "dataset data_dir noise rate noise_seed imbalance limit_train limit_test resize image_size"
-    shared += " device amp compile"
+    shared = """dataset data_dir noise rate noise_seed imbalance limit_train limit_test resize image_size
+                device amp compile"""
     flags = {flag: vars(args).get(flag) for flag in shared.split()}
     args = argparse.Namespace(
         **recipe, **flags, given=recipe, seed=seed, script="teacher", out=path.parent, resume=True,
