@@ -474,9 +474,8 @@ def read_npz(path, test_only=False):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
             raise UsageError(f"{where} {of} is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W]")
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise UsageError(
-                f"{where} {name} is {labels.dtype} {list(labels.shape)}, not integer [{len(images)}]"
-            )
+            kind = f"{labels.dtype} {list(labels.shape)}"
+            raise UsageError(f"{where} {name} is {kind}, not integer [{len(images)}]")
         if labels.min() < 0 or labels.max() >= len(classes):
             span = f"{labels.min()} to {labels.max()}"
             raise UsageError(f"{where} {name} are {span}, but {len(classes)} classes are named")
@@ -1131,18 +1130,23 @@ def crop_flip(images, padding=4, mode="zero", size=None):
     return torch.where(flip, images.flip(3), images)
 
 
-def _boxes(images, tallest, widest, scale, ratio):
-    """Heights and widths float [B, 1] of boxes of `scale` of an image's area and `ratio` width to height.
+def _boxes(images, tallest, widest, scale, ratio, otherwise):
+    """Boxes of `scale` of an image's area and `ratio` width to height: top, left, height, width; float [B, 1].
 
-    Of ten drawn the first that fits is taken, as in torchvision; third, bool [B, 1]: whether one did.
+    Of ten drawn the first that fits is taken, as in torchvision; else height and width are `otherwise`.
     """
-    area = torch.empty(len(images), 10, device=images.device).uniform_(*scale) * images[0, 0].numel()
+    height, width = images.shape[2:]
+    area = torch.empty(len(images), 10, device=images.device).uniform_(*scale) * (height * width)
     aspect = torch.empty_like(area).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
     h = (area / aspect).sqrt().round()
     w = (area * aspect).sqrt().round()
     fits = (h >= 1) & (h <= tallest) & (w >= 1) & (w <= widest)
     first = fits.int().argmax(1, keepdim=True)
-    return h.gather(1, first), w.gather(1, first), fits.any(1, keepdim=True)
+    h = h.gather(1, first).where(fits.any(1, keepdim=True), otherwise[0])
+    w = w.gather(1, first).where(fits.any(1, keepdim=True), otherwise[1])
+    top = (torch.rand_like(h) * (height - h + 1)).floor()
+    left = (torch.rand_like(w) * (width - w + 1)).floor()
+    return top, left, h, w
 
 
 def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -1153,13 +1157,8 @@ def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     images: float [B, 3, H, W]; returns float [B, 3, size, size].
     """
     check_images(images)
-    height, width = images.shape[2:]
-    h, w, fits = _boxes(images, height, width, scale, ratio)
-    h = h.where(fits, height)
-    w = w.where(fits, width)
-    top = (torch.rand_like(h) * (height - h + 1)).floor()
-    left = (torch.rand_like(w) * (width - w + 1)).floor()
-    return _resized_crop(images, top, left, h, w, size)
+    sides = images.shape[2:]
+    return _resized_crop(images, *_boxes(images, *sides, scale, ratio, sides), size)
 
 
 def _resized_crop(images, top, left, height, width, size):
@@ -1221,8 +1220,8 @@ def cutout(images, size):
     """
     check_images(images)
     height, width = images.shape[2:]
-    top = torch.randint(height, (len(images), 1, 1, 1), device=images.device) - size // 2
-    left = torch.randint(width, (len(images), 1, 1, 1), device=images.device) - size // 2
+    top = torch.randint(height, (len(images), 1), device=images.device) - size // 2
+    left = torch.randint(width, (len(images), 1), device=images.device) - size // 2
     return _black_box(images, top, left, size, size)
 
 
@@ -1233,21 +1232,18 @@ def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)
     """
     check_images(images)
     height, width = images.shape[2:]
-    h, w, fits = _boxes(images, height - 1, width - 1, scale, (1 / ratio[1], 1 / ratio[0]))
-    chosen = fits & (torch.rand_like(h) < probability)
-    h = h.where(chosen, 0).view(-1, 1, 1, 1)
-    w = w.where(chosen, 0).view(-1, 1, 1, 1)
-    top = (torch.rand_like(h) * (height - h + 1)).floor()
-    left = (torch.rand_like(w) * (width - w + 1)).floor()
-    return _black_box(images, top, left, h, w)
+    upright = (1 / ratio[1], 1 / ratio[0])
+    top, left, h, w = _boxes(images, height - 1, width - 1, scale, upright, (0, 0))
+    return _black_box(images, top, left, h.where(torch.rand_like(h) < probability, 0), w)
 
 
 def _black_box(images, top, left, height, width):
-    """Zero the box [top, top + height) × [left, left + width) of each image; all are [B, 1, 1, 1] or int."""
-    y = torch.arange(images.shape[2], device=images.device).view(-1, 1)
+    """Zero the box [top, top + height) × [left, left + width) of each image; all are [B, 1] or int."""
+    y = torch.arange(images.shape[2], device=images.device)
     x = torch.arange(images.shape[3], device=images.device)
-    box = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-    return images.masked_fill(box, 0)
+    rows = (y >= top) & (y < top + height)
+    columns = (x >= left) & (x < left + width)
+    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None], 0)
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -1313,11 +1309,11 @@ def basic_block(inputs, outputs, stride):
 
 
 def stages(block, widths, depths):
-    """A stage of depths[i] blocks for each of widths[1:]; all but the first stage begin with stride 2."""
+    """A stage of depths[i] blocks for each of widths[1:]; all except the first stage begin with stride 2."""
     made = []
-    for i, depth in enumerate(depths):
-        layers = [block(widths[i], widths[i + 1], 1 if i == 0 else 2)]
-        layers += [block(widths[i + 1], widths[i + 1], 1) for _ in range(depth - 1)]
+    for inputs, outputs, depth in zip(widths, widths[1:], depths):
+        layers = [block(inputs, outputs, 2 if made else 1)]
+        layers += [block(outputs, outputs, 1) for _ in range(depth - 1)]
         made.append(nn.Sequential(*layers))
     return made
 
@@ -1363,14 +1359,6 @@ def per_stage(arch, others):
     return n
 
 
-def wide_resnet(arch, num_classes, dropout, **_):
-    n = per_stage(arch, 4)
-    k = int(arch.split("-")[2])
-    blocks = stages(functools.partial(PreActBlock, dropout=dropout), (16, 16 * k, 32 * k, 64 * k), (n, n, n))
-    head = pooled(nn.BatchNorm2d(64 * k), nn.ReLU(), classifier=nn.Linear(64 * k, num_classes))
-    return conv_stem(16), blocks, head
-
-
 def cifar_resnet(arch, num_classes, **_):
     n = per_stage(arch, 2)
     widths = (32, 64, 128, 256) if arch.endswith("x4") else (16, 16, 32, 64)
@@ -1379,16 +1367,20 @@ def cifar_resnet(arch, num_classes, **_):
     return stem, stages(basic_block, widths, (n, n, n)), head
 
 
-def preact_resnet(arch, num_classes, **_):
+def preact_resnet(arch, num_classes, dropout, **_):
+    """PreActResNet, and Wide ResNet (Zagoruyko and Komodakis 2016)."""
     widths = (64, 64, 128, 256, 512)
     depths = (2, 2, 2, 2)
     if arch == "preact_resnet34":  # that of GJS's code, which NRD's tables compare
         widths = (32, 32, 64, 128)
         depths = (5, 5, 5)
-    stem = conv_stem(widths[0])
-    blocks = stages(PreActBlock, widths, depths)
+    if arch.startswith("wrn-"):
+        k = int(arch.split("-")[2])
+        widths = (16, 16 * k, 32 * k, 64 * k)
+        depths = [per_stage(arch, 4)] * 3
+    blocks = stages(functools.partial(PreActBlock, dropout=dropout), widths, depths)
     head = pooled(nn.BatchNorm2d(widths[-1]), nn.ReLU(), classifier=nn.Linear(widths[-1], num_classes))
-    return stem, blocks, head
+    return conv_stem(widths[0]), blocks, head
 
 
 def inception_resnet_v2(arch, num_classes, **_):
@@ -1474,7 +1466,7 @@ def shufflenet(arch, num_classes, image_size, **_):
 
 # A row is an architecture: its name, and what gives its stem, its blocks and its head.
 ARCHITECTURES = {  # function(arch, num_classes, dropout=…, image_size=…); D and K stand for numbers
-    "wrn-D-K": wide_resnet,
+    "wrn-D-K": preact_resnet,
     "resnetD": cifar_resnet,
     "resnetDx4": cifar_resnet,
     "preact_resnet18": preact_resnet,
@@ -1850,12 +1842,12 @@ def load_module(text, flag, path=None):
     return model.eval()
 
 
-def claim(folder, config, resume, wait):
+def claim(folder, config, wait):
     """Hold `folder` for this process by an advisory lock on its config.json, the open file that is returned.
 
     wait: until no other process holds it; for a folder whose name alone tells that it is of this run.
     Raises UsageError where a process holds it, and where the folder has other files, another run, or, without
-    resume, this one.
+    --resume, this one.
     """
     path = folder / "config.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -1888,7 +1880,7 @@ def claim(folder, config, resume, wait):
             if "amp" in differs:  # begun where the hardware has bfloat16, or has none
                 advice += f", or add {'--amp' if old.get('amp') else '--no-amp'} to compute as there"
             raise UsageError(f"--out: {folder} holds another run: {told}; {advice}")
-        if not resume:
+        if not config["resume"]:
             raise UsageError(f"--out: {folder} holds this run; --resume continues it, --out starts another")
     else:
         file.truncate(0)
@@ -1947,7 +1939,7 @@ class Run:
             options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
             commit = subprocess.run("git rev-parse HEAD", **options).stdout.strip()  # "" without git
             config |= {"torch": str(torch.__version__), "commit": commit}
-            self.claimed = claim(self.folder, config, args.resume, wait)
+            self.claimed = claim(self.folder, config, wait)
             if args.tensorboard:
                 self.board = SummaryWriter(self.folder)
         barrier()
@@ -2043,15 +2035,14 @@ class Run:
         if not all(values.isfinite().all() for values in (losses, *weights)):
             sys.exit(f"error: a loss or weight is not finite in epoch {self.epoch + 1}; lower --lr")
         now = time.perf_counter()
-        speed = {
-            "images_per_second": round(self.images_per_second, 1),
-            "seconds": round(now - self.epoch_began, 2),
-        }
         metrics["train_loss"] = losses.mean().item()
-        self.metrics.append({"epoch": self.epoch + 1, **metrics, **speed})
+        record = {"epoch": self.epoch + 1, **metrics}
+        record["images_per_second"] = round(self.images_per_second, 1)
+        record["seconds"] = round(now - self.epoch_began, 2)
+        self.metrics.append(record)
         self.save()
         if self.board:
-            for key, value in self.metrics[-1].items():
+            for key, value in record.items():
                 if isinstance(value, (int, float)):
                     self.board.add_scalar(key, value, self.epoch)
         shown = [f"{key} {value:#.4g}" for key, value in metrics.items() if isinstance(value, float)]
