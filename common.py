@@ -1359,6 +1359,14 @@ def per_stage(arch, others):
     return n
 
 
+def wide_resnet(arch, num_classes, dropout, **_):
+    n = per_stage(arch, 4)
+    k = int(arch.split("-")[2])
+    blocks = stages(functools.partial(PreActBlock, dropout=dropout), (16, 16 * k, 32 * k, 64 * k), (n, n, n))
+    head = pooled(nn.BatchNorm2d(64 * k), nn.ReLU(), classifier=nn.Linear(64 * k, num_classes))
+    return conv_stem(16), blocks, head
+
+
 def cifar_resnet(arch, num_classes, **_):
     n = per_stage(arch, 2)
     widths = (32, 64, 128, 256) if arch.endswith("x4") else (16, 16, 32, 64)
@@ -1367,20 +1375,16 @@ def cifar_resnet(arch, num_classes, **_):
     return stem, stages(basic_block, widths, (n, n, n)), head
 
 
-def preact_resnet(arch, num_classes, dropout, **_):
-    """PreActResNet, and Wide ResNet (Zagoruyko and Komodakis 2016)."""
+def preact_resnet(arch, num_classes, **_):
     widths = (64, 64, 128, 256, 512)
     depths = (2, 2, 2, 2)
     if arch == "preact_resnet34":  # that of GJS's code, which NRD's tables compare
         widths = (32, 32, 64, 128)
         depths = (5, 5, 5)
-    if arch.startswith("wrn-"):
-        k = int(arch.split("-")[2])
-        widths = (16, 16 * k, 32 * k, 64 * k)
-        depths = [per_stage(arch, 4)] * 3
-    blocks = stages(functools.partial(PreActBlock, dropout=dropout), widths, depths)
+    stem = conv_stem(widths[0])
+    blocks = stages(PreActBlock, widths, depths)
     head = pooled(nn.BatchNorm2d(widths[-1]), nn.ReLU(), classifier=nn.Linear(widths[-1], num_classes))
-    return conv_stem(widths[0]), blocks, head
+    return stem, blocks, head
 
 
 def inception_resnet_v2(arch, num_classes, **_):
@@ -1466,7 +1470,7 @@ def shufflenet(arch, num_classes, image_size, **_):
 
 # A row is an architecture: its name, and what gives its stem, its blocks and its head.
 ARCHITECTURES = {  # function(arch, num_classes, dropout=…, image_size=…); D and K stand for numbers
-    "wrn-D-K": preact_resnet,
+    "wrn-D-K": wide_resnet,
     "resnetD": cifar_resnet,
     "resnetDx4": cifar_resnet,
     "preact_resnet18": preact_resnet,
