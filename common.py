@@ -984,11 +984,10 @@ _tables = {}  # op_table's results by its arguments; not functools.cache, throug
 
 def op_table(bins, height, width, device, translate=150 / 331, posterize=8):
     """The numbers of all operations at each strength, with + and with -: float32 [15, bins, 2, 12]."""
-    key = (bins, height, width, device, translate, posterize)
+    key = (bins, height, width, translate, posterize, device)
     if key not in _tables:
         table = torch.zeros(len(OPS), bins, 2, len(COLUMNS))
-        made = operations(bins, height, width, translate, posterize)
-        for row, (function, numbers) in zip(table, made.values()):
+        for row, (function, numbers) in zip(table, operations(*key[:-1]).values()):
             for column, number in numbers.items():
                 row[..., COLUMNS.index(column)] = number
             row[..., COLUMNS.index("function")] = FUNCTIONS.index(function) if function else -1
@@ -1857,7 +1856,7 @@ def claim(folder, config, wait):
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists() and any(folder.iterdir()):
         raise UsageError(f"--out: {folder} is not empty; name a new folder")
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1867,8 +1866,7 @@ def claim(folder, config, wait):
         pass  # a file system without locks: nothing holds the folder
     for partial in folder.glob("*.partial.*"):  # of a process that was killed while it wrote
         partial.unlink()
-    file.seek(0)
-    text = file.read()
+    text = path.read_text(encoding="utf-8")
     try:
         old = json.loads(text) if text else config
     except ValueError:
@@ -1887,9 +1885,7 @@ def claim(folder, config, wait):
         if not config["resume"]:
             raise UsageError(f"--out: {folder} holds this run; --resume continues it, --out starts another")
     else:
-        file.truncate(0)
-        file.write(json.dumps(config, indent=2) + "\n")
-        file.flush()
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return file
 
 
@@ -1953,10 +1949,10 @@ class Run:
         print("preset:", *assignments(preset), flush=True)
         self.metrics = []
         if args.resume and self.path.exists():
-            self.saved = load_checkpoint(self.path, "--resume")
-            self.metrics = self.saved["metrics"]
+            saved = load_checkpoint(self.path, "--resume")
+            self.metrics = saved["metrics"]
             source = self.header["source"]
-            for name, text in self.saved["source"].items():
+            for name, text in saved["source"].items():
                 if source.get(name, text) != text:
                     print(f"{name} was edited after epoch {self.epoch}; the run goes on with it as it is now")
                     name = f"{name} until epoch {self.epoch}"
@@ -1971,19 +1967,19 @@ class Run:
     def track(self, **parts):
         """The parts of the training state, whose state_dict() is saved. --resume reads them back here."""
         self.parts = parts
+        self.modules = [part for part in parts.values() if isinstance(part, nn.Module)]
         if self.metrics:
-            saved = self.saved
-            del self.saved  # as large as the model
+            saved = read_weights_only(self.path, "--resume")
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             torch.set_rng_state(saved["rng"]["cpu"])
             if self.device.type == "cuda" and "cuda" in saved["rng"]:
                 torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)
         if world_size() > 1:
-            modules = [part for part in parts.values() if isinstance(part, nn.Module)]
             if self.device.type == "cuda":
-                modules = [nn.SyncBatchNorm.convert_sync_batchnorm(module) for module in modules]
-            act_as_one(parts["optimizer"], modules)
+                for module in self.modules:
+                    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # in place
+            act_as_one(parts["optimizer"], self.modules)
         self.began = time.perf_counter()
 
     def save(self, path=None):
@@ -2030,12 +2026,7 @@ class Run:
         """
         losses = torch.stack(losses).float()
         average([losses])
-        weights = [
-            value
-            for part in self.parts.values()
-            if isinstance(part, nn.Module)
-            for value in part.state_dict().values()
-        ]
+        weights = [value for module in self.modules for value in module.state_dict().values()]
         if not all(values.isfinite().all() for values in (losses, *weights)):
             sys.exit(f"error: a loss or weight is not finite in epoch {self.epoch + 1}; lower --lr")
         now = time.perf_counter()
@@ -2100,8 +2091,8 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
     """
     saved = read_weights_only(args.teacher, "--teacher") if args.teacher and not args.teacher_model else None
     is_ours = isinstance(saved, dict) and "built_as" in saved
-    if (args.mean or args.std) and (saved is None or is_ours):
-        raise UsageError("--mean, --std: are of public weights in --teacher; every other teacher has its own")
+    if saved is None or is_ours:
+        refuse(args, ("mean", "std"), "public weights in --teacher need it; every other teacher has its own")
     if args.teacher_model or is_ours:
         refuse(args, ("teacher_arch",), "this teacher has its own")
     if args.teacher_model or args.teacher:
