@@ -1117,15 +1117,17 @@ def crop_flip(images, padding=4, mode="zero", size=None):
     images: float [B, 3, H, W]; returns float [B, 3, min(H, size), min(W, size)].
     """
     check_images(images)
+    n = len(images)
+    device = images.device
     height, width = (min(side, size or side) for side in images.shape[2:])
     if padding:
         images = F.pad(images, (padding,) * 4, mode="constant" if mode == "zero" else mode)
     windows = images.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, 3, tops, lefts, height, width]
     if windows.shape[2:4] != (1, 1):
-        top = torch.randint(windows.shape[2], images.shape[:1], device=images.device)
-        left = torch.randint(windows.shape[3], images.shape[:1], device=images.device)
-        images = windows[torch.arange(len(images), device=images.device), :, top, left]
-    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+        top = torch.randint(windows.shape[2], (n,), device=device)
+        left = torch.randint(windows.shape[3], (n,), device=device)
+        images = windows[torch.arange(n, device=device), :, top, left]
+    flip = torch.rand(n, 1, 1, 1, device=device) < 0.5
     return torch.where(flip, images.flip(3), images)
 
 
@@ -1944,7 +1946,11 @@ class Run:
                 self.board = SummaryWriter(self.folder)
         barrier()
         hidden = (*args.given, *MACHINE, "given", "name", "script", "seed")
-        preset = {flag: value for flag, value in vars(args).items() if flag not in hidden and value is not None}
+        preset = {
+            flag: value
+            for flag, value in vars(args).items()
+            if flag not in hidden and value not in (None, [])
+        }
         print(f"{self.folder}, given:", *assignments(args.given))
         print("preset:", *assignments(preset), flush=True)
         self.metrics = []
@@ -2095,14 +2101,13 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
         refuse(args, ("mean", "std"), "public weights in --teacher need it; every other teacher has its own")
     if args.teacher_model or is_ours:
         refuse(args, ("teacher_arch",), "this teacher has its own")
-    if args.teacher_model or args.teacher:
+    path = args.teacher_model or args.teacher
+    if path:
         refuse(args, ("teacher_seeds", "teacher_epochs"), "this teacher is trained")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if args.teacher_model:
-            path = args.teacher_model
             teacher = load_module(path, "--teacher-model", args.teacher)
         elif is_ours:
-            path = args.teacher
             checkpoint = load_checkpoint(path, "--teacher")
             theirs = checkpoint | checkpoint["built_as"][checkpoint.get("best", "model")]
             ours = {
@@ -2120,7 +2125,6 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
                     print(f"the teacher has {key} {theirs[key]}; a trained one would have {value}")
             teacher = load_model(checkpoint, "model", device, args.amp)
         elif args.teacher:
-            path = args.teacher
             mean, std = channel_stats(data)
             mean = args.mean or mean
             std = args.std or std
