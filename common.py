@@ -420,7 +420,10 @@ def load_dataset(
     most = math.inf if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory / 3
 
     def part(limit, digest, *tensors):
-        """Evenly spaced rows of `tensors`, images and labels, and their digest. digest: of all images, or ""."""
+        """Evenly spaced rows of `tensors`, images and labels, and their digest.
+
+        digest: of all images, or "" where it is to be computed from the rows.
+        """
         if limit is not None:
             rows = evenly_spaced(len(tensors[0]), limit)
             tensors = [tensor[rows] for tensor in tensors]
@@ -493,21 +496,19 @@ def download(name, path):
     from torchvision.datasets import CIFAR10, CIFAR100, SVHN
 
     print(f"downloading {name} into {path}", flush=True)
-    arrays = {"classes": range(10)}
+    source = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN}[name]
+    arrays = {"classes": range(10)}  # SVHN's digits
     for part in ("train", "test"):
         try:
-            if name == "svhn":
-                source = SVHN(path.parent, part, download=True)
-            else:
-                source = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name](path.parent, part == "train", download=True)
+            found = source(path.parent, part if name == "svhn" else part == "train", download=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: something else came, such as a web page
             advice = f"try again, or bring {path} from a machine where it works"
             raise UsageError(f"--dataset {name}: torchvision's download failed ({error}); {advice}") from None
         if name == "svhn":
-            arrays |= {f"{part}_images": source.data, f"{part}_labels": source.labels}
+            arrays |= {f"{part}_images": found.data, f"{part}_labels": found.labels}
         else:
-            images = source.data.transpose(0, 3, 1, 2)
-            arrays |= {f"{part}_images": images, f"{part}_labels": source.targets, "classes": source.classes}
+            images = found.data.transpose(0, 3, 1, 2)
+            arrays |= {f"{part}_images": images, f"{part}_labels": found.targets, "classes": found.classes}
     with atomic_write(path) as partial:
         np.savez(partial, **arrays)
 
@@ -564,6 +565,7 @@ def list_pictures(name, data_dir, part):
         pictures = torchvision.datasets.ImageFolder(folder, is_valid_file=lambda path: True)
         return pictures.samples, pictures.classes
     root = data_dir / "webvision"
+
     def lines(name):
         return (root / "info" / name).read_text(encoding="utf-8").splitlines()
 
@@ -618,10 +620,12 @@ def decode(samples, resize, side, path):
     saved = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     if saved.get("files") != known or "pixels" not in saved or not path.exists():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        read = functools.partial(read_square, resize=resize, side=side)  # what the workers make of each file
-        own = torch.Generator()  # the global generator is for the draws of the method
         loader = torch.utils.data.DataLoader(
-            files, None, num_workers=min(cores, 16), collate_fn=read, generator=own
+            files,
+            None,
+            num_workers=min(cores, 16),
+            collate_fn=functools.partial(read_square, resize=resize, side=side),  # in the workers
+            generator=torch.Generator(),  # the global one is for the draws of the method
         )
         rows = []
         sha = hashlib.sha256()
@@ -855,9 +859,10 @@ def human_labels(clean, kind, data_dir):
 # Then each of six functions changes the images that are its own: few kernels, however large the batch is.
 # Pixel values follow the 8-bit operations of torchvision.transforms.v2.
 
-# The columns of the table. x_x … y_1: a warp's matrix, x = x_x · x + x_y · y + x_1 and the same for y. factor: a
-# blend's. gray, mean_gray: how much there is of the grey image and of the mean grey in what it blends with.
-# step: posterize's between levels. threshold: solarize inverts levels from there on. function: in FUNCTIONS.
+# The columns of the table. x_x … y_1: the matrix of a warp, x = x_x · x + x_y · y + x_1 and the same for y.
+# factor: that of a blend. gray, mean_gray: how much it blends with the grey image and with the mean grey.
+# step: between posterize's levels. threshold: solarize inverts the levels from there on. function: its place
+# in FUNCTIONS.
 COLUMNS = (
     "x_x", "x_y", "x_1", "y_x", "y_y", "y_1",
     "factor", "gray", "mean_gray", "step", "threshold", "function",
@@ -1132,9 +1137,10 @@ def crop_flip(images, padding=4, mode="zero", size=None):
 
 
 def _boxes(images, tallest, widest, scale, ratio, otherwise):
-    """Boxes of `scale` of an image's area and `ratio` width to height: top, left, height, width; float [B, 1].
+    """Random boxes in the images: top, left, height, width in pixels, each float [B, 1].
 
-    Of ten drawn the first that fits is taken, as in torchvision; else height and width are `otherwise`.
+    scale: ends of the share of the image's area. ratio: ends of width / height. Of ten drawn the first that
+    is at most `tallest` by `widest` is taken, as in torchvision; else height and width are `otherwise`.
     """
     height, width = images.shape[2:]
     area = torch.empty(len(images), 10, device=images.device).uniform_(*scale) * (height * width)
@@ -1226,15 +1232,14 @@ def cutout(images, size):
     return _black_box(images, top, left, size, size)
 
 
-def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)):
-    """Random erasing: with `probability` a black box of `scale` of the area and `ratio` height to width.
+def random_erasing(images, probability=0.5):
+    """Random erasing: with `probability` a black box of 2 to 33 % of the area, of height to width 0.3 to 3.3.
 
     Where no box fits the image stays as it is. images: float [B, 3, H, W]; returns the same.
     """
     check_images(images)
     height, width = images.shape[2:]
-    upright = (1 / ratio[1], 1 / ratio[0])
-    top, left, h, w = _boxes(images, height - 1, width - 1, scale, upright, (0, 0))
+    top, left, h, w = _boxes(images, height - 1, width - 1, (0.02, 0.33), (1 / 3.3, 1 / 0.3), (0, 0))
     return _black_box(images, top, left, h.where(torch.rand_like(h) < probability, 0), w)
 
 
@@ -1393,7 +1398,7 @@ def inception_resnet_v2(arch, num_classes, **_):
     from torchvision.models.inception import BasicConv2d
 
     def chain(inputs, units):
-        """Convolution, BatchNorm, ReLU, each: "outputs:kernel", padded, or "outputs:kernel/stride", unpadded."""
+        """Convolutions with BatchNorm and ReLU: each "outputs:kernel", padded, or "outputs:kernel/stride"."""
         layers = []
         for unit in units.split():
             size, _, stride = unit.partition("/")
@@ -1441,9 +1446,10 @@ def inception_resnet_v2(arch, num_classes, **_):
 
 
 def cut(net, layers, large):
-    """Torchvision's network `net` as stem, blocks and head.
+    """Stem, blocks and head of torchvision's network `net`, without its dropout.
 
-    layers: the names of theirs, as in TORCHVISION. Not large: its form for CIFAR; see build_model.
+    layers: their names in it, as in TORCHVISION. large: False gives the CIFAR form that build_model
+    describes.
     """
     parts = [[net.get_submodule(name) for name in part.split()] for part in layers.split("|")]
     stem, *blocks, (*before, classifier) = parts
@@ -1963,7 +1969,6 @@ class Run:
                     print(f"{name} was edited after epoch {self.epoch}; the run goes on with it as it is now")
                     name = f"{name} until epoch {self.epoch}"
                 source.setdefault(name, text)
-        self.done_before = self.epoch
 
     @property
     def epoch(self):
@@ -1986,7 +1991,6 @@ class Run:
                 for module in self.modules:
                     nn.SyncBatchNorm.convert_sync_batchnorm(module)  # in place
             act_as_one(parts["optimizer"], self.modules)
-        self.began = time.perf_counter()
 
     def save(self, path=None):
         """Write checkpoint.pt, or `path`, then metrics.jsonl, which has the metrics of the checkpoint."""
@@ -2035,11 +2039,11 @@ class Run:
         weights = [value for module in self.modules for value in module.state_dict().values()]
         if not all(values.isfinite().all() for values in (losses, *weights)):
             sys.exit(f"error: a loss or weight is not finite in epoch {self.epoch + 1}; lower --lr")
-        now = time.perf_counter()
+        seconds = time.perf_counter() - self.epoch_began
         metrics["train_loss"] = losses.mean().item()
         record = {"epoch": self.epoch + 1, **metrics}
         record["images_per_second"] = round(self.images_per_second, 1)
-        record["seconds"] = round(now - self.epoch_began, 2)
+        record["seconds"] = round(seconds, 2)
         self.metrics.append(record)
         self.save()
         if self.board:
@@ -2048,8 +2052,8 @@ class Run:
                     self.board.add_scalar(key, value, self.epoch)
         shown = [f"{key} {value:#.4g}" for key, value in metrics.items() if isinstance(value, float)]
         shown += [f"{key} {value:,}" for key, value in metrics.items() if isinstance(value, int)]
-        left = (now - self.began) * (self.epochs - self.epoch) / (self.epoch - self.done_before)
-        shown += [f"{self.images_per_second:,.0f} images/s", f"{duration(left)} left"]
+        left = duration(seconds * (self.epochs - self.epoch))
+        shown += [f"{self.images_per_second:,.0f} images/s", f"{left} left"]
         show("  ".join([f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}", *shown]))
 
     def finish(self):
