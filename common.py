@@ -145,7 +145,7 @@ def add_teacher_arguments(parser):
     add("--teacher-model", metavar="FILE.py:NAME",
         help="NAME() gives the teacher, from images in [0, 1] to logits")  # fmt: skip
     add("--mean", nargs=3, type=float, help="mean that public weights expect; None: the training images'")
-    add("--std", nargs=3, type=float, help="standard deviation, likewise; both of images in [0, 1]")
+    add("--std", nargs=3, type=float, help="standard deviation that they expect; both of images in [0, 1]")
     add("--teacher-seeds", type=count, default=1, metavar="K", help="teachers to train; the best one teaches")
     add("--student-arch", metavar="ARCH", help="wrn-D-K, resnetD, …")
 
@@ -157,8 +157,10 @@ MACHINE = ("out", "resume", "device", "data_dir", "tensorboard")
 def parse(parser, preset):
     """The command line as a Namespace. A flag that is left out has its value in preset(flags as typed).
 
-    given: {flag: value} of the flags that are typed, with their defaults too, except --seed and MACHINE.
-    name: the run folder's, from the script, the data set, the noise and `given`.
+    given: {flag: value} of the flags that are typed, also as their default, except --seed and MACHINE.
+    name: the run folder's, from the script, the data set, the noise and `given`. seeds: sorted, each once.
+    resize, image_size: None except for photographs. Raises UsageError for a rate of noise that has none, and
+    for sizes of images that keep theirs.
     """
     as_typed = parser.parse_known_args()[0]  # with the parser's own defaults, often None
     unset = argparse.Namespace(**dict.fromkeys(vars(as_typed)))
@@ -287,14 +289,17 @@ def setup(args):
 
 
 def rank():
+    """The number of this process, int from 0 up."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier():
+    """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -362,6 +367,7 @@ CLEANLY_LABELLED = ("shapes", "cifar10", "cifar100", "svhn")  # nrd, cmd and mes
 
 
 def is_photographs(name):
+    """Whether the data set `name` consists of photographs, whose sizes --resize and --image-size decide."""
     return name in ("food101", "webvision") or name.startswith("imagefolder:")
 
 
@@ -1325,10 +1331,12 @@ def stages(block, widths, depths):
 
 
 def conv_stem(outputs, *rest):
+    """A 3×3 convolution of stride 1 from three channels to `outputs`, then the modules `rest`."""
     return nn.Sequential(nn.Conv2d(3, outputs, 3, 1, 1, bias=False), *rest)
 
 
 def pooled(*before, classifier):
+    """The modules `before`, the mean over height and width, then `classifier`."""
     return nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
 
 
@@ -1363,6 +1371,9 @@ def per_stage(arch, others):
     if n < 1 or rest:
         raise UsageError(f"--arch: unknown {arch!r}; D is {6 + others}, {12 + others}, {18 + others}, …")
     return n
+
+
+# These functions give the stem, the blocks and the head of an architecture in ARCHITECTURES.
 
 
 def wide_resnet(arch, num_classes, dropout, **_):
@@ -1564,9 +1575,8 @@ EVAL_BATCH = {"cpu": 125, "cuda": 500}  # images per forward pass; on a CPU outp
 def evenly_split(rows, batch_size):
     """Cut index tensor rows [N] into batches of nearly equal size, at most batch_size."""
     batches = math.ceil(len(rows) / batch_size)
-    return [
-        rows[i::batches] for i in range(batches)
-    ]  # from all over: each stands for a file that is sorted by class
+    # rows from all over: each batch stands for the whole of a file that is sorted by class
+    return [rows[i::batches] for i in range(batches)]
 
 
 @torch.no_grad()
@@ -1605,7 +1615,11 @@ def accuracy(scores, labels, k=1):
 
 
 def test_accuracies(model, data):
-    """{"test_acc": …}; of more than ten classes "test_top5" too; of webvision both as "imagenet_…" too."""
+    """The model's accuracies in percent: {"test_acc": float}.
+
+    Where there are more than ten classes, "test_top5" too. Where webvision has ILSVRC12's validation images,
+    "imagenet_acc" and "imagenet_top5" too.
+    """
     metrics = {}
     tests = {"test": (data.test_images, data.test_labels), "imagenet": data.imagenet}
     for name, test in tests.items():
@@ -1744,11 +1758,12 @@ def load_model(checkpoint, part="model", device="cpu", amp=False):
 
 
 def public_state(path, flag):
-    """The state_dict in other people's file, without prefixes such as DataParallel's in its names.
+    """The state_dict in other people's file, a dict of tensors on the CPU.
 
     It stands there alone or under "model", "state_dict", "net", "model_state_dict" or "student". Of a file
-    with a teacher too (names with "student." and "teacher."), the student's. Raises UsageError where there is
-    none, and where a tensor has a NaN or an infinity.
+    with a teacher too (names with "student." and "teacher."), the student's. Prefixes such as DataParallel's
+    are removed from the names. num_batches_tracked, which files from before torch 0.4.1 lack, is left out.
+    Raises UsageError where there is no state_dict, and where a tensor has a NaN or an infinity.
     """
     state = read_weights_only(path, flag)
     keys = ("model", "state_dict", "net", "model_state_dict", "student")
@@ -1775,9 +1790,8 @@ def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=Fal
 
     arch, image_size, dropout: as for build_model. mean, std: of the images in [0, 1] that the weights expect,
     where the file has none of ours. Tensors are matched by our names where the file has them, else by their
-    order; the tensors of .safetensors are sorted by name, and have none. num_batches_tracked, which files
-    from before torch 0.4.1 lack, is left out. Raises UsageError where `arch` has other tensors, or mean and
-    std another scale.
+    order; the tensors of .safetensors are sorted by name, and have none. Raises UsageError where `arch` has
+    other tensors, and where mean and std are not of images in [0, 1].
     """
     if max(*mean, *std) > 1 or min(std) <= 0:
         raise UsageError(
@@ -1914,11 +1928,12 @@ class Run:
         for epoch in range(run.epoch, run.epochs):
             for index in run.batches(len(labels), args.batch_size):  # int64 [batch_size]
                 …
-            run.end_epoch(losses, lr=…, test_acc=…)                  # printed, saved and drawn
-        return run.finish()
+            run.end_epoch(losses, lr=…, test_acc=…)                  # printed and saved
+        return run.finish()                                          # drawn
 
-    origin: a dict that the checkpoint has besides, like that of load_teacher. epochs: None takes args.epochs.
-    wait, and what is raised: see `claim`.
+    origin: a dict that the checkpoint takes over, like that of load_teacher. epochs: None takes args.epochs.
+    wait: see `claim`. Raises UsageError as `claim` does, for a batch that cannot be split over the processes,
+    and where --tensorboard lacks its package.
     """
 
     def __init__(self, args, device, data, origin=None, epochs=None, wait=False):
@@ -2210,7 +2225,7 @@ def train_teacher(args, device, data, labels, seed, recipe):
 
 
 def show(text, live=False):
-    """Print a line. On a terminal, a live line is overwritten by the next."""
+    """Print a line. On a terminal, the next line overwrites a live one."""
     if sys.stdout.isatty():
         print(f"\r{text}\x1b[K", end="" if live else "\n", flush=True)
     else:
