@@ -1591,12 +1591,15 @@ def predict(model, images, batch_size=None):
     training = model.training
     name = type(model).__name__
     model.eval()
-    batches = evenly_split(torch.arange(len(images)), batch_size or EVAL_BATCH[device.type])
-    outputs = [model(to_float(images[rows.to(images.device)].to(device))) for rows in batches]
-    model.train(training)
-    for output in outputs:
+    order = torch.arange(len(images), device=images.device)
+    batches = evenly_split(order, batch_size or EVAL_BATCH[device.type])
+    outputs = []
+    for rows in batches:
+        output = model(to_float(images[rows].to(device)))
         if not torch.is_tensor(output) or output.dim() != 2:
             raise UsageError(f"{name} gives a {type(output).__name__}; it must give logits [B, C] alone")
+        outputs.append(output)
+    model.train(training)
     logits = torch.cat(outputs)[torch.cat(batches).argsort().to(device)]
     if world_size() > 1:
         dist.broadcast(logits, 0)
