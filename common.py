@@ -1741,7 +1741,7 @@ def load_checkpoint(path, flag="checkpoint"):
     Prints how far unfinished training is. Raises UsageError for a missing file and for one of other programs.
     """
     checkpoint = read_weights_only(path, flag)
-    if not isinstance(checkpoint, dict) or not {"built_as", "epoch", "epochs", "source"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or "built_as" not in checkpoint:
         raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name a run folder")
     if checkpoint["epoch"] < checkpoint["epochs"]:
         print(f"{path}: epoch {checkpoint['epoch']} of {checkpoint['epochs']}", flush=True)
