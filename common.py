@@ -145,7 +145,7 @@ def add_teacher_arguments(parser):
     add("--teacher-model", metavar="FILE.py:NAME",
         help="NAME() gives the teacher, from images in [0, 1] to logits")  # fmt: skip
     add("--mean", nargs=3, type=float, help="mean that public weights expect; None: the training images'")
-    add("--std", nargs=3, type=float, help="standard deviation, likewise; both of images in [0, 1]")
+    add("--std", nargs=3, type=float, help="standard deviation that they expect; both of images in [0, 1]")
     add("--teacher-seeds", type=count, default=1, metavar="K", help="teachers to train; the best one teaches")
     add("--student-arch", metavar="ARCH", help="wrn-D-K, resnetD, …")
 
@@ -157,8 +157,10 @@ MACHINE = ("out", "resume", "device", "data_dir", "tensorboard")
 def parse(parser, preset):
     """The command line as a Namespace. A flag that is left out has its value in preset(flags as typed).
 
-    given: {flag: value} of the flags that are typed, with their defaults too, except --seed and MACHINE.
-    name: the run folder's, from the script, the data set, the noise and `given`.
+    given: {flag: value} of the flags that are typed, also as their default, except --seed and MACHINE.
+    name: the run folder's, from the script, the data set, the noise and `given`. seeds: sorted, each once.
+    resize, image_size: None except for photographs. Raises UsageError for a rate of noise that has none, and
+    for sizes of images that keep theirs.
     """
     as_typed = parser.parse_known_args()[0]  # with the parser's own defaults, often None
     unset = argparse.Namespace(**dict.fromkeys(vars(as_typed)))
@@ -173,6 +175,8 @@ def parse(parser, preset):
         refuse(args, ("rate",), f"--noise {args.noise} has no rate")
     if not is_photographs(args.dataset):
         refuse(args, ("resize", "image_size"), f"--dataset {args.dataset} keeps its size")
+        args.resize = None
+        args.image_size = None
     args.name = folder_name(args.script, args, args.given)
     return args
 
@@ -206,13 +210,14 @@ def folder_name(first, args, flags):
 
 
 def find_device(name):
-    """The torch.device of --device. Raises UsageError for all but the CPU and CUDA devices that are there."""
+    """The torch.device of --device. Raises UsageError for all except the CPU and visible CUDA devices."""
     if not re.fullmatch("cpu|cuda(:[0-9]+)?", name):
         raise UsageError(f"--device {name}: unknown; cpu, cuda and cuda:N work")
     device = torch.device(name)
     visible = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= visible:
-        raise UsageError(f"--device {name}: {visible} CUDA devices are visible, from cuda:0 on; cpu works")
+        there = f"{visible} CUDA devices are" if visible else "no CUDA device is"
+        raise UsageError(f"--device {name}: {there} visible; --device cpu works")
     return device
 
 
@@ -234,12 +239,11 @@ def run(parse_args, main):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without ± gets a question mark
-    args = ()
     try:
         args = parse_args()
         results = []
         for seed in args.seeds:
-            flags = {**vars(args), "seed": seed}
+            flags = vars(args) | {"seed": seed}
             del flags["seeds"]
             if args.out and len(args.seeds) > 1:
                 flags["out"] = Path(f"{args.out}-seed{seed}")
@@ -254,8 +258,7 @@ def run(parse_args, main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        training = "; the same command with --resume goes on after the last finished epoch"
-        print(f"\nstopped{training if 'resume' in args else ''}", file=sys.stderr)
+        print("\nstopped; training goes on from its last finished epoch with --resume", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -286,14 +289,17 @@ def setup(args):
 
 
 def rank():
+    """The number of this process, int from 0 up."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
+    """The number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier():
+    """Wait until every process is here."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -361,6 +367,7 @@ CLEANLY_LABELLED = ("shapes", "cifar10", "cifar100", "svhn")  # nrd, cmd and mes
 
 
 def is_photographs(name):
+    """Whether the data set `name` consists of photographs, whose sizes --resize and --image-size decide."""
     return name in ("food101", "webvision") or name.startswith("imagefolder:")
 
 
@@ -419,7 +426,10 @@ def load_dataset(
     most = math.inf if device.type == "cpu" else torch.cuda.get_device_properties(device).total_memory / 3
 
     def part(limit, digest, *tensors):
-        """Evenly spaced rows of `tensors`, images and labels, and their digest. digest: of all images, or ""."""
+        """Evenly spaced rows of `tensors`, images and labels, and their digest.
+
+        digest: of all images, or "" where it is to be computed from the rows.
+        """
         if limit is not None:
             rows = evenly_spaced(len(tensors[0]), limit)
             tensors = [tensor[rows] for tensor in tensors]
@@ -473,9 +483,8 @@ def read_npz(path, test_only=False):
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
             raise UsageError(f"{where} {of} is {images.dtype} {list(images.shape)}, not uint8 [N, 3, H, W]")
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
-            raise UsageError(
-                f"{where} {name} is {labels.dtype} {list(labels.shape)}, not integer [{len(images)}]"
-            )
+            kind = f"{labels.dtype} {list(labels.shape)}"
+            raise UsageError(f"{where} {name} is {kind}, not integer [{len(images)}]")
         if labels.min() < 0 or labels.max() >= len(classes):
             span = f"{labels.min()} to {labels.max()}"
             raise UsageError(f"{where} {name} are {span}, but {len(classes)} classes are named")
@@ -494,39 +503,37 @@ def download(name, path):
 
     print(f"downloading {name} into {path}", flush=True)
     source = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN}[name]
-    splits = ("train", "test") if name == "svhn" else (True, False)
-    try:
-        parts = [source(path.parent, split, download=True) for split in splits]
-    except (OSError, RuntimeError) as error:  # RuntimeError: something else came, such as a web page
-        advice = f"try again, or bring {path} from a machine where it works"
-        raise UsageError(f"--dataset {name}: torchvision's download failed ({error}); {advice}") from None
-    if name == "svhn":
-        images = [part.data for part in parts]
-        labels = [part.labels for part in parts]
-        classes = [str(digit) for digit in range(10)]
-    else:
-        images = [part.data.transpose(0, 3, 1, 2) for part in parts]
-        labels = [part.targets for part in parts]
-        classes = parts[0].classes
-    arrays = (images[0], np.int64(labels[0]), images[1], np.int64(labels[1]), np.array(classes))
+    arrays = {"classes": range(10)}  # SVHN's digits
+    for part in ("train", "test"):
+        try:
+            found = source(path.parent, part if name == "svhn" else part == "train", download=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: something else came, such as a web page
+            advice = f"try again, or bring {path} from a machine where it works"
+            raise UsageError(f"--dataset {name}: torchvision's download failed ({error}); {advice}") from None
+        if name == "svhn":
+            arrays |= {f"{part}_images": found.data, f"{part}_labels": found.labels}
+        else:
+            images = found.data.transpose(0, 3, 1, 2)
+            arrays |= {f"{part}_images": images, f"{part}_labels": found.targets, "classes": found.classes}
     with atomic_write(path) as partial:
-        np.savez(partial, **dict(zip(ARRAYS, arrays)))
+        np.savez(partial, **arrays)
 
 
 def photographs(name, data_dir, resize, image_size, test_only=False):
     """The Dataset of photographs: middle squares of `resize` pixels, for tests of `image_size` pixels."""
     if resize < image_size:
         raise UsageError(f"--resize: {resize} is smaller than --image-size {image_size}")
-    parts = ["test"] if test_only else ["train", "test"]
+    parts = ["test"] if test_only else ["test", "train"]
     if name == "webvision" and (data_dir / "imagenet" / "val").is_dir():
         parts.append("imagenet")
-    try:
-        listed = {part: list_pictures(name, data_dir, part) for part in parts}
-    except (OSError, RuntimeError) as error:  # RuntimeError: as in `download`
-        raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
-    classes = listed["test"][1]
     data = {}
-    for part, (samples, found) in listed.items():
+    for part in parts:
+        try:
+            samples, found = list_pictures(name, data_dir, part)
+        except (OSError, RuntimeError) as error:  # RuntimeError: as in `download`
+            raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
+        if part == "test":
+            classes = found
         if found != classes:
             odd = ", ".join(sorted(set(found) ^ set(classes)))
             raise UsageError(f"--dataset {name}: {part} has other classes than the test part: {odd}")
@@ -564,16 +571,18 @@ def list_pictures(name, data_dir, part):
         pictures = torchvision.datasets.ImageFolder(folder, is_valid_file=lambda path: True)
         return pictures.samples, pictures.classes
     root = data_dir / "webvision"
-    lines = (root / "info/synsets.txt").read_text(encoding="utf-8").splitlines()
-    synsets = [line.split() for line in lines[:50]]
+
+    def lines(name):
+        return (root / "info" / name).read_text(encoding="utf-8").splitlines()
+
+    synsets = [line.split() for line in lines("synsets.txt")[:50]]
     classes = [" ".join(words) for _, *words in synsets]
     if part == "imagenet":
         folders = [data_dir / "imagenet" / "val" / wnid for wnid, *_ in synsets]
         return [(file, c) for c, folder in enumerate(folders) for file in sorted(folder.iterdir())], classes
     file = "train_filelist_google.txt" if part == "train" else "val_filelist.txt"
     folder = root if part == "train" else root / "val_images_256"
-    lines = (root / "info" / file).read_text(encoding="utf-8").splitlines()
-    rows = [line.rsplit(maxsplit=1) for line in lines]
+    rows = [line.rsplit(maxsplit=1) for line in lines(file)]
     return [(folder / path, int(label)) for path, label in rows if int(label) < 50], classes
 
 
@@ -617,14 +626,13 @@ def decode(samples, resize, side, path):
     saved = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
     if saved.get("files") != known or "pixels" not in saved or not path.exists():
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        read = functools.partial(read_square, resize=resize, side=side)  # what the workers make of each file
-        own = torch.Generator()  # the global generator is for the draws of the method
         loader = torch.utils.data.DataLoader(
-            files, None, num_workers=min(cores, 16), collate_fn=read, generator=own
+            files,
+            None,
+            num_workers=min(cores, 16),
+            collate_fn=functools.partial(read_square, resize=resize, side=side),  # in the workers
+            generator=torch.Generator(),  # the global one is for the draws of the method
         )
-        for left in path.parent.glob(f"{path.stem}.*.partial{path.suffix}"):
-            if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed while it decoded
-                left.unlink()
         rows = []
         sha = hashlib.sha256()
         # written, not mapped: on a full disk, writing into a map kills the process
@@ -663,15 +671,14 @@ def draw_shapes(n, seed, size=32):
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(n, *shape, 1, 1, generator=generator)
+    def uniform(low, high, channels=1):
+        return low + (high - low) * torch.rand(n, channels, 1, 1, generator=generator)
 
     labels = torch.randperm(n, generator=generator) % 10
-    form = (labels // 2).view(-1, 1, 1)
-    dotted = (labels % 2).view(-1, 1, 1).bool()
-    axis = (torch.arange(size) + 0.5) * (2 / size) - 1
-    x = axis.view(1, 1, -1)
-    y = axis.view(1, -1, 1)
+    form = (labels // 2).view(-1, 1, 1, 1)
+    dotted = (labels % 2).view(-1, 1, 1, 1).bool()
+    x = (torch.arange(size) + 0.5) * (2 / size) - 1
+    y = x.view(-1, 1)
 
     t = uniform(-1, 1)
     flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
@@ -693,7 +700,7 @@ def draw_shapes(n, seed, size=32):
         torch.minimum(torch.maximum(p, 3 * q.abs()), torch.maximum(3 * p, q.abs())),
         (rho - 0.72).abs() / 0.25,
     ])  # fmt: skip
-    inside = outline.gather(0, form.expand(1, n, size, size))[0] <= 1
+    inside = outline.gather(0, form.expand(1, n, 1, size, size))[0] <= 1
 
     frequency = uniform(2.6, 3.4)
     a = (u * frequency + uniform(0, 1)) % 1 - 0.5
@@ -702,13 +709,12 @@ def draw_shapes(n, seed, size=32):
 
     light = uniform(0.7, 1, 3)
     dark = uniform(0, 0.3, 3)
-    slope = x * uniform(-0.15, 0.15).unsqueeze(1) + y * uniform(-0.15, 0.15).unsqueeze(1)
+    slope = x * uniform(-0.15, 0.15) + y * uniform(-0.15, 0.15)
     image = uniform(0.3, 0.7, 3) + slope
     for _ in range(3):  # clutter behind the form
         spot = (x - uniform(-1, 1)) ** 2 + (y - uniform(-1, 1)) ** 2 < uniform(0.08, 0.2) ** 2
-        image = torch.where(spot.unsqueeze(1), uniform(0.2, 0.8, 3), image)
-    fabric = torch.where(texture.unsqueeze(1), light, dark)
-    image = torch.where(inside.unsqueeze(1), fabric, image)
+        image = torch.where(spot, uniform(0.2, 0.8, 3), image)
+    image = torch.where(inside, torch.where(texture, light, dark), image)
     noise = torch.rand(n, 3, size, size, generator=generator) - 0.5
     image = (image + 0.15 * noise).clamp(0, 1)
     return (image * 255).round().byte(), labels
@@ -797,29 +803,32 @@ def corrupt_labels(labels, kind, rate, classes, seed, data_dir="data", per_sampl
     n = len(labels)
     noisy = clean.clone()
     num_classes = len(classes)
+
+    def some(samples):
+        """Exactly round(rate · len(samples)) of them, at random."""
+        return samples[torch.randperm(len(samples), generator=generator)[: round(rate * len(samples))]]
+
     if kind == "sym":
         if per_sample:
             chosen = (torch.rand(n, generator=generator) < rate).nonzero().squeeze(1)
         else:
-            chosen = torch.randperm(n, generator=generator)[: round(rate * n)]
+            chosen = some(torch.arange(n))
         noisy[chosen] = torch.randint(num_classes, (len(chosen),), generator=generator)
     elif kind in ("sym-other", "pair"):
         flips = torch.rand(n, generator=generator) < rate
         step = torch.randint(1, num_classes, (n,), generator=generator) if kind == "sym-other" else 1
         noisy = torch.where(flips, (clean + step) % num_classes, clean)
     elif kind == "asym":
-        names = list(classes)
-        if set(CIFAR10_CONFUSIONS) | set(CIFAR10_CONFUSIONS.values()) <= set(names):
+        if set(CIFAR10_CONFUSIONS) | set(CIFAR10_CONFUSIONS.values()) <= set(classes):
             for source, target in CIFAR10_CONFUSIONS.items():
-                pool = (noisy == names.index(source)).nonzero().squeeze(1)
-                moved = pool[torch.randperm(len(pool), generator=generator)[: round(rate * len(pool))]]
-                noisy[moved] = names.index(target)
-        elif set(CIFAR100_SUPERCLASSES.replace("/", " ").split()) == set(names):
+                moved = some((noisy == classes.index(source)).nonzero().squeeze(1))
+                noisy[moved] = classes.index(target)
+        elif set(CIFAR100_SUPERCLASSES.replace("/", " ").split()) == set(classes):
             successor = torch.arange(num_classes)
             for family in CIFAR100_SUPERCLASSES.split("/"):
-                members = sorted(names.index(name) for name in family.split())
+                members = sorted(classes.index(name) for name in family.split())
                 successor[members] = torch.tensor(members[1:] + members[:1])
-            moved = torch.randperm(n, generator=generator)[: round(rate * n)]
+            moved = some(torch.arange(n))
             noisy[moved] = successor[clean[moved]]
         else:
             raise UsageError(
@@ -832,8 +841,7 @@ def human_labels(clean, kind, data_dir):
     """CIFAR-N's labels int64 [N] for clean labels int64 [N] in the official order, all or evenly spaced."""
     path = Path(data_dir) / ("CIFAR-100_human.pt" if kind == "human-noisy" else "CIFAR-10_human.pt")
     # The file is a pickle of numpy arrays: torch's restricted unpickler may call what builds these alone.
-    array = np.empty(0)
-    rebuild, *_ = array.__reduce__()  # the function that makes an array; numpy 2 has given it another name
+    rebuild = np.empty(0).__reduce__()[0]  # the function that makes an array; numpy 2 has renamed it
     allowed = [(rebuild, "numpy.core.multiarray._reconstruct"), rebuild, np.ndarray, np.dtype, codecs.encode]
     try:
         with torch.serialization.safe_globals([*allowed, type(np.dtype(np.int64))]):
@@ -857,9 +865,10 @@ def human_labels(clean, kind, data_dir):
 # Then each of six functions changes the images that are its own: few kernels, however large the batch is.
 # Pixel values follow the 8-bit operations of torchvision.transforms.v2.
 
-# The columns of the table. x_x … y_1: a warp's matrix, x = x_x · x + x_y · y + x_1 and the same for y. factor: a
-# blend's. gray, mean_gray: how much there is of the grey image and of the mean grey in what it blends with.
-# step: posterize's between levels. threshold: solarize inverts levels from there on. function: in FUNCTIONS.
+# The columns of the table. x_x … y_1: the matrix of a warp, x = x_x · x + x_y · y + x_1 and the same for y.
+# factor: that of a blend. gray, mean_gray: how much it blends with the grey image and with the mean grey.
+# step: between posterize's levels. threshold: solarize inverts the levels from there on. function: its place
+# in FUNCTIONS.
 COLUMNS = (
     "x_x", "x_y", "x_1", "y_x", "y_y", "y_1",
     "factor", "gray", "mean_gray", "step", "threshold", "function",
@@ -986,11 +995,10 @@ _tables = {}  # op_table's results by its arguments; not functools.cache, throug
 
 def op_table(bins, height, width, device, translate=150 / 331, posterize=8):
     """The numbers of all operations at each strength, with + and with -: float32 [15, bins, 2, 12]."""
-    key = (bins, height, width, device, translate, posterize)
+    key = (bins, height, width, translate, posterize, device)
     if key not in _tables:
         table = torch.zeros(len(OPS), bins, 2, len(COLUMNS))
-        made = operations(bins, height, width, translate, posterize)
-        for row, (function, numbers) in zip(table, made.values()):
+        for row, (function, numbers) in zip(table, operations(*key[:-1]).values()):
             for column, number in numbers.items():
                 row[..., COLUMNS.index(column)] = number
             row[..., COLUMNS.index("function")] = FUNCTIONS.index(function) if function else -1
@@ -1120,30 +1128,38 @@ def crop_flip(images, padding=4, mode="zero", size=None):
     images: float [B, 3, H, W]; returns float [B, 3, min(H, size), min(W, size)].
     """
     check_images(images)
+    n = len(images)
+    device = images.device
     height, width = (min(side, size or side) for side in images.shape[2:])
     if padding:
         images = F.pad(images, (padding,) * 4, mode="constant" if mode == "zero" else mode)
     windows = images.unfold(2, height, 1).unfold(3, width, 1)  # a view: [B, 3, tops, lefts, height, width]
     if windows.shape[2:4] != (1, 1):
-        top = torch.randint(windows.shape[2], images.shape[:1], device=images.device)
-        left = torch.randint(windows.shape[3], images.shape[:1], device=images.device)
-        images = windows[torch.arange(len(images), device=images.device), :, top, left]
-    flip = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+        top = torch.randint(windows.shape[2], (n,), device=device)
+        left = torch.randint(windows.shape[3], (n,), device=device)
+        images = windows[torch.arange(n, device=device), :, top, left]
+    flip = torch.rand(n, 1, 1, 1, device=device) < 0.5
     return torch.where(flip, images.flip(3), images)
 
 
-def _boxes(images, tallest, widest, scale, ratio):
-    """Heights and widths float [B, 1] of boxes of `scale` of an image's area and `ratio` width to height.
+def _boxes(images, tallest, widest, scale, ratio, otherwise):
+    """Random boxes in the images: top, left, height, width in pixels, each float [B, 1].
 
-    Of ten drawn the first that fits is taken, as in torchvision; third, bool [B, 1]: whether one did.
+    scale: ends of the share of the image's area. ratio: ends of width / height. Of ten drawn the first that
+    is at most `tallest` by `widest` is taken, as in torchvision; else height and width are `otherwise`.
     """
-    area = torch.empty(len(images), 10, device=images.device).uniform_(*scale) * images[0, 0].numel()
+    height, width = images.shape[2:]
+    area = torch.empty(len(images), 10, device=images.device).uniform_(*scale) * (height * width)
     aspect = torch.empty_like(area).uniform_(math.log(ratio[0]), math.log(ratio[1])).exp()
     h = (area / aspect).sqrt().round()
     w = (area * aspect).sqrt().round()
     fits = (h >= 1) & (h <= tallest) & (w >= 1) & (w <= widest)
     first = fits.int().argmax(1, keepdim=True)
-    return h.gather(1, first), w.gather(1, first), fits.any(1, keepdim=True)
+    h = h.gather(1, first).where(fits.any(1, keepdim=True), otherwise[0])
+    w = w.gather(1, first).where(fits.any(1, keepdim=True), otherwise[1])
+    top = (torch.rand_like(h) * (height - h + 1)).floor()
+    left = (torch.rand_like(w) * (width - w + 1)).floor()
+    return top, left, h, w
 
 
 def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -1154,13 +1170,8 @@ def random_resized_crop(images, size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)):
     images: float [B, 3, H, W]; returns float [B, 3, size, size].
     """
     check_images(images)
-    height, width = images.shape[2:]
-    h, w, fits = _boxes(images, height, width, scale, ratio)
-    h = h.where(fits, height)
-    w = w.where(fits, width)
-    top = (torch.rand_like(h) * (height - h + 1)).floor()
-    left = (torch.rand_like(w) * (width - w + 1)).floor()
-    return _resized_crop(images, top, left, h, w, size)
+    sides = images.shape[2:]
+    return _resized_crop(images, *_boxes(images, *sides, scale, ratio, sides), size)
 
 
 def _resized_crop(images, top, left, height, width, size):
@@ -1222,33 +1233,29 @@ def cutout(images, size):
     """
     check_images(images)
     height, width = images.shape[2:]
-    top = torch.randint(height, (len(images), 1, 1, 1), device=images.device) - size // 2
-    left = torch.randint(width, (len(images), 1, 1, 1), device=images.device) - size // 2
+    top = torch.randint(height, (len(images), 1), device=images.device) - size // 2
+    left = torch.randint(width, (len(images), 1), device=images.device) - size // 2
     return _black_box(images, top, left, size, size)
 
 
-def random_erasing(images, probability=0.5, scale=(0.02, 0.33), ratio=(0.3, 3.3)):
-    """Random erasing: with `probability` a black box of `scale` of the area and `ratio` height to width.
+def random_erasing(images, probability=0.5):
+    """Random erasing: with `probability` a black box of 2 to 33 % of the area, of height to width 0.3 to 3.3.
 
     Where no box fits the image stays as it is. images: float [B, 3, H, W]; returns the same.
     """
     check_images(images)
     height, width = images.shape[2:]
-    h, w, fits = _boxes(images, height - 1, width - 1, scale, (1 / ratio[1], 1 / ratio[0]))
-    chosen = fits & (torch.rand_like(h) < probability)
-    h = h.where(chosen, 0).view(-1, 1, 1, 1)
-    w = w.where(chosen, 0).view(-1, 1, 1, 1)
-    top = (torch.rand_like(h) * (height - h + 1)).floor()
-    left = (torch.rand_like(w) * (width - w + 1)).floor()
-    return _black_box(images, top, left, h, w)
+    top, left, h, w = _boxes(images, height - 1, width - 1, (0.02, 0.33), (1 / 3.3, 1 / 0.3), (0, 0))
+    return _black_box(images, top, left, h.where(torch.rand_like(h) < probability, 0), w)
 
 
 def _black_box(images, top, left, height, width):
-    """Zero the box [top, top + height) × [left, left + width) of each image; all are [B, 1, 1, 1] or int."""
-    y = torch.arange(images.shape[2], device=images.device).view(-1, 1)
+    """Zero the box [top, top + height) × [left, left + width) of each image; all are [B, 1] or int."""
+    y = torch.arange(images.shape[2], device=images.device)
     x = torch.arange(images.shape[3], device=images.device)
-    box = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-    return images.masked_fill(box, 0)
+    rows = (y >= top) & (y < top + height)
+    columns = (x >= left) & (x < left + width)
+    return images.masked_fill(rows[:, None, :, None] & columns[:, None, None], 0)
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -1269,8 +1276,8 @@ class Classifier(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.head = head
         self.amp = amp
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+        for name, values in {"mean": mean, "std": std}.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(3, 1, 1))
 
     def forward(self, images, features=False):
         with torch.autocast("cuda" if images.is_cuda else "cpu", torch.bfloat16, enabled=self.amp):
@@ -1314,20 +1321,22 @@ def basic_block(inputs, outputs, stride):
 
 
 def stages(block, widths, depths):
-    """A stage of depths[i] blocks for each of widths[1:]; all but the first stage begin with stride 2."""
+    """A stage of depths[i] blocks for each of widths[1:]; all except the first stage begin with stride 2."""
     made = []
-    for i, depth in enumerate(depths):
-        layers = [block(widths[i], widths[i + 1], 1 if i == 0 else 2)]
-        layers += [block(widths[i + 1], widths[i + 1], 1) for _ in range(depth - 1)]
+    for inputs, outputs, depth in zip(widths, widths[1:], depths):
+        layers = [block(inputs, outputs, 2 if made else 1)]
+        layers += [block(outputs, outputs, 1) for _ in range(depth - 1)]
         made.append(nn.Sequential(*layers))
     return made
 
 
 def conv_stem(outputs, *rest):
+    """A 3×3 convolution of stride 1 from three channels to `outputs`, then the modules `rest`."""
     return nn.Sequential(nn.Conv2d(3, outputs, 3, 1, 1, bias=False), *rest)
 
 
 def pooled(*before, classifier):
+    """The modules `before`, the mean over height and width, then `classifier`."""
     return nn.Sequential(*before, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
 
 
@@ -1364,6 +1373,9 @@ def per_stage(arch, others):
     return n
 
 
+# These functions give the stem, the blocks and the head of an architecture in ARCHITECTURES.
+
+
 def wide_resnet(arch, num_classes, dropout, **_):
     n = per_stage(arch, 4)
     k = int(arch.split("-")[2])
@@ -1396,82 +1408,82 @@ def inception_resnet_v2(arch, num_classes, **_):
     """Inception-ResNet-v2 (Szegedy et al. 2017), for images from 75 pixels up."""
     from torchvision.models.inception import BasicConv2d
 
-    def chain(inputs, *units):
-        """Convolution, BatchNorm, ReLU: (outputs, kernel), padded, or (outputs, kernel, stride), unpadded."""
+    def chain(inputs, units):
+        """Convolutions with BatchNorm and ReLU: each "outputs:kernel", padded, or "outputs:kernel/stride"."""
         layers = []
-        for outputs, kernel, *stride in units:
-            how = {"stride": stride[0]} if stride else {"padding": "same"}
+        for unit in units.split():
+            size, _, stride = unit.partition("/")
+            outputs, *kernel = map(int, re.split("[:x]", size))
+            how = {"stride": int(stride)} if stride else {"padding": "same"}
             layers.append(BasicConv2d(inputs, outputs, kernel_size=kernel, **how))
             inputs = outputs
         return nn.Sequential(*layers)
 
+    def branches(inputs, text):
+        return [chain(inputs, units) for units in text.split("|")]
+
     def block35():
-        branches = chain(320, (32, 1)), chain(320, (32, 1), (32, 3)), chain(320, (32, 1), (48, 3), (64, 3))
-        return InceptionResidual(320, 128, 0.17, *branches)
+        text = "32:1x1 | 32:1x1 32:3x3 | 32:1x1 48:3x3 64:3x3"
+        return InceptionResidual(320, 128, 0.17, *branches(320, text))
 
     def block17():
-        branches = chain(1088, (192, 1)), chain(1088, (128, 1), (160, (1, 7)), (192, (7, 1)))
-        return InceptionResidual(1088, 384, 0.1, *branches)
+        text = "192:1x1 | 128:1x1 160:1x7 192:7x1"
+        return InceptionResidual(1088, 384, 0.1, *branches(1088, text))
 
     def block8(scale=0.2, relu=True):
-        branches = chain(2080, (192, 1)), chain(2080, (192, 1), (224, (1, 3)), (256, (3, 1)))
-        return InceptionResidual(2080, 448, scale, *branches, relu=relu)
+        text = "192:1x1 | 192:1x1 224:1x3 256:3x1"
+        return InceptionResidual(2080, 448, scale, *branches(2080, text), relu=relu)
 
-    average = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), chain(192, (64, 1)))
+    average = nn.Sequential(nn.AvgPool2d(3, 1, 1, count_include_pad=False), chain(192, "64:1x1"))
     stem = nn.Sequential(
-        chain(3, (32, 3, 2), (32, 3, 1), (64, 3)), nn.MaxPool2d(3, 2), chain(64, (80, 1), (192, 3, 1)),
+        chain(3, "32:3x3/2 32:3x3/1 64:3x3"),
         nn.MaxPool2d(3, 2),
-        Parallel(
-            chain(192, (96, 1)), chain(192, (48, 1), (64, 5)), chain(192, (64, 1), (96, 3), (96, 3)), average
-        ),
-    )  # fmt: skip
-    longest = chain(320, (256, 1), (256, 3), (384, 3, 2))
-    reduce_a = Parallel(chain(320, (384, 3, 2)), longest, nn.MaxPool2d(3, 2))
-    longest = chain(1088, (256, 1), (288, 3), (320, 3, 2))
-    others = chain(1088, (256, 1), (384, 3, 2)), chain(1088, (256, 1), (288, 3, 2))
-    reduce_b = Parallel(*others, longest, nn.MaxPool2d(3, 2))
+        chain(64, "80:1x1 192:3x3/1"),
+        nn.MaxPool2d(3, 2),
+        Parallel(*branches(192, "96:1x1 | 48:1x1 64:5x5 | 64:1x1 96:3x3 96:3x3"), average),
+    )
+    text = "384:3x3/2 | 256:1x1 256:3x3 384:3x3/2"
+    reduce_a = Parallel(*branches(320, text), nn.MaxPool2d(3, 2))
+    text = "256:1x1 384:3x3/2 | 256:1x1 288:3x3/2 | 256:1x1 288:3x3 320:3x3/2"
+    reduce_b = Parallel(*branches(1088, text), nn.MaxPool2d(3, 2))
     blocks = [
         nn.Sequential(*(block35() for _ in range(10))),
         nn.Sequential(reduce_a, *(block17() for _ in range(20))),
         nn.Sequential(
-            reduce_b, *(block8() for _ in range(9)), block8(1.0, relu=False), chain(2080, (1536, 1))
+            reduce_b, *(block8() for _ in range(9)), block8(1.0, relu=False), chain(2080, "1536:1x1")
         ),
     ]
     return stem, blocks, pooled(classifier=nn.Linear(1536, num_classes))
+
+
+def cut(net, layers, large):
+    """Stem, blocks and head of torchvision's network `net`, without its dropout.
+
+    layers: their names in it, as in TORCHVISION. large: False gives the CIFAR form that build_model
+    describes.
+    """
+    parts = [[net.get_submodule(name) for name in part.split()] for part in layers.split("|")]
+    stem, *blocks, (*before, classifier) = parts
+    if not large:
+        stem = [layer for layer in stem if not isinstance(layer, nn.MaxPool2d)]
+        if isinstance(stem[0], nn.Conv2d):
+            stem[0] = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        else:
+            stem[0][0].stride = (1, 1)
+        if layers == MOBILENET:
+            net.features[2].conv[1][0].stride = (1, 1)
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    stem, *blocks = [part[0] if len(part) == 1 else nn.Sequential(*part) for part in (stem, *blocks)]
+    return stem, blocks, pooled(*before, classifier=classifier)
 
 
 def shufflenet(arch, num_classes, image_size, **_):
     from torchvision.models import get_model
 
     net = get_model("shufflenet_v2_x1_0", num_classes=num_classes)
-    stem = nn.Sequential(net.conv1, net.maxpool)
-    if image_size < 128:
-        stem = net.conv1
-        stem[0].stride = (1, 1)
-    return stem, [net.stage2, net.stage3, nn.Sequential(net.stage4, net.conv5)], pooled(classifier=net.fc)
-
-
-def torchvision_resnet(net, large):
-    after = (net.bn1, net.relu)
-    stem = nn.Sequential(net.conv1, *after, net.maxpool) if large else conv_stem(64, *after)
-    return stem, [net.layer1, net.layer2, net.layer3, net.layer4], pooled(classifier=net.fc)
-
-
-def mobilenet(net, large):
-    layers = list(net.features)
-    if not large:
-        layers[0][0].stride = layers[2].conv[1][0].stride = (1, 1)
-    net.classifier[0].p = 0.0  # dropout
-    blocks = [nn.Sequential(*layers[a:b]) for a, b in ((1, 4), (4, 7), (7, 14), (14, 19))]
-    return layers[0], blocks, pooled(classifier=net.classifier)
-
-
-def densenet(net, large):
-    f = net.features
-    stem = nn.Sequential(f.conv0, f.norm0, f.relu0, f.pool0) if large else conv_stem(64, f.norm0, nn.ReLU())
-    blocks = [f.denseblock1, nn.Sequential(f.transition1, f.denseblock2)]
-    blocks += [nn.Sequential(f.transition2, f.denseblock3), nn.Sequential(f.transition3, f.denseblock4)]
-    return stem, blocks, pooled(f.norm5, nn.ReLU(), classifier=net.classifier)
+    return cut(net, "conv1 maxpool | stage2 | stage3 | stage4 conv5 | fc", image_size >= 128)
 
 
 # A row is an architecture: its name, and what gives its stem, its blocks and its head.
@@ -1484,14 +1496,23 @@ ARCHITECTURES = {  # function(arch, num_classes, dropout=…, image_size=…); D
     "inception_resnet_v2": inception_resnet_v2,
     "shufflenet_v2": shufflenet,
 }
-TORCHVISION = {  # function(torchvision's network, whether images have 128 pixels or more); may be pretrained
-    "resnet18": torchvision_resnet,
-    "resnet34": torchvision_resnet,
-    "resnet50": torchvision_resnet,
-    "resnet101": torchvision_resnet,
-    "mobilenet_v2": mobilenet,
-    "densenet121": densenet,
-    "densenet169": densenet,
+RESNET = "conv1 bn1 relu maxpool | layer1 | layer2 | layer3 | layer4 | fc"
+MOBILENET = """
+features.0 | features.1 features.2 features.3 | features.4 features.5 features.6 |
+features.7 features.8 features.9 features.10 features.11 features.12 features.13 |
+features.14 features.15 features.16 features.17 features.18 | classifier"""
+DENSENET = """
+features.conv0 features.norm0 features.relu0 features.pool0 | features.denseblock1 |
+features.transition1 features.denseblock2 | features.transition2 features.denseblock3 |
+features.transition3 features.denseblock4 | features.norm5 features.relu0 classifier"""
+TORCHVISION = {  # torchvision's layers: stem | block | … | head, without its pooling; may be pretrained
+    "resnet18": RESNET,
+    "resnet34": RESNET,
+    "resnet50": RESNET,
+    "resnet101": RESNET,
+    "mobilenet_v2": MOBILENET,
+    "densenet121": DENSENET,
+    "densenet169": DENSENET,
 }
 
 
@@ -1534,7 +1555,7 @@ def build_model(
             state = net.state_dict()
             state |= {key: tensor for key, tensor in source.items() if tensor.shape == state[key].shape}
             net.load_state_dict(state)
-        stem, blocks, head = TORCHVISION[arch](net, large)
+        stem, blocks, head = cut(net, TORCHVISION[arch], large)
     elif names:
         make = ARCHITECTURES[names[0]]
         stem, blocks, head = make(arch, num_classes, dropout=dropout, image_size=image_size)
@@ -1554,9 +1575,8 @@ EVAL_BATCH = {"cpu": 125, "cuda": 500}  # images per forward pass; on a CPU outp
 def evenly_split(rows, batch_size):
     """Cut index tensor rows [N] into batches of nearly equal size, at most batch_size."""
     batches = math.ceil(len(rows) / batch_size)
-    return [
-        rows[i::batches] for i in range(batches)
-    ]  # from all over: each stands for a file that is sorted by class
+    # rows from all over: each batch stands for the whole of a file that is sorted by class
+    return [rows[i::batches] for i in range(batches)]
 
 
 @torch.no_grad()
@@ -1568,37 +1588,41 @@ def predict(model, images, batch_size=None):
     """
     assert images.dtype == torch.uint8, f"images are {images.dtype}, not uint8"
     device = next(model.parameters(), images).device  # a module of other people may have no parameters
-    name = type(model).__name__
     training = model.training
-    logits = None
+    name = type(model).__name__
     model.eval()
     order = torch.arange(len(images), device=images.device)
-    for rows in evenly_split(order, batch_size or EVAL_BATCH[device.type]):
+    batches = evenly_split(order, batch_size or EVAL_BATCH[device.type])
+    outputs = []
+    for rows in batches:
         output = model(to_float(images[rows].to(device)))
         if not torch.is_tensor(output) or output.dim() != 2:
             raise UsageError(f"{name} gives a {type(output).__name__}; it must give logits [B, C] alone")
-        logits = output.new_empty(len(images), output.shape[1]) if logits is None else logits
-        logits[rows.to(device)] = output
+        outputs.append(output)
     model.train(training)
+    logits = torch.cat(outputs)[torch.cat(batches).argsort().to(device)]
     if world_size() > 1:
         dist.broadcast(logits, 0)
-    undefined = int(logits.isnan().any(1).sum())
-    if undefined:
+    undefined = logits.isnan().any(1)
+    if undefined.any():
         finite = all(values.isfinite().all() for values in model.state_dict().values())
         if finite or not training:  # that weights diverge in training, Run.end_epoch tells
-            raise UsageError(f"{name} gives NaN for {undefined:,} of {len(images):,} images")
+            raise UsageError(f"{name} gives NaN for {undefined.sum():,} of {len(images):,} images")
     return logits
 
 
 def accuracy(scores, labels, k=1):
     """Top-k accuracy in percent of scores [N, C] for labels int64 [N], as a float."""
-    if k == 1:
-        return 100 * (scores.argmax(1) == labels).double().mean().item()
-    return 100 * (scores.topk(k).indices == labels.unsqueeze(1)).any(1).double().mean().item()
+    top = scores.argmax(1, keepdim=True) if k == 1 else scores.topk(k).indices
+    return 100 * (top == labels.unsqueeze(1)).any(1).double().mean().item()
 
 
 def test_accuracies(model, data):
-    """{"test_acc": …}; of more than ten classes "test_top5" too; of webvision both as "imagenet_…" too."""
+    """The model's accuracies in percent: {"test_acc": float}.
+
+    Where there are more than ten classes, "test_top5" too. Where webvision has ILSVRC12's validation images,
+    "imagenet_acc" and "imagenet_top5" too.
+    """
     metrics = {}
     tests = {"test": (data.test_images, data.test_labels), "imagenet": data.imagenet}
     for name, test in tests.items():
@@ -1648,8 +1672,9 @@ def calibration(probabilities, labels, bins=15):
     size = torch.bincount(which, minlength=bins).double()
     acc = torch.bincount(which, hit, minlength=bins) / size.clamp(min=1)
     conf = torch.bincount(which, confidence, minlength=bins) / size.clamp(min=1)
-    ece = (size / len(labels) * (acc - conf).abs()).sum().item()
-    return ece, acc.tolist(), conf.tolist(), (size / len(labels)).tolist()
+    weight = size / len(labels)
+    ece = (weight * (acc - conf).abs()).sum().item()
+    return ece, acc.tolist(), conf.tolist(), weight.tolist()
 
 
 # ------------------------------------------------------------------------------------------------ run folders
@@ -1659,15 +1684,15 @@ def calibration(probabilities, labels, bins=15):
 def atomic_write(path):
     """Yield a temporary path beside `path`. It is renamed to `path` once the block has ended without error.
 
-    Raises OSError, whose message has `path`, where it cannot be written.
+    Raises OSError, whose message names `path`, where it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
         os.replace(partial, path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: so torch.save calls a full disk
+        raise OSError(f"{path} cannot be written; is the disk full? ({error})") from None
     finally:
         partial.unlink(missing_ok=True)
 
@@ -1677,9 +1702,7 @@ def read_weights_only(path, flag):
 
     path: a file, or a run folder, whose checkpoint.pt is read. Raises UsageError for what cannot be read.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "checkpoint.pt"
+    path = checkpoint_file(path)
     if not path.is_file():
         raise UsageError(f"{flag}: no file {path}; runs/*/checkpoint.pt are checkpoints")
     try:
@@ -1717,9 +1740,8 @@ def load_checkpoint(path, flag="checkpoint"):
     {"file until epoch N": its text before}), metrics (a dict per epoch), epoch, epochs, rng.
     Prints how far unfinished training is. Raises UsageError for a missing file and for one of other programs.
     """
-    path = checkpoint_file(path)
     checkpoint = read_weights_only(path, flag)
-    if not isinstance(checkpoint, dict) or not {"built_as", "epoch", "epochs", "source"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or "built_as" not in checkpoint:
         raise UsageError(f"{flag}: {path} is no checkpoint of these scripts; name a run folder")
     if checkpoint["epoch"] < checkpoint["epochs"]:
         print(f"{path}: epoch {checkpoint['epoch']} of {checkpoint['epochs']}", flush=True)
@@ -1739,30 +1761,30 @@ def load_model(checkpoint, part="model", device="cpu", amp=False):
 
 
 def public_state(path, flag):
-    """The state_dict in other people's file, without prefixes such as DataParallel's in its names.
+    """The state_dict in other people's file, a dict of tensors on the CPU.
 
     It stands there alone or under "model", "state_dict", "net", "model_state_dict" or "student". Of a file
-    with a teacher too (names with "student." and "teacher."), the student's. Raises UsageError where there is
-    none, and where a tensor has a NaN or an infinity.
+    with a teacher too (names with "student." and "teacher."), the student's. Prefixes such as DataParallel's
+    are removed from the names. num_batches_tracked, which files from before torch 0.4.1 lack, is left out.
+    Raises UsageError where there is no state_dict, and where a tensor has a NaN or an infinity.
     """
     state = read_weights_only(path, flag)
     keys = ("model", "state_dict", "net", "model_state_dict", "student")
     for key in keys:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    tensors = state.values() if isinstance(state, dict) else []
-    if not tensors or not all(torch.is_tensor(tensor) for tensor in tensors):
+    if not (isinstance(state, dict) and state and all(map(torch.is_tensor, state.values()))):
         raise UsageError(f"{flag}: {path} has no state_dict, alone or under one of {', '.join(keys)}")
     for prefix in ("module.", "_orig_mod.", "student."):
         inside = {
             name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)
         }
         state = inside or state
+    state = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
     for name, tensor in state.items():
         if not tensor.isfinite().all():
-            raise UsageError(
-                f"{flag}: {path} has a NaN or an infinity in {name}; take weights of an earlier epoch"
-            )
+            advice = "take weights of an earlier epoch"
+            raise UsageError(f"{flag}: {path} has a NaN or an infinity in {name}; {advice}")
     return state
 
 
@@ -1771,27 +1793,23 @@ def load_public(path, flag, arch, mean, std, image_size=32, dropout=0.0, amp=Fal
 
     arch, image_size, dropout: as for build_model. mean, std: of the images in [0, 1] that the weights expect,
     where the file has none of ours. Tensors are matched by our names where the file has them, else by their
-    order; the tensors of .safetensors are sorted by name, and have none. num_batches_tracked, which files
-    from before torch 0.4.1 lack, is left out. Raises UsageError where `arch` has other tensors, or mean and
-    std another scale.
+    order; the tensors of .safetensors are sorted by name, and have none. Raises UsageError where `arch` has
+    other tensors, and where mean and std are not of images in [0, 1].
     """
     if max(*mean, *std) > 1 or min(std) <= 0:
         raise UsageError(
             f"--mean, --std: {mean}, {std} are not of images in [0, 1]; divide those of 0 to 255 by 255"
         )
-
-    def weights(state):
-        return {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
-
-    state = weights(public_state(path, flag))
+    state = public_state(path, flag)
+    left_out = {"mean", "std"} - state.keys()
     with torch.device("meta"):
-        names = weights(build_model(arch, 1, dropout, image_size=image_size).state_dict())
-    names = [name for name in names if name in state or name not in ("mean", "std")]
+        names = build_model(arch, 1, dropout, image_size=image_size).state_dict()
+    names = [name for name in names if name.split(".")[-1] not in (*left_out, "num_batches_tracked")]
     if state.keys() == set(names):  # .safetensors are sorted by name
         state = {name: state[name] for name in names}
-    lengths = [len(tensor) for tensor in state.values() if tensor.dim() > 0] or [1]
-    classes = lengths[-1]  # the classifier's bias comes last
-    model = build_model(arch, classes, dropout, mean, std, image_size, amp=amp)
+    lengths = [len(tensor) for tensor in state.values() if tensor.dim() > 0]
+    # the classifier's bias comes last
+    model = build_model(arch, lengths[-1], dropout, mean, std, image_size, amp=amp)
     own = model.state_dict()
 
     def described(name, tensors):
@@ -1811,8 +1829,8 @@ def load_module(text, flag, path=None):
     """The nn.Module that NAME() gives, in evaluation mode. text: FILE.py:NAME. path: of its weights, or None.
 
     The module takes images float [B, 3, H, W] in [0, 1] and gives logits [B, C]. The file may be part of a
-    package, and imports its neighbours before other modules of their names. Raises UsageError where there is
-    no such file or name, where an import fails, and for weights of another module.
+    package, and imports its neighbours before our files of their names. Raises UsageError where there is no
+    such file or name, where an import fails, and for weights of another module.
     """
     file, _, name = text.rpartition(":")
     here = Path(file).resolve()
@@ -1822,11 +1840,9 @@ def load_module(text, flag, path=None):
     while (root / "__init__.py").exists():
         root = root.parent
     sys.path[:0] = [str(here.parent), str(root)]  # as for `python FILE.py`; for the package
-    aside = {}  # modules from elsewhere that have the name of a neighbour, such as our `common`
-    for neighbour in [*here.parent.glob("*.py"), *here.parent.glob("*/__init__.py")]:
-        key = neighbour.parent.name if neighbour.stem == "__init__" else neighbour.stem
-        if key in sys.modules and getattr(sys.modules[key], "__file__", None) != str(neighbour):
-            aside[key] = sys.modules.pop(key)
+    beside = {neighbour.stem for neighbour in here.parent.iterdir()}  # "common" for common.py and common/
+    ours = {file.stem for file in Path(__file__).parent.glob("*.py")}
+    aside = {module: sys.modules.pop(module) for module in beside & ours & sys.modules.keys()}
     try:
         dotted = ".".join(here.relative_to(root).with_suffix("").parts)  # "package.module"
         make = runpy.run_path(file, run_name=dotted).get(name)
@@ -1854,18 +1870,18 @@ def load_module(text, flag, path=None):
     return model.eval()
 
 
-def claim(folder, config, resume, wait):
+def claim(folder, config, wait):
     """Hold `folder` for this process by an advisory lock on its config.json, the open file that is returned.
 
     wait: until no other process holds it; for a folder whose name alone tells that it is of this run.
     Raises UsageError where a process holds it, and where the folder has other files, another run, or, without
-    resume, this one.
+    --resume, this one.
     """
     path = folder / "config.json"
     folder.mkdir(parents=True, exist_ok=True)
     if not path.exists() and any(folder.iterdir()):
         raise UsageError(f"--out: {folder} is not empty; name a new folder")
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1875,13 +1891,12 @@ def claim(folder, config, resume, wait):
         pass  # a file system without locks: nothing holds the folder
     for partial in folder.glob("*.partial.*"):  # of a process that was killed while it wrote
         partial.unlink()
-    file.seek(0)
-    text = file.read()
+    text = path.read_text(encoding="utf-8")
     try:
         old = json.loads(text) if text else config
     except ValueError:
-        old = None
-    if not isinstance(old, dict) or old.get("script") != config["script"]:
+        old = {}
+    if old.get("script") != config["script"]:
         raise UsageError(f"--out: {path} is not of a run of {config['script']}; name a new folder")
     if (folder / "checkpoint.pt").exists():
         ignored = (*MACHINE, "given", "name", "torch", "commit")
@@ -1892,12 +1907,10 @@ def claim(folder, config, resume, wait):
             if "amp" in differs:  # begun where the hardware has bfloat16, or has none
                 advice += f", or add {'--amp' if old.get('amp') else '--no-amp'} to compute as there"
             raise UsageError(f"--out: {folder} holds another run: {told}; {advice}")
-        if not resume:
+        if not config["resume"]:
             raise UsageError(f"--out: {folder} holds this run; --resume continues it, --out starts another")
     else:
-        file.truncate(0)
-        file.write(json.dumps(config, indent=2) + "\n")
-        file.flush()
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return file
 
 
@@ -1918,11 +1931,12 @@ class Run:
         for epoch in range(run.epoch, run.epochs):
             for index in run.batches(len(labels), args.batch_size):  # int64 [batch_size]
                 …
-            run.end_epoch(losses, lr=…, test_acc=…)                  # printed, saved and drawn
-        return run.finish()
+            run.end_epoch(losses, lr=…, test_acc=…)                  # printed and saved
+        return run.finish()                                          # drawn
 
-    origin: a dict that the checkpoint has besides, like that of load_teacher. epochs: None takes args.epochs.
-    wait, and what is raised: see `claim`.
+    origin: a dict that the checkpoint takes over, like that of load_teacher. epochs: None takes args.epochs.
+    wait: see `claim`. Raises UsageError as `claim` does, for a batch that cannot be split over the processes,
+    and where --tensorboard lacks its package.
     """
 
     def __init__(self, args, device, data, origin=None, epochs=None, wait=False):
@@ -1951,11 +1965,11 @@ class Run:
             options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
             commit = subprocess.run("git rev-parse HEAD", **options).stdout.strip()  # "" without git
             config |= {"torch": str(torch.__version__), "commit": commit}
-            self.claimed = claim(self.folder, config, args.resume, wait)
+            self.claimed = claim(self.folder, config, wait)
             if args.tensorboard:
                 self.board = SummaryWriter(self.folder)
         barrier()
-        hidden = (*args.given, *MACHINE, "given", "name", "script")
+        hidden = (*args.given, *MACHINE, "given", "name", "script", "seed")
         preset = {
             flag: value
             for flag, value in vars(args).items()
@@ -1965,43 +1979,36 @@ class Run:
         print("preset:", *assignments(preset), flush=True)
         self.metrics = []
         if args.resume and self.path.exists():
-            self.saved = load_checkpoint(self.path, "--resume")
-            self.metrics = self.saved["metrics"]
+            saved = load_checkpoint(self.path, "--resume")
+            self.metrics = saved["metrics"]
             source = self.header["source"]
-            for name, text in self.saved["source"].items():
-                if name in source and source[name] != text:
+            for name, text in saved["source"].items():
+                if source.get(name, text) != text:
                     print(f"{name} was edited after epoch {self.epoch}; the run goes on with it as it is now")
                     name = f"{name} until epoch {self.epoch}"
                 source.setdefault(name, text)
-        self.done_before = self.epoch
 
     @property
     def epoch(self):
         """Number of finished epochs."""
         return len(self.metrics)
 
-    def time_left(self, done):
-        """A text, when `done` epochs, a float, are finished."""
-        seconds = (time.perf_counter() - self.began) * (self.epochs - done) / (done - self.done_before)
-        return f"{datetime.timedelta(seconds=round(seconds))} left"
-
     def track(self, **parts):
         """The parts of the training state, whose state_dict() is saved. --resume reads them back here."""
         self.parts = parts
+        self.modules = [part for part in parts.values() if isinstance(part, nn.Module)]
         if self.metrics:
-            saved = self.saved
-            del self.saved  # as large as the model
+            saved = read_weights_only(self.path, "--resume")
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
             torch.set_rng_state(saved["rng"]["cpu"])
             if self.device.type == "cuda" and "cuda" in saved["rng"]:
                 torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)
         if world_size() > 1:
-            modules = [part for part in parts.values() if isinstance(part, nn.Module)]
             if self.device.type == "cuda":
-                modules = [nn.SyncBatchNorm.convert_sync_batchnorm(module) for module in modules]
-            act_as_one(parts["optimizer"], modules)
-        self.began = self.drawn = time.perf_counter()
+                for module in self.modules:
+                    nn.SyncBatchNorm.convert_sync_batchnorm(module)  # in place
+            act_as_one(parts["optimizer"], self.modules)
 
     def save(self, path=None):
         """Write checkpoint.pt, or `path`, then metrics.jsonl, which has the metrics of the checkpoint."""
@@ -2015,10 +2022,7 @@ class Run:
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         if rank() == 0:
             with atomic_write(path or self.path) as partial:
-                try:
-                    torch.save(checkpoint, partial)
-                except RuntimeError as error:  # so PyTorch's writer calls a full disk
-                    raise OSError(f"is the disk full? ({error})") from None
+                torch.save(checkpoint, partial)
             with atomic_write(self.folder / "metrics.jsonl") as partial:
                 lines = [json.dumps(record) + "\n" for record in self.metrics]
                 partial.write_text("".join(lines), encoding="utf-8")
@@ -2026,8 +2030,7 @@ class Run:
     def batches(self, total, batch_size):
         """One epoch: a random order of range(total), int64 [batch_size] at a time; no incomplete last batch.
 
-        Keeps the line with images/s and time left up to date. Under torchrun each process gets its part of
-        each batch.
+        Keeps a line with the time left of the epoch. Under torchrun each process gets its part of each batch.
         """
         if rank() > 0:  # draws of its own, and none that a checkpoint would have to hold
             torch.manual_seed((self.args.seed * self.epochs + self.epoch) * world_size() + rank())
@@ -2036,15 +2039,8 @@ class Run:
             dist.broadcast(order, 0)
         batch_size = min(batch_size, total)
         steps = order[: total // batch_size * batch_size].view(-1, world_size(), batch_size // world_size())
-        self.epoch_began = printed = time.perf_counter()
-        for step, index in enumerate(steps[:, rank()], 1):
-            yield index
-            now = time.perf_counter()
-            if now - printed > (0.2 if sys.stdout.isatty() else 60):
-                printed = now
-                speed = f"{step * batch_size / (now - self.epoch_began):,.0f} images/s"
-                where = f"epoch {self.epoch + 1}/{self.epochs}  step {step}/{len(steps)}"
-                show(f"{where}  {speed}  {self.time_left(self.epoch + step / len(steps))}", live=True)
+        self.epoch_began = time.perf_counter()
+        yield from progress(steps[:, rank()], f"epoch {self.epoch + 1}/{self.epochs}", took=False)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.images_per_second = len(steps) * batch_size / (time.perf_counter() - self.epoch_began)
@@ -2058,42 +2054,32 @@ class Run:
         """
         losses = torch.stack(losses).float()
         average([losses])
-        weights = [
-            value
-            for part in self.parts.values()
-            if isinstance(part, nn.Module)
-            for value in part.state_dict().values()
-        ]
+        weights = [value for module in self.modules for value in module.state_dict().values()]
         if not all(values.isfinite().all() for values in (losses, *weights)):
             sys.exit(f"error: a loss or weight is not finite in epoch {self.epoch + 1}; lower --lr")
-        now = time.perf_counter()
-        record = {"epoch": self.epoch + 1, **metrics, "train_loss": losses.mean().item()}
+        seconds = time.perf_counter() - self.epoch_began
+        metrics["train_loss"] = losses.mean().item()
+        record = {"epoch": self.epoch + 1, **metrics}
         record["images_per_second"] = round(self.images_per_second, 1)
-        record["seconds"] = round(now - self.epoch_began, 2)
+        record["seconds"] = round(seconds, 2)
         self.metrics.append(record)
         self.save()
-        if now - self.drawn > 60 and rank() == 0:
-            self.drawn = now
-            self.draw()
         if self.board:
             for key, value in record.items():
                 if isinstance(value, (int, float)):
                     self.board.add_scalar(key, value, self.epoch)
-        numbers = {"loss": record["train_loss"], **metrics}
-        shown = [f"{key} {value:#.4g}" for key, value in numbers.items() if isinstance(value, float)]
-        shown += [f"{key} {value:,}" for key, value in numbers.items() if isinstance(value, int)]
-        shown += [f"{self.images_per_second:,.0f} images/s", self.time_left(self.epoch)]
+        shown = [f"{key} {value:#.4g}" for key, value in metrics.items() if isinstance(value, float)]
+        shown += [f"{key} {value:,}" for key, value in metrics.items() if isinstance(value, int)]
+        left = duration(seconds * (self.epochs - self.epoch))
+        shown += [f"{self.images_per_second:,.0f} images/s", f"{left} left"]
         show("  ".join([f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}", *shown]))
-
-    def draw(self):
-        teacher_acc = self.header.get("teacher_acc")
-        plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, teacher_acc)
 
     def finish(self):
         """Draw curves.png, print the last line and let the folder go. Returns the last epoch's metrics."""
         last = self.metrics[-1]
         if rank() == 0:
-            self.draw()
+            teacher_acc = self.header.get("teacher_acc")
+            plot_curves(self.folder / "curves.png", self.metrics, self.folder.name, teacher_acc)
             self.claimed.close()
         if self.board:
             self.board.close()
@@ -2133,34 +2119,34 @@ def load_teacher(args, device, data, labels, arch, dropout=0.0, **recipe):
     """
     saved = read_weights_only(args.teacher, "--teacher") if args.teacher and not args.teacher_model else None
     is_ours = isinstance(saved, dict) and "built_as" in saved
-    if (args.mean or args.std) and (saved is None or is_ours):
-        raise UsageError("--mean, --std: are of public weights in --teacher; every other teacher has its own")
+    if saved is None or is_ours:
+        refuse(args, ("mean", "std"), "public weights in --teacher need it; every other teacher has its own")
     if args.teacher_model or is_ours:
         refuse(args, ("teacher_arch",), "this teacher has its own")
-    if args.teacher_model or args.teacher:
+    path = args.teacher_model or args.teacher
+    if path:
         refuse(args, ("teacher_seeds", "teacher_epochs"), "this teacher is trained")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if args.teacher_model:
-            path = args.teacher_model
             teacher = load_module(path, "--teacher-model", args.teacher)
         elif is_ours:
-            path = args.teacher
             checkpoint = load_checkpoint(path, "--teacher")
             theirs = checkpoint | checkpoint["built_as"][checkpoint.get("best", "model")]
-            for key, value in {"classes": list(data.classes), "image_size": data.image_size}.items():
-                if theirs[key] != value:
-                    differs = f"{key} {theirs[key]}, not {value}"
-                    raise UsageError(f"--teacher: {path} has {differs}; leave it out to train one")
-            noise = {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed}
+            ours = {
+                "classes": list(data.classes), "image_size": data.image_size,
+                "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed},
+                "imbalance": vars(args).get("imbalance"), "dropout": dropout,
+            }  # fmt: skip
             if args.noise == theirs["noise"]["kind"] == "none":  # the seed of no noise decides nothing
-                noise = theirs["noise"]
-            imbalance = vars(args).get("imbalance")
-            for key, value in {"noise": noise, "imbalance": imbalance, "dropout": dropout}.items():
+                ours["noise"] = theirs["noise"]
+            for key, value in ours.items():
                 if theirs[key] != value:
+                    if key in ("classes", "image_size"):
+                        differs = f"{key} {theirs[key]}, not {value}"
+                        raise UsageError(f"--teacher: {path} has {differs}; leave it out to train one")
                     print(f"the teacher has {key} {theirs[key]}; a trained one would have {value}")
             teacher = load_model(checkpoint, "model", device, args.amp)
         elif args.teacher:
-            path = args.teacher
             mean, std = channel_stats(data)
             mean = args.mean or mean
             std = args.std or std
@@ -2185,8 +2171,8 @@ def train_teacher(args, device, data, labels, seed, recipe):
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:8]
     name = folder_name(recipe["arch"], args, {"epochs": recipe["epochs"]})
     path = Path("runs/teachers") / f"{name}-{digest}-seed{seed}" / "checkpoint.pt"
-    shared = "dataset data_dir noise rate noise_seed imbalance limit_train limit_test resize image_size"
-    shared += " device amp compile"
+    shared = """dataset data_dir noise rate noise_seed imbalance limit_train limit_test resize image_size
+                device amp compile"""
     flags = {flag: vars(args).get(flag) for flag in shared.split()}
     args = argparse.Namespace(
         **recipe, **flags, given=recipe, seed=seed, script="teacher", out=path.parent, resume=True,
@@ -2242,24 +2228,33 @@ def train_teacher(args, device, data, labels, seed, recipe):
 
 
 def show(text, live=False):
-    """Print a line. On a terminal, a live line is overwritten by the next."""
+    """Print a line. On a terminal, the next line overwrites a live one."""
     if sys.stdout.isatty():
         print(f"\r{text}\x1b[K", end="" if live else "\n", flush=True)
     else:
         print(text, flush=True)
 
 
-def progress(items, label):
-    """Yield the items, which have a length; keep a line with the share done and the time left."""
+def duration(seconds):
+    """Seconds as a text, such as 0:01:30."""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def progress(items, label, took=True):
+    """Yield the items, which have a length; keep a line with the share done and the time left.
+
+    took: whether a last line says how long it took.
+    """
     began = shown = time.perf_counter()
     for done, item in enumerate(items, 1):
         yield item
         now = time.perf_counter()
         if now - shown > (0.2 if sys.stdout.isatty() else 60):
             shown = now
-            left = datetime.timedelta(seconds=round((now - began) / done * (len(items) - done)))
+            left = duration((now - began) / done * (len(items) - done))
             show(f"{label}  {100 * done / len(items):.0f} %  {left} left", live=True)
-    show(f"{label}  took {datetime.timedelta(seconds=round(time.perf_counter() - began))}")
+    if took:
+        show(f"{label}  took {duration(time.perf_counter() - began)}")
 
 
 @contextlib.contextmanager
@@ -2284,8 +2279,6 @@ def picture(path, width, height, pdf=False, quiet=False):
                     figure.savefig(partial, dpi=110)
                 if not quiet:
                     print(f"wrote {file}")
-    except UsageError:
-        raise
     except Exception as error:  # whatever fonts, settings or a full disk make matplotlib raise
         print(f"{path} is not drawn: {error}", file=sys.stderr)
 
@@ -2310,16 +2303,13 @@ def panels(path, title, count, width, height, sharey=False, pdf=False, quiet=Fal
 def plot_curves(path, metrics, title, teacher_acc=None):
     """Draw the numbers of `metrics`, a dict per epoch, and the teacher's accuracy, to `path`, a .png."""
     numbers = [key for record in metrics for key, value in record.items() if isinstance(value, (int, float))]
-    names = [key for key in dict.fromkeys(numbers) if key not in ("epoch", "seconds", "images_per_second")]
-    names.sort(key=lambda key: key == "lr")
     keys_of = {}  # {label of a panel: metrics}
-    for key in names:
-        panel = key
+    for key in sorted(dict.fromkeys(numbers), key=lambda key: key == "lr"):
+        panel = "loss" if "loss" in key else key
         if "acc" in key or "top5" in key:
             panel = "training labels (%)" if key.startswith("train_acc") else "accuracy (%)"
-        elif "loss" in key:
-            panel = "loss"
-        keys_of.setdefault(panel, []).append(key)
+        if key not in ("epoch", "seconds", "images_per_second"):
+            keys_of.setdefault(panel, []).append(key)
     epochs = [record["epoch"] for record in metrics]
     with panels(path, title, len(keys_of), 4, 3, quiet=True) as (_, drawn):
         for axes, (panel, keys) in zip(drawn, keys_of.items()):

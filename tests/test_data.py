@@ -341,18 +341,6 @@ def test_a_changed_folder_is_decoded_again(folder):
     assert after.train_labels.tolist() == [0, 1, 1, 1] and after.train_digest != changed.train_digest
 
 
-def test_what_a_killed_decode_left_is_removed_but_not_another_s_work(folder):
-    load(folder)
-    (pixels,) = (folder.parent / "data/decoded").glob("*train*.raw")
-    old, new = (pixels.with_name(f"{pixels.stem}.{pid}.partial.raw") for pid in (1, 2))
-    old.touch()
-    new.touch()
-    os.utime(old, (0, 0))
-    write_picture(folder / "train/ape/3.png", (40, 40), seed=9)
-    load(folder)
-    assert not old.exists() and new.exists()
-
-
 @pytest.mark.parametrize("field", ["st_size", "st_mtime_ns", "st_ctime_ns"])
 def test_a_file_is_another_by_its_size_and_by_both_times(folder, capsys, monkeypatch, field):
     """Each alone: not every system keeps all three."""
@@ -406,7 +394,7 @@ def test_a_stopped_decode_leaves_nothing_that_looks_finished(folder, monkeypatch
         def write(self, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    full = "pictures-train-36-36.raw cannot be written: No space left"
+    full = "pictures-test-36-32.raw cannot be written; .*No space left"
     for name, value, error, says in (
         ("progress", stop, KeyboardInterrupt, None),
         ("open", FullDisk, OSError, full),

@@ -119,9 +119,9 @@ WRN inf.pth | --teacher: inf.pth has a NaN or an infinity in head.4.bias
 WRN wrn.pth --teacher-arch wrn-10-2 | --teacher: wrn.pth is no wrn-10-2: where that has blocks.0.0.conv1
 WRN wrn.pth --mean 125 123 114 --std 63 62 67 | --mean, --std: [^] divide those of 0 to 255 by 255
 WRN wrn.pth --std 0.2 0 0.2 | --mean, --std: [^] are not of images in [0, 1]
-ZOO --teacher run.pt --std 0.2 0.2 0.2 | --mean, --std: [^] every other teacher has its own
-ZOO --teacher-model mine.py:net --mean 0.5 0.4 0.3 | --mean, --std: [^] every other teacher has its own
-ZOO --mean 0.5 0.4 0.3 | --mean, --std: [^] every other teacher has its own
+ZOO --teacher run.pt --std 0.2 0.2 0.2 | --std: [^] every other teacher has its own
+ZOO --teacher-model mine.py:net --mean 0.5 0.4 0.3 | --mean: [^] every other teacher has its own
+ZOO --mean 0.5 0.4 0.3 | --mean: [^] every other teacher has its own
 ZOO --teacher-model other.py:net | --teacher-model: other.py:net names no file; write FILE.py:NAME
 ZOO --teacher-model mine.py | --teacher-model: mine.py names no file; write FILE.py:NAME
 ZOO --teacher-model mine.py:nett | --teacher-model: mine.py has no function or class nett

@@ -38,10 +38,9 @@ def test_a_run_from_the_command_line(nrd_cli, tmp_path):
     start = lines.index(f"runs/{folder.name}, given: limit_train=96 limit_test=40 epochs=2 batch_size=32")
     assert lines[start + 1].startswith("preset: dataset=shapes noise=sym rate=0.5 noise_seed=0 ")
     preset = lines[start + 1].split()
-    assert {"lr=0.5", "loss_params=0.2,0.6,0.2", "seed=0"} <= set(preset)
-    shown = {flag.split("=")[0] for flag in preset}
-    assert not {"epochs", "device", "data_dir", "out", "resume", "keep"} & shown
-    assert lines[start + 2].startswith("epoch 1/2 ")
+    assert {"lr=0.5", "loss_params=0.2,0.6,0.2"} <= set(preset) and lines[start + 2].startswith("epoch 1/2 ")
+    hidden = {"epochs", "device", "data_dir", "out", "resume", "keep", "seed", "seeds", "resize", "image_size"}
+    assert not hidden & {flag.split("=")[0] for flag in preset}
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == 2 and all("images/s" in line and "left" in line for line in epochs)
     names = "lr train_loss test_acc ema_test_acc seconds train_acc_wrong train_acc_wrong_true"
@@ -126,7 +125,7 @@ def test_a_folder_is_never_shared(nrd_cli, tmp_path, quick):
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     (tmp_path / "taken").mkdir()
     for name in ("precious.txt", "config.json"):
-        for text in ("precious", "[]", '{"script": "cmd"}', '{"about": {"script": "nrd"}}'):
+        for text in ("precious", '{"script": "cmd"}', '{"about": {"script": "nrd"}}'):
             path = Path("taken") / name
             path.write_text(text)
             status, _, err = nrd_cli(*TINY, "--out", "taken")
