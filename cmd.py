@@ -101,7 +101,7 @@ def main(args):
         raise UsageError("--validation: holds out every image; below 1 some are left to train on")
     held = order[:held_out].sort().values
     kept = order[held_out:].sort().values
-    wrong = 100 * (labels != data.true_labels)[kept].float().mean().item()
+    wrong = 100 * (labels != data.train_labels)[kept].float().mean().item()
     print(f"{len(kept):,} training images, {wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
     stats = common.channel_stats(data)
     A = common.build_model(args.arch, num_classes, 0.0, *stats, size, args.pretrained, args.amp).to(device)
@@ -172,13 +172,13 @@ def main(args):
         metrics |= {"test_acc_A": of_A["test_acc"], "test_acc_B": of_B["test_acc"]}
         if held_out:
             images = data.train_images[held.to(data.train_images.device)]
-            scores = [accuracy(predict(net, images), data.true_labels[held]) for net in (A, B)]
+            scores = [accuracy(predict(net, images), data.train_labels[held]) for net in (A, B)]
             metrics["val_acc"] = sum(scores) / 2
         sent, uncertainty, seen = common.all_reduce(torch.stack([sent, uncertainty, seen]))
         if args.mutual == "cmd":
             metrics |= {"threshold": chi, "communication": int(sent.sum())}
         certainty = (1 - uncertainty / (seen * math.log(num_classes))).tolist()
-        memory = common.label_accuracies(predicted.flatten(), labels.repeat(2), data.true_labels.repeat(2))
+        memory = common.label_accuracies(predicted.flatten(), labels.repeat(2), data.train_labels.repeat(2))
         run.end_epoch(losses, lr=lr, **metrics, certainty=certainty, **memory)
     return run.finish()
 

@@ -338,14 +338,16 @@ def act_as_one(optimizer, modules):
 
 
 class Dataset(NamedTuple):
-    """A labelled image set. The arrays of an .npz file have the names of the first six fields."""
+    """A labelled image set. The arrays of an .npz file have the names of the first five fields."""
 
     train_images: torch.Tensor  # uint8 [N, 3, H, W], on the device or, where too large for it, memory-mapped
-    train_labels: torch.Tensor  # int64 [N] on the device, in [0, len(classes)): as they are given
+    train_labels: torch.Tensor  # int64 [N] on the device, in [0, len(classes)): the true ones
     test_images: torch.Tensor  # uint8 [M, 3, H', W']; of photographs H' < H
     test_labels: torch.Tensor  # int64 [M]
     classes: list  # names, str
-    true_labels: torch.Tensor | None = None  # int64 [N]; load_dataset takes train_labels for None
+    given_labels: torch.Tensor | None = (
+        None  # int64 [N], maybe noisy; load_dataset takes train_labels for None
+    )
     imagenet: tuple | None = None  # webvision: (images, labels) of ILSVRC12's validation images, same classes
     photographs: bool = False  # whether they are photographs
     train_digest: str = ""  # twelve characters, of all images and labels of this part; "" for one of your own
@@ -439,14 +441,14 @@ def load_dataset(
         moved = [t if t.dim() > 1 and t.numel() >= most else t.to(device) for t in tensors]
         return *moved, sha.hexdigest()[:12]
 
-    true_labels = data.train_labels if data.true_labels is None else data.true_labels
-    *train, true_labels, train_digest = part(
-        limit_train, data.train_digest, data.train_images, data.train_labels, true_labels
+    given_labels = data.train_labels if data.given_labels is None else data.given_labels
+    *train, given_labels, train_digest = part(
+        limit_train, data.train_digest, data.train_images, data.train_labels, given_labels
     )
     *test, test_digest = part(limit_test, data.test_digest, data.test_images, data.test_labels)
     imagenet = data.imagenet and tuple(tensor.to(device) for tensor in data.imagenet)
     return Dataset(
-        *train, *test, data.classes, true_labels, imagenet, data.photographs, train_digest, test_digest
+        *train, *test, data.classes, given_labels, imagenet, data.photographs, train_digest, test_digest
     )
 
 
@@ -494,6 +496,9 @@ def read_npz(path, test_only=False):
         arrays["train_labels"] = arrays["test_labels"][:0]
     if arrays["train_images"].shape[2:] != arrays["test_images"].shape[2:]:
         raise UsageError(f"--dataset: {path}: test_images have another height or width than train_images")
+    if "true_labels" in arrays:
+        arrays["given_labels"] = arrays["train_labels"]
+        arrays["train_labels"] = arrays.pop("true_labels")
     return Dataset(**{name: torch.from_numpy(array) for name, array in arrays.items()}, classes=classes)
 
 
@@ -767,9 +772,9 @@ bicycle bus motorcycle pickup_truck train / lawn_mower rocket streetcar tank tra
 
 
 def noisy_labels(args, data, per_sample=False):
-    """The training labels of a Dataset, int64 [N], corrupted as --noise, --rate and --noise-seed say."""
+    """The given training labels of a Dataset, int64 [N], corrupted as --noise, --rate and --noise-seed say."""
     return corrupt_labels(
-        data.train_labels, args.noise, args.rate, data.classes, args.noise_seed, args.data_dir, per_sample
+        data.given_labels, args.noise, args.rate, data.classes, args.noise_seed, args.data_dir, per_sample
     )
 
 
@@ -1638,7 +1643,7 @@ def label_accuracies(predicted, noisy, true):
     """How the predictions of an epoch agree with the labels, in percent; None where there is no such sample.
 
     predicted: int64 [N], the class predicted for each training sample (-1: not seen). noisy, true: int64 [N],
-    the labels that are trained on and those of data.true_labels.
+    the labels that are trained on and those of data.train_labels.
     train_acc_right: rightly labelled samples given their label. train_acc_wrong: wrongly labelled samples
     given their wrong label, which is memorisation. train_acc_wrong_true: wrongly labelled samples given their
     true class.

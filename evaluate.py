@@ -1045,7 +1045,7 @@ def training_labels(args, subject):
     # as the script calls noisy_labels; a teacher is given the labels of a script that has per_sample
     per_sample = config["script"] == "teacher" or "per_sample=True" in str(subject.source)
     given = common.noisy_labels(noise, data, per_sample)
-    wrong = int((given != data.true_labels).sum())
+    wrong = int((given != data.train_labels).sum())
     if not 4 <= wrong <= len(given) - 4:
         raise UsageError(f"{about}: {wrong} of its {len(given)} labels are wrong; train it with --noise")
     return data, given
@@ -1068,7 +1068,7 @@ def report_memory(args, subjects):
         torch.manual_seed(args.seed)
         data, given = training_labels(args, subject)
         images = data.train_images
-        true = data.true_labels
+        true = data.train_labels
         wrong = given != true
         plain, as_in_training, auto_augment = views_of(subject)
         unseen = [lambda x, view=auto_augment: common.random_erasing(view(x))] * args.memory

@@ -194,7 +194,7 @@ def main(args):
         data = data._replace(
             train_images=data.train_images[kept.to(data.train_images.device)],
             train_labels=data.train_labels[kept],
-            true_labels=data.true_labels[kept],
+            given_labels=data.given_labels[kept],
         )
     labels = common.noisy_labels(args, data, per_sample=True)
     names = {"one": ["net1", "net2", "net3"], "dml": ["net1", "net2"]}.get(method, ["model"])

@@ -47,7 +47,7 @@ def main(args):
     num_classes = len(data.classes)
     size = data.image_size
     labels = common.noisy_labels(args, data, per_sample=True)
-    wrong = 100 * (labels != data.true_labels).float().mean().item()
+    wrong = 100 * (labels != data.train_labels).float().mean().item()
     print(f"{len(labels):,} training images, {wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
     student = common.build_model(args.student_arch, num_classes, image_size=size, amp=args.amp).to(device)
     optimizer = torch.optim.SGD(student.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -89,7 +89,7 @@ def main(args):
             losses,
             lr=lr,
             **common.test_accuracies(student, data),
-            **common.label_accuracies(predicted, labels, data.true_labels),
+            **common.label_accuracies(predicted, labels, data.train_labels),
         )
     return run.finish()
 

@@ -80,7 +80,7 @@ def main(args):
     num_classes = len(data.classes)
     size = data.image_size
     labels = common.noisy_labels(args, data)
-    wrong = 100 * (labels != data.true_labels).float().mean().item()
+    wrong = 100 * (labels != data.train_labels).float().mean().item()
     print(f"{len(labels):,} training images, {wrong:.2f} % relabelled; {len(data.test_labels):,} test images")
     stats = common.channel_stats(data)
     model = common.build_model(args.arch, num_classes, 0.0, *stats, image_size=size, amp=args.amp).to(device)
@@ -140,7 +140,7 @@ def main(args):
             lr=lr,
             **common.test_accuracies(model, data),
             ema_test_acc=accuracy(predict(ema, data.test_images), data.test_labels),
-            **common.label_accuracies(predicted, labels, data.true_labels),
+            **common.label_accuracies(predicted, labels, data.train_labels),
         )
         if run.epoch in args.keep:
             run.save(run.folder / f"checkpoint{run.epoch}.pt")

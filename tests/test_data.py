@@ -89,10 +89,10 @@ def test_true_labels_are_what_memorisation_is_measured_against(cli, tmp_path):
     true = np.where(np.arange(40) < 10, (given + 1) % 3, given)
     path = write_npz(tmp_path / "noisy.npz", true_labels=np.uint8(true))
     data = load_dataset(path, limit_train=8)
-    assert data.train_labels.tolist() == given[::5].tolist() and data.true_labels.dtype == torch.int64
-    assert data.true_labels.tolist() == true[::5].tolist()
+    assert data.given_labels.tolist() == given[::5].tolist() and data.train_labels.dtype == torch.int64
+    assert data.train_labels.tolist() == true[::5].tolist()
     without = load_dataset(write_npz(tmp_path / "clean.npz"))
-    assert torch.equal(without.true_labels, without.train_labels)
+    assert torch.equal(without.given_labels, without.train_labels)
     flags = ["--dataset", path, "--noise", "none", "--batch-size", 20, "--epochs", 1, "--device", "cpu"]
     for name, arch in (("nrd", "--arch"), ("cmd", "--arch"), ("messy_collaboration", "--student-arch")):
         extra = ["--teacher-arch", "wrn-10-1"] if name == "messy_collaboration" else []
@@ -109,7 +109,7 @@ def test_true_labels_are_what_memorisation_is_measured_against(cli, tmp_path):
     data = load_dataset(path)
     p = common.predict(common.load_model(saved("nrd")), data.train_images)
     for subset, mask in (("clean", given == true), ("mislabelled", given != true)):
-        assert found[subset] == pytest.approx(common.accuracy(p[mask], data.true_labels[mask]))
+        assert found[subset] == pytest.approx(common.accuracy(p[mask], data.train_labels[mask]))
 
 
 def test_a_test_part_alone(tmp_path, folder, capsys):
@@ -128,7 +128,7 @@ def test_a_test_part_alone(tmp_path, folder, capsys):
     }
     assert capsys.readouterr().out.count("decoded ") == 1
     for name, data in alone.items():
-        assert len(data.train_images) == len(data.train_labels) == len(data.true_labels) == 0
+        assert len(data.train_images) == len(data.train_labels) == len(data.given_labels) == 0
         assert torch.equal(data.test_images, whole[name].test_images) and data.classes == whole[name].classes
         assert torch.equal(data.test_labels, whole[name].test_labels)
         assert data.test_digest == whole[name].test_digest

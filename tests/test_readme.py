@@ -39,7 +39,9 @@ def test_the_fork_section_is_a_project(tmp_path):
     (command,) = re.findall(r"`python (nrd.py --dataset tinted[^`]*)`", README)
     flags = [*command.split(), "--epochs", "2", "--batch-size", "32", "--device", "cpu", "--no-amp"]
     out = run(sys.executable, *flags, "--seed", "0", "1", "--out", "tinted")
-    metrics = [json.loads(line) for line in (tmp_path / "tinted-seed0/metrics.jsonl").read_text().splitlines()]
+    metrics = [
+        json.loads(line) for line in (tmp_path / "tinted-seed0/metrics.jsonl").read_text().splitlines()
+    ]
     assert f"weight_norm {metrics[-1]['weight_norm']:#.4g}" in out and "2 seeds" in out
     assert metrics[-1]["test_acc"] > 90  # red against blue
     row = run(sys.executable, "evaluate.py", "tinted-seed0", "tinted-seed1").splitlines()[-1]

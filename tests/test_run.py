@@ -39,7 +39,18 @@ def test_a_run_from_the_command_line(nrd_cli, tmp_path):
     assert lines[start + 1].startswith("preset: dataset=shapes noise=sym rate=0.5 noise_seed=0 ")
     preset = lines[start + 1].split()
     assert {"lr=0.5", "loss_params=0.2,0.6,0.2"} <= set(preset) and lines[start + 2].startswith("epoch 1/2 ")
-    hidden = {"epochs", "device", "data_dir", "out", "resume", "keep", "seed", "seeds", "resize", "image_size"}
+    hidden = {
+        "epochs",
+        "device",
+        "data_dir",
+        "out",
+        "resume",
+        "keep",
+        "seed",
+        "seeds",
+        "resize",
+        "image_size",
+    }
     assert not hidden & {flag.split("=")[0] for flag in preset}
     epochs = [line for line in lines if line.startswith("epoch ")]
     assert len(epochs) == 2 and all("images/s" in line and "left" in line for line in epochs)
