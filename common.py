@@ -531,17 +531,17 @@ def photographs(name, data_dir, resize, image_size, test_only=False):
     parts = ["test"] if test_only else ["test", "train"]
     if name == "webvision" and (data_dir / "imagenet" / "val").is_dir():
         parts.append("imagenet")
+    try:
+        listed = {part: list_pictures(name, data_dir, part) for part in parts}
+    except (OSError, RuntimeError) as error:  # RuntimeError: as in `download`
+        raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
+    classes = listed["test"][1]
     data = {}
-    for part in parts:
-        try:
-            samples, found = list_pictures(name, data_dir, part)
-        except (OSError, RuntimeError) as error:  # RuntimeError: as in `download`
-            raise UsageError(f"--dataset {name}: {error}; README says where its files belong") from None
-        if part == "test":
-            classes = found
+    for part, (_, found) in listed.items():
         if found != classes:
             odd = ", ".join(sorted(set(found) ^ set(classes)))
             raise UsageError(f"--dataset {name}: {part} has other classes than the test part: {odd}")
+    for part, (samples, _) in listed.items():
         side = resize if part == "train" else image_size
         stem = re.sub(r"[^\w.-]", "_", name)[-60:]  # which every file system takes
         path = data_dir / "decoded" / f"{stem}-{part}-{resize}-{side}.raw"
@@ -638,6 +638,9 @@ def decode(samples, resize, side, path):
             collate_fn=functools.partial(read_square, resize=resize, side=side),  # in the workers
             generator=torch.Generator(),  # the global one is for the draws of the method
         )
+        for left in path.parent.glob(f"{path.stem}.*.partial{path.suffix}"):
+            if time.time() - left.stat().st_mtime > 3600:  # of a process that was killed while it decoded
+                left.unlink()
         rows = []
         sha = hashlib.sha256()
         # written, not mapped: on a full disk, writing into a map kills the process
@@ -772,7 +775,7 @@ bicycle bus motorcycle pickup_truck train / lawn_mower rocket streetcar tank tra
 
 
 def noisy_labels(args, data, per_sample=False):
-    """The given training labels of a Dataset, int64 [N], corrupted as --noise, --rate and --noise-seed say."""
+    """The training labels that a Dataset gives, int64 [N], corrupted as --noise, --rate, --noise-seed say."""
     return corrupt_labels(
         data.given_labels, args.noise, args.rate, data.classes, args.noise_seed, args.data_dir, per_sample
     )
@@ -2214,7 +2217,7 @@ def train_teacher(args, device, data, labels, seed, recipe):
         for index in run.batches(len(labels), args.batch_size):
             x = crop_flip(data.batch(index), mode="reflect", size=data.image_size)
             loss = F.cross_entropy(model(x), labels[index])
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
@@ -2275,8 +2278,7 @@ def picture(path, width, height, pdf=False, quiet=False):
     from matplotlib.figure import Figure
 
     try:
-        plain = {"text.usetex": False, "text.parse_math": False, "axes.formatter.use_mathtext": False}
-        with matplotlib.rc_context(plain):
+        with matplotlib.rc_context({"text.usetex": False, "text.parse_math": False}):
             figure = Figure(figsize=(width, height), layout="constrained")
             yield figure
             for file in [path, path.with_suffix(".pdf")] if pdf else [path]:

@@ -742,7 +742,10 @@ def subject_of_weights(path, flags, dataset, args):
     module = flags["teacher_model"]
     mean = flags["mean"]
     std = flags["std"]
-    data = read_data(args, dataset, flags, bool(module or mean and std or common.is_photographs(dataset)))
+    try:
+        data = read_data(args, dataset, flags, bool(module or mean and std or common.is_photographs(dataset)))
+    except UsageError:  # as where there are test images alone, which channel_stats then says
+        data = read_data(args, dataset, flags)
     if module:
         model = common.load_module(module, "--model", path)
     else:
@@ -753,8 +756,7 @@ def subject_of_weights(path, flags, dataset, args):
         model = common.load_public(path, "CKPT", flags["teacher_arch"], mean, std, data.image_size)
     logits = predict(model.to(args.device).requires_grad_(False), data.test_images[:100])
     if logits.shape[1] != len(data.classes):
-        count = f"{len(data.classes)} classes, the model has {logits.shape[1]}"
-        raise UsageError(f"--dataset: {dataset} has {count}")
+        raise UsageError(f"--dataset: {dataset} has {len(data.classes)} classes, the model {logits.shape[1]}")
     if logits.min() >= 0 and (logits.sum(1) - 1).abs().max() < 1e-2:
         raise UsageError(f"--model: {module} gives probabilities, not logits; leave its softmax out")
     config = {"script": path.stem if path else module, "seed": 0, "given": []}

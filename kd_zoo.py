@@ -289,7 +289,7 @@ def main(args):
         logits = [predict(net, data.test_images) for net in nets]
         each = [accuracy(S, data.test_labels) for S in logits]
         best = each.index(max(each))
-        metrics = {"test_acc": each[best], "class_acc": class_accuracies(logits[best], data.test_labels)}
+        metrics = {"test_acc": each[best]}
         if len(nets) > 1:
             run.header["best"] = f"net{best + 1}"
             metrics["each_test_acc"] = each
@@ -324,13 +324,6 @@ def check_features(args, s, t):
         same = same and [shape[1:] for shape in s[1:]] == [shape[1:] for shape in t[1:]]
     if not same:
         raise UsageError(f"--student-arch: {args.method} cannot compare features {s} with the teacher's {t}")
-
-
-def class_accuracies(logits, labels):
-    """Accuracy in percent of each class: a list."""
-    num_classes = logits.shape[1]
-    right = labels[logits.argmax(1) == labels].bincount(minlength=num_classes)
-    return (100 * right / labels.bincount(minlength=num_classes).clamp(min=1)).tolist()
 
 
 def learning_rate(args, epoch):

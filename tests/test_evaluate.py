@@ -763,8 +763,6 @@ def test_no_picture_ends_a_program(monkeypatch, capsys, drawing, says):
     out, err = capsys.readouterr()
     assert (out, err) == ("", says) if says else ("wrote a.png\n", "")
     assert Path("a.png").exists() == (not says) and not list(Path().glob("*.partial*"))
-    with pytest.raises(common.UsageError), common.picture(Path("a.png"), 2, 2):
-        raise common.UsageError("--curves")
 
 
 def test_picture_of_corruptions(figures, monkeypatch):

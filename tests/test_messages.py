@@ -38,8 +38,8 @@ soft_randomization --sigma -1 | argument --sigma: -1 is
 noise_data_free_kd --adjust-batches 0 | argument --adjust-batches: 0 is
 evaluate run.pt --eps 2 | argument --eps: 2 is not in [0, 1]
 evaluate run --pgd 0 | argument --pgd: 0 is
-nrd --device cuda | --device cuda: 0 CUDA devices are visible
-nrd --device cuda:9 | --device cuda:9: 0 CUDA devices are visible
+nrd --device cuda | --device cuda: no CUDA device is visible; --device cpu works
+nrd --device cuda:9 | --device cuda:9: no CUDA device is visible
 nrd --device 0 | --device 0: unknown; cpu, cuda and cuda:N work
 nrd --device mps | --device mps: unknown
 nrd --dataset tiny.npz --resize 40 | --resize: --dataset tiny.npz keeps its size; leave it out
@@ -141,7 +141,6 @@ FICKLE --teacher-model mine.py:nought | [^]the teacher has no dropout module
 evaluate
 evaluate | CKPT: name the checkpoint.pt of a run folder
 evaluate missing.pt | CKPT: no file missing.pt
-evaluate --show-corruptions --pgd 2 | CKPT: name the checkpoint.pt of a run folder
 evaluate wrn.pth | CKPT: wrn.pth is no checkpoint of these scripts
 evaluate evil.pth | CKPT: evil.pth holds [^].mkdir beside tensors
 evaluate cut.pt | CKPT: cut.pt is damaged or no checkpoint
@@ -159,15 +158,14 @@ evaluate run.pt --table table.xls | --table: table.xls ends with none of .csv, .
 evaluate run.pt --attack PGD | --attack: needs torchattacks; pip install torchattacks
 evaluate wrn.pth --arch wrn-10-1 | --dataset: weights do not tell what to evaluate on
 evaluate wrn.pth --arch wrn-10-1 --dataset tiny.npz --model mine.py:net | --arch: a module has its own
-evaluate five.pth --arch wrn-10-1 --dataset tiny.npz | --dataset: tiny.npz has 3 classes, the model has 5
+evaluate five.pth --arch wrn-10-1 --dataset tiny.npz | --dataset: tiny.npz has 3 classes, the model 5
 evaluate --model mine.py:soft --dataset tiny.npz | --model: mine.py:soft gives probabilities, not logits
 evaluate --model mine.py:soft --dataset tiny.npz --resize 40 | --resize: the images of tiny.npz keep
 evaluate --model mine.py:soft --dataset tiny.npz --curves | --curves: weights hold no metrics
 evaluate run.pt --curves test_acc test_los | --curves: no run has test_los; they have epoch,
 evaluate run.pt --transfer --teacher missing.pt | --teacher: no file missing.pt
 evaluate missing.pt wrn.pth | CKPT: none of these can be evaluated
-evaluate run.pt --memory --pgd 1 | --memory: looks at training images alone
-evaluate wrn.pth --arch wrn-10-1 --dataset tiny.npz --memory | --memory: wrn.pth does not tell
+evaluate wrn.pth --arch wrn-10-1 --dataset tiny.npz --memory | --memory: weights hold no metrics
 evaluate wrn.pth --arch wrn-10-1 --dataset tiny.npz --part model | --part: checkpoints of runs have parts
 evaluate wrn.pth --arch wrn-10-1 --dataset only.npz --mean 0 0 0 | --mean, --std: are needed; there are no
 evaluate wrn.pth --model mine.py:net --dataset tiny.npz --std 1 1 1 | --std: NOTHING --arch

@@ -1,4 +1,4 @@
-"""README: the step is nrd.py's loop; the fork's diffs, applied to copies of two files, make a project that runs."""
+"""README: the step is nrd.py's loop; the fork's diffs, applied to copies of the files, make a project."""
 
 import json
 import re
