@@ -1,18 +1,20 @@
 """Every paper's claim at the size of a CPU: which of them can be seen in runs of a minute, with error bars.
 
-    python tests/claims.py                     # all claims on the built-in data, five seeds; about two core-hours
+    python tests/claims.py                     # all claims on the built-in data, five seeds; two core-hours
     python tests/claims.py sr mc --seeds 3     # those of two scripts
     python tests/claims.py --dataset cifar10   # on CIFAR-10, with a few thousand training images
 
-Runs the methods of a claim and what they are compared with through the scripts, as a user calls them, and prints the
-table of claims. The last epoch counts. All seeds have one corruption of the labels and one teacher, as in the papers,
-so that the errors do not hold what another teacher would change. Run folders and logs stay in runs/claims. What is
-there is not run again; after a change of a script, remove its folders. The seeds are worked through one after another,
-and a table has those that are there. Of all claims, claims.json and .github/claims.png are written too, on CIFAR-10
-claims-cifar10.json and .github/claims-cifar10.png. .github/training.png is drawn where its runs are there.
+Runs the methods of a claim and what they are compared with through the scripts, as a user calls them, and
+prints the table of claims. The last epoch counts. All seeds have one corruption of the labels and one
+teacher, as in the papers, so that the errors do not hold what another teacher would change. Run folders and
+logs stay in runs/claims. What is there is not run again; after a change of a script, remove its folders. The
+seeds are worked through one after another, and a table has those that are there. Of all claims, claims.json
+and .github/claims.png are written too, on CIFAR-10 claims-cifar10.json and .github/claims-cifar10.png.
+.github/training.png is drawn where its runs are there.
 
-On the built-in data the settings are the presets: few images, so that there is room above. Both sides of a comparison
-have the same epochs, images and networks. RESULTS.md has what else was tried, and why a claim does not show.
+On the built-in data the settings are the presets: few images, so that there is room above. Both sides of a
+comparison have the same epochs, images and networks. RESULTS.md has what else was tried, and why a claim does
+not show.
 """
 
 import argparse
@@ -96,7 +98,7 @@ cmd | CMD-P memorises fewer wrong labels | train_acc_wrong | CMD-P - | zero -; C
 data-free | the teacher wants current statistics | test_acc | leaves, current 89.40 | leaves, running 37.04 | Table 2
 data-free | dead leaves beat Gaussian noise | test_acc | leaves, current 89.40 | Gaussian, current 85.98 | Table 2
 data-free | re-estimated statistics recover the student | statistics | re-estimated - | as trained - | Figure 3a
-"""  # script | claim | what is measured | what should be better | than this | the paper's figures; of CIFAR-10 except CMD's
+"""  # noqa: E501 - script | claim | what is measured | what should be better | than this | the paper's figures; of CIFAR-10 except CMD's
 
 
 def arms(text):
@@ -114,14 +116,20 @@ class Claim(NamedTuple):
     source: str
 
 
-# On CIFAR-10 one teacher, trained on all 50,000 images, teaches students that see a few thousand: TEACHER below.
-TEACHER = "kd_zoo.py --method baseline --dataset cifar10 --student-arch wrn-16-1 --epochs 12 --limit-test 2000 --batch-size 64 --lr 0.05"
+# On CIFAR-10 one teacher, trained on all 50,000 images, teaches students that see a few thousand.
+TEACHER = (
+    "kd_zoo.py --method baseline --dataset cifar10 --limit-test 2000 --student-arch wrn-16-1"
+    " --epochs 12 --batch-size 64 --lr 0.05"
+)
+SMALL = "--dataset cifar10 --limit-test 2000 --batch-size 32"
+STUDENT = f"{SMALL} --student-arch wrn-10-1 --limit-train 2000 --epochs 20 --lr 0.05"
 CIFAR10 = {  # part: the flags that all its arms have
-    "nrd": "--dataset cifar10 --limit-train 4000 --limit-test 2000 --epochs 30 --arch wrn-10-1 --batch-size 32",
-    "sr": "--dataset cifar10 --limit-train 2000 --limit-test 2000 --epochs 20 --student-arch wrn-10-1 --batch-size 32 --lr 0.05 --sigma 0.1",
-    "zoo": "--dataset cifar10 --limit-train 2000 --limit-test 2000 --epochs 20 --student-arch wrn-10-1 --batch-size 32 --lr 0.05",
-    "cmd": "--dataset cifar10 --limit-train 2000 --limit-test 2000 --epochs 40 --arch wrn-10-1 --batch-size 32 --lr 0.05 --augment none",
-    "data-free": "--dataset cifar10 --limit-train 5000 --limit-test 2000 --epochs 12 --student-arch wrn-10-1 --batch-size 64 --lr 2e-3 --teacher TEACHER",
+    "nrd": f"{SMALL} --arch wrn-10-1 --limit-train 4000 --epochs 30",
+    "sr": f"{STUDENT} --sigma 0.1",
+    "zoo": STUDENT,
+    "cmd": f"{SMALL} --arch wrn-10-1 --limit-train 2000 --epochs 40 --lr 0.05 --augment none",
+    "data-free": "--dataset cifar10 --limit-test 2000 --student-arch wrn-10-1 --limit-train 5000 --epochs 12"
+    " --batch-size 64 --lr 2e-3 --teacher TEACHER",
 }
 COMMANDS["cifar10"] = """
 nrd        NRD                      nrd.py --lr 0.2
@@ -190,7 +198,7 @@ def log_of(run):
 
 
 def execute(command, log):
-    """Run a script on one thread with its output in the file `log`, unless that is there: it is once all is done."""
+    """Run a script on one thread, its output in the file `log`, unless that is there: it is once all is done."""
     if log.exists():
         return
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -233,7 +241,7 @@ def value(command, seed, measure):
 
 
 def compare(claim, table, seeds):
-    """The rows of a claim, a dict for each pair of arms, over the seeds that both have. table: {arm: command}."""
+    """The rows of a claim: a dict for each pair of arms, over the seeds of both. table: {arm: command}."""
     rows = []
     measures = (claim.measure,)
     if claim.measure == "statistics":  # the same run, tested with other statistics
@@ -271,7 +279,7 @@ def spread(values):
 
 
 def print_table(rows):
-    """Markdown. A difference is positive where it is as the paper has it, and shows where it is above two errors."""
+    """Markdown. A positive difference is as the paper has it; it shows where it is above two errors."""
     print("\n| | claim | the paper's | ours | n | difference, standard error | shows |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
@@ -292,7 +300,7 @@ def print_table(rows):
 
 
 def draw(path, rows):
-    """A panel a claim: a dot a seed, a line at the mean. Red is what should be above, below where less is better."""
+    """One panel per claim, a dot per seed, a line at the mean. Red should be above, or below if less is better."""
     from matplotlib.figure import Figure
 
     panels = {}  # {(part, claim): [rows]}
@@ -327,7 +335,7 @@ def draw(path, rows):
 
 
 def draw_training(path, seeds):
-    """README's first picture: test accuracy and memorised wrong labels over the epochs, mean ± standard deviation."""
+    """README's first picture: test accuracy and memorised wrong labels by epoch, mean ± standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
