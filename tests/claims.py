@@ -198,7 +198,7 @@ def log_of(run):
 
 
 def execute(command, log):
-    """Run a script on one thread, its output in the file `log`, unless that is there: it is once all is done."""
+    """Run a script on one thread, with its output in the file `log`, unless that is there."""
     if log.exists():
         return
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -300,7 +300,7 @@ def print_table(rows):
 
 
 def draw(path, rows):
-    """One panel per claim, a dot per seed, a line at the mean. Red should be above, or below if less is better."""
+    """One panel per claim, one dot per seed, a line at the mean. Red is what the claim names first."""
     from matplotlib.figure import Figure
 
     panels = {}  # {(part, claim): [rows]}
@@ -335,7 +335,7 @@ def draw(path, rows):
 
 
 def draw_training(path, seeds):
-    """README's first picture: test accuracy and memorised wrong labels by epoch, mean ± standard deviation."""
+    """README's first picture: test accuracy and memorised labels by epoch, mean ± standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
