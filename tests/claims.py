@@ -360,6 +360,7 @@ def draw_training(path, seeds):
             axes.fill_between(range(1, len(mean) + 1), low, high, color=colour, alpha=0.2, lw=0)
         axes.axhline(10, color="k", ls=":", lw=1, label="chance")
         axes.set_xlabel(f"epoch; line and band: mean ± standard deviation of {len(runs)} seeds")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.suptitle("Half of the training labels are random")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
