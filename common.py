@@ -258,7 +258,7 @@ def run(parse_args, main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; training goes on from its last finished epoch with --resume", file=sys.stderr)
+        print("\nstopped; a training run goes on from its last finished epoch with --resume", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
