@@ -323,7 +323,7 @@ def draw(path, rows):
         shown = sum(row["shows"] for row in compared)
         verdict = f"shows in {shown} of {len(compared)}" if 0 < shown < len(compared) else "shows"
         colour = "tab:green" if shown == len(compared) else "tab:orange" if shown else "tab:red"
-        axes.set_title(textwrap.fill(f"{part}: {text}", 25), fontsize=9.5)
+        axes.set_title(textwrap.fill(f"{part}: {text}", 23), fontsize=9.5)
         axes.set_xlabel(verdict if shown else "does not show", color=colour, weight="bold", fontsize=9)
         axes.set_ylabel(LABELS.get(compared[0]["measure"], "test accuracy (%)"), fontsize=8)
         axes.tick_params(labelsize=8)
