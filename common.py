@@ -1549,10 +1549,10 @@ def build_model(
     large = image_size >= 128
     names = [name for name in ARCHITECTURES if re.fullmatch(re.sub("[DK]", "[1-9][0-9]*", name), arch)]
     if dropout and not arch.startswith("wrn-"):
-        raise UsageError(f"--dropout: {arch} has none; wrn-D-K has")
+        raise UsageError(f"dropout: {arch} has none; wrn-D-K has")
     if pretrained and not (large and arch in TORCHVISION):
-        have = ", ".join(TORCHVISION)
-        raise UsageError(f"--pretrained: {arch} at {image_size} pixels has none; {have} at 224 have")
+        have = f"{', '.join(TORCHVISION)} at 224 have"
+        raise UsageError(f"--pretrained: {arch} at {image_size} pixels has none; {have}")
     if arch in TORCHVISION:
         from torchvision.models import get_model
 

@@ -7,7 +7,7 @@
     python evaluate.py CKPT … --pgd 20 --plot-by sigma                       # Table 6, Figure 2
     python evaluate.py CKPT … --cinic CINIC-10 --plot-by target-noise rate   # Figures 4 and 5
     python evaluate.py CKPT … --attack AutoAttack --eps 8/255                # any l∞ attack of torchattacks
-    python evaluate.py CKPT … --curves              # metrics of training: CMD's Figures 3, 4, NRD's Figure 4
+    python evaluate.py CKPT … --curves              # metrics of training: CMD's Figures 2, 3, NRD's Figure 4
     python evaluate.py CKPT … --transfer --teacher  # Figure 1 of KD Beyond Model Compression
     python evaluate.py CKPT … --ece                 # Figure 5 of Neural Vicinal Risk Minimization
     python evaluate.py CKPT … --memory              # its Table 1, Figures 1 and 2; of several epochs Table 6
@@ -88,7 +88,8 @@ def parse_args():
 
     add = parser.add_argument_group("measures (none of these: accuracy, ECE, NLL, Brier score)").add_argument
     add("--ece", action="store_true", help="ECE (15 equal-width bins), NLL, Brier score, reliability diagram")
-    add("--pgd", nargs="+", type=common.count, default=[], metavar="N", help="steps of l∞ PGD; or a sweep")
+    add("--pgd", nargs="+", type=common.count, default=[], metavar="N",
+        help="steps of l∞ PGD; a sample is lost at the first point that fools; or a sweep")  # fmt: skip
     add("--eps", nargs="+", type=fraction, default=[0.031], help="radius, 0.031 or 8/255; or a sweep")
     add("--step-size", type=fraction, default=0.003, help="step of PGD in [0, 1]")
     add("--restarts", type=common.count, default=5, help="random starts of PGD; the worst restart counts")
@@ -97,10 +98,10 @@ def parse_args():
     add("--cifar-c", nargs="?", const="", metavar="DIR", help="19 corruptions: official files or generated")
     add("--cinic", type=Path, metavar="DIR", help="CINIC-10; 2,100 images of ImageNet per class are taken")
     add("--transfer", action="store_true", help="PGD-20 images of each CKPT on each other; smallest --eps")
-    named = "teacher, one more source of --transfer; no CKPT: the one that the students name"
-    add("--teacher", nargs="?", type=path, const=True, metavar="CKPT", help=named)
-    memory = "number of unseen views, or 10: what the training images' wrong labels left; memory1.png"
-    add("--memory", type=common.count, nargs="?", const=10, metavar="K", help=memory)
+    add("--teacher", nargs="?", type=path, const=True, metavar="CKPT",
+        help="teacher, one more source of --transfer; no CKPT: the one that the students name")  # fmt: skip
+    add("--memory", type=common.count, nargs="?", const=10, metavar="K",
+        help="number of unseen views, or 10: what wrong labels of training left; memory1.png")  # fmt: skip
     add("--plot-by", nargs="+", default=[], metavar="FLAG", help="flag of training on the axis; two: a map")
     add("--curves", nargs="*", metavar="METRIC", help="draw training.png: these metrics by epoch, or all")
 
@@ -111,8 +112,8 @@ def parse_args():
     add("--resize", **pixels, help="photographs: side of the square that is kept; None: as in training")
     add("--image-size", **pixels, help="photographs: side of the crop; None: as in training")
     add("--limit-test", type=common.count, metavar="N", help="use N evenly spaced test samples")
-    seed = "random seed of starts, corruptions, CINIC's choice"
-    add("--seed", dest="seeds", nargs=1, type=int, default=[0], metavar="SEED", help=seed)
+    add("--seed", dest="seeds", nargs=1, type=int, default=[0], metavar="SEED",
+        help="random seed of starts, corruptions, CINIC's choice")  # fmt: skip
     add("--batch-size", type=common.count, help="images per forward pass; None: 125 on a CPU, else 500")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
     add("--out", type=Path, metavar="DIR", help="folder of pictures and evaluation.jsonl; None: of CKPT")
@@ -611,8 +612,8 @@ def read_cifar_c(folder, subjects):
     images = {name: read(name, 32, 32, 3) for name in CORRUPTIONS}
     labels = read("labels")
     for subject in subjects:
-        expected = subject.data.test_labels.cpu().numpy()
-        if not (labels[:, evenly_spaced(10000, len(expected)).numpy()] == expected).all():
+        expected = subject.data.test_labels.cpu().expand(5, -1)
+        if not np.array_equal(labels[:, evenly_spaced(10000, expected.shape[1])], expected):
             raise UsageError(f"--cifar-c: {folder}/labels.npy are not the labels of {subject.test_set}")
     return images
 
@@ -813,10 +814,9 @@ def grouped(subjects, leave_out=()):
             rows += [[subject] for subject in members]
 
     typed = {flag for subject in subjects for flag in subject.config["given"]} - {*seeds}
-    differing = []
-    for flag in sorted(typed):
-        if len({by_value(row[0].config.get(flag)) for row in rows}) > 1:
-            differing.append(flag)
+    differing = [
+        flag for flag in sorted(typed) if len({by_value(row[0].config.get(flag)) for row in rows}) > 1
+    ]
     rows.sort(key=lambda row: [by_value(row[0].config.get(flag)) for flag in ("script", *differing)])
     names = []
     for row in rows:
@@ -1536,8 +1536,8 @@ def main(args):
     subjects = []
     if args.arch or args.model:
         flags = {"teacher_model": args.model, "teacher_arch": args.arch, "mean": args.mean, "std": args.std}
-        paths = args.checkpoints or [None]
-        subjects = [subject_of_weights(path, flags, args.dataset, args) for path in paths]
+        for path in args.checkpoints or [None]:
+            subjects.append(subject_of_weights(path, flags, args.dataset, args))
     else:
         for path in args.checkpoints:
             try:
@@ -1560,12 +1560,10 @@ def main(args):
         return
 
     if args.plot_by and all(subject.config.get(args.plot_by[-1]) is None for subject in subjects):
-        flags = " ".join(args.plot_by)
-        raise UsageError(f"--plot-by: name one or two flags of the runs' config.json, not {flags}")
+        raise UsageError(f"--plot-by: name one or two flags of config.json, not {' '.join(args.plot_by)}")
     teacher = [find_teacher(subjects, args)] if args.teacher else []
     if args.transfer and len({subject.data.test_digest for subject in subjects + teacher}) > 1:
-        says = "the checkpoints have different test sets; --dataset NAME takes one for all"
-        raise UsageError(f"--transfer: {says}")
+        raise UsageError("--transfer: the checkpoints have different test sets; --dataset NAME takes one")
     attacks = {name: load_attack(name, min(len(s.data.classes) for s in subjects)) for name in args.attack}
     official = read_cifar_c(Path(args.cifar_c), subjects) if args.cifar_c else None
     cinic = None

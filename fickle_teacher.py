@@ -155,7 +155,7 @@ NOTES = """
 A line that begins with a method has the paper's own figures.
 
 Table 1   --dataset {cifar10,svhn} with --method baseline; --dropout {0,0.1,0.2,0.3,0.4,0.5}
-          --teacher-seeds 5 --seed 0 1 2 3 4, then
+          --teacher-seeds 5; all --seed 0 1 2 3 4, then
           evaluate.py TEACHERS runs/fickle_teacher-cifar10-* --cifar-c CIFAR-10-C --cinic CINIC-10
           TEACHERS: the folders in runs/teachers that the runs name
           baseline: cifar10 93.95, CINIC 68.89, mCA 74.38; svhn 96.14

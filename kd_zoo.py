@@ -1,4 +1,4 @@
-"""Ten ways to distil knowledge into a student, and the baseline: the zoo of KD Beyond Model Compression.
+"""Eleven ways to distil knowledge into a student, and the baseline: the zoo of KD Beyond Model Compression.
 
 From a teacher's output (Hinton, BSS), from its features (FitNet, FSP, AT), from how it relates samples (SP,
 RKD-D, RKD-A, RKD-DA), from one's own branches (ONE), from a peer (DML). Each is one short function, with its
@@ -189,6 +189,8 @@ def main(args):
     size = data.image_size
     method = args.method
     tau = args.tau
+    if method == "bss" and common.world_size() > 1:  # where one process finds no image, the others would wait
+        raise UsageError("--method: bss runs in one process, not under torchrun")
     if args.imbalance:
         kept = imbalance(data.train_labels, args.imbalance, num_classes)
         data = data._replace(
@@ -441,8 +443,8 @@ NOTES = """
 A line that begins with a method, a data set or "all" has the paper's own figures; "all" is in the order of
 --method {baseline,hinton,bss,fitnet,fsp,at,sp,rkd-d,rkd-a,rkd-da,one,dml}.
 
-Table I      the table of settings in this file. Every other table has --method {…} --teacher-seeds 5
-             --seed 0 1 2 3 4
+Table I      the table of settings in this file. Every other table has --method {…} --seed 0 1 2 3 4,
+             and --teacher-seeds 5 where a teacher teaches
 Table II     the teachers in runs/teachers that the other tables leave
              cifar10: resnet26 93.83, wrn-40-2 95.11; cifar100: resnet26x4 79.22, wrn-40-2 76.06
              cifar10, wrn-40-2: Table V 82.66 66.34 45.97; Table VI 78.87 80.23 81.13 84.40
@@ -461,7 +463,7 @@ Table V      --dataset cifar10 --noise sym --rate {0.2,0.4,0.6}
 Table VI     --dataset cifar10 --imbalance {0.2,0.6,1,2}
              baseline: 78.05 78.83 80.09 83.33; hinton: 79.15 80.08 81.18 83.69
              all, 1: 80.09 81.18 80.44 81.15 81.12 80.96 80.33 81.48 81.52 81.50 79.48 81.33
-Figure 1     evaluate.py runs/kd_zoo-cifar10-clean-*seed0 --transfer --teacher
+Figure 1     evaluate.py runs/kd_zoo-cifar10-clean-*wrn-16-2*seed0 --transfer --teacher
 
 And of Noise as a Resource:
 Table 1      --dataset {cifar10,svhn} --method {baseline,hinton,at,sp,rkd-d,rkd-a,rkd-da}
@@ -475,8 +477,8 @@ flattened and of unit length. BSS keeps its images in [0, 1] and no nearer to th
 is never used). BSS has 200 epochs and the standard drops. Its distillation terms have no factor tau², as in
 the code of BSS.
 
-Every teacher is in evaluation mode, as in the public code of each method. The networks that teach each other,
-of ONE and DML, answer in training mode, because they learn.
+Every teacher is in evaluation mode, as in the public code of each method. ONE's and DML's answer in
+training mode, because they learn; test_acc is that of the best on the test set, as in the papers.
 
 Our choices where both are silent. DML's distillation terms are Hinton's loss with its factor tau². FSP's
 matrices relate a group's input, max-pooled to the output's size, to its output; their squared differences are

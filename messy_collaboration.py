@@ -125,6 +125,7 @@ def parse_args():
     args = common.parse(parser, preset)
     if args.method == "baseline":
         common.refuse(args, (*common.TEACHER, "target_noise", "alpha", "tau"), "baseline has no teacher")
+        args.target_noise = None
     return args
 
 
@@ -145,12 +146,12 @@ Table 8, Figure 4   the same with --dataset svhn
                     MC: 96.72 96.34 95.95 95.63 94.73 91.74
                     Hinton: 96.81 96.29 95.94 95.61 94.80 91.93
                     baseline: 96.11 93.92 92.78 91.58 89.01 81.56
-                    teacher: 96.23 94.07 93.19 91.82 89.53 82.84
+                    teacher (Table 8): 96.23 94.07 93.19 91.82 89.53 82.84
 Table 9, Figure 5   Table 7 with --cinic CINIC-10
                     MC: 69.02 65.97 63.57 61.68 56.15 44.92
                     Hinton: 68.95 65.52 63.83 61.24 56.68 44.42
                     baseline: 68.89 63.22 59.50 55.00 50.08 37.21
-                    teacher: 70.23 66.22 62.66 59.07 53.63 36.75
+                    teacher (Table 9): 70.23 66.22 62.66 59.07 53.63 36.75
 """
 
 if __name__ == "__main__":

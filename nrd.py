@@ -324,12 +324,12 @@ def parse_args():
         raise UsageError(
             f"--loss-params: {args.loss} takes {len(names)} ({' '.join(names)}), not {len(args.loss_params)}"
         )
-    if args.loss == "nrd" and not math.isclose(sum(args.loss_params), 1, abs_tol=1e-6):
-        raise UsageError(f"--loss-params: pi1 pi2 pi3 sum to {sum(args.loss_params):g}, not to 1")
+    if args.loss == "nrd" and (min(args.loss_params) < 0 or not math.isclose(sum(args.loss_params), 1)):
+        raise UsageError("--loss-params: pi1 pi2 pi3 are not shares that sum to 1")
     if args.loss not in ("nrd", "js", "gjs"):
         refuse(args, ("jsd_scale",), f"{args.loss} is no Jensen-Shannon divergence")
-    elif args.jsd_scale and not 0 < args.loss_params[0] < 1:
-        raise UsageError(f"--loss-params: pi1 is {args.loss_params[0]:g}, where Z is 0; 0 < pi1 < 1 works")
+    elif not 0 < args.loss_params[0] < 1:
+        raise UsageError(f"--loss-params: pi1 is {args.loss_params[0]:g}; 0 < pi1 < 1 works")
     if args.loss == "gce" and not args.loss_params[0] > 0:
         raise UsageError(f"--loss-params: q is {args.loss_params[0]:g}; gce needs q above 0")
     if args.loss != "nrd":
@@ -390,7 +390,8 @@ grey square of 15 %.
 Our choices. A rate between two columns of Table 5 takes the nearer column (50 % that of 40 %). No noise takes
 the lr and weight decay of symmetric noise. sym-other counts as symmetric. pair and human-* count as
 asymmetric: of 40 % for human-worse and human-noisy, else of 20 %. Every data set except CIFAR-100 takes
-CIFAR-10's rows. Photographs of any kind are treated as WebVision. On shapes a run has 1,240 steps, the
+CIFAR-10's rows. Photographs of any kind are treated as WebVision;
+their views are crops of the square that is kept. On shapes a run has 1,240 steps, the
 paper's has 156,000: hence a small net, a faster EMA, crops alone for the student, and for each loss the best
 lr of one grid on other images (tests/RESULTS.md).
 """

@@ -117,9 +117,9 @@ def parse_args():
 NOTES = """
 A line that begins with SR or GA has the paper's own figures.
 
-Table 3             --dataset {cifar10,svhn} --method {ga,sr} --teacher-seeds 5 --seed 0 1 2 3 4
+Table 3             --dataset {cifar10,svhn} with --method ga; --teacher-seeds 5; all --seed 0 1 2 3 4
                     --sigma {0.01,0.02,0.03,0.04,0.05,0.1,0.2,0.3,0.4,0.5}, then
-                    evaluate.py runs/soft_randomization-* --cinic CINIC-10
+                    evaluate.py runs/soft_randomization-cifar10-* --cinic CINIC-10
                     SR, cifar10: 94.29 94.07 93.53 93.04 92.57 89.88 84.07 78.51 73.35 68.95
                     SR, CINIC: 69.19 69.11 68.77 68.33 68.07 65.44 60.08 55.19 51.03 47.44
                     SR, svhn: 96.78 96.79 96.77 96.72 96.56 96.01 93.39 89.70 85.08 79.69
@@ -134,7 +134,7 @@ Table 6, Figure 2   … --pgd 20 --plot-by sigma
                     SR, cifar10: 0.78 3.83 8.30 12.89 15.56 22.15 24.14 23.29 23.42 23.54
                     SR, svhn: 21.07 27.82 33.41 39.97 41.75 50.35 51.39 45.99 41.28 40.13
                     GA, cifar10: 0.00 0.00 0.02 0.12 0.38 4.20 12.19 17.64 20.98 22.34
-Figure 3            … --cifar-c CIFAR-10-C
+Figure 3            evaluate.py runs/soft_randomization-cifar10-* --cifar-c CIFAR-10-C
 """
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """cmd.py: refined labels, threshold and losses against numpy and by hand, gradients, the name, whole runs."""
 
+import itertools
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from conftest import (
     within,
     write_npz,
 )
+from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import common
@@ -281,6 +284,17 @@ def test_crops_are_padded_by_four_and_flipped(cli):
         found[augment] = {crops[image.tobytes()] for image in np.concatenate(seen)}
     assert len(found["crop"]) > 20 and {0, 8} <= {top for top, _, _ in found["crop"]}
     assert found["none"] == {(4, 4, False)}
+
+
+def test_photographs_are_cropped_without_padding(cli):
+    for part, i in itertools.product(("train", "val"), range(4)):
+        path = Path(f"pictures/{part}/{'ab'[i % 2]}/{i}.png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), "white").save(path)
+    with forward_passes() as passes:
+        flags = ["--resize", 36, "--image-size", 32, "--mutual", "sync", "--batch-size", 2]
+        assert cli(cmd, *TINY, *flags, "--dataset", "imagefolder:pictures")[0] == 0
+    assert all(step.images.shape[2:] == (32, 32) and (step.images == 1).all() for step in passes)
 
 
 def test_validation_is_clean_and_never_trained_on(cli, coloured):

@@ -1190,6 +1190,9 @@ def test_cifar_c_of_other_labels_and_numbers_is_refused(official, run):
         common.UsageError, match="--cifar-c: official/labels.npy are not the labels of tiny.npz, 20 "
     ):
         run("a.pt", "--cifar-c", "official")
+    large = evaluate.Subject("a.pt", {}, data=SimpleNamespace(test_labels=torch.zeros(10001)))
+    with pytest.raises(common.UsageError, match="are not the labels of"):  # as of SVHN's 26,032 images
+        evaluate.read_cifar_c(official, [large])
     (official / "fog.npy").unlink()
     np.lib.format.open_memmap("official/fog.npy", "w+", np.float32, (50000, 32, 32, 3))
     with pytest.raises(common.UsageError, match="--cifar-c: official/fog.npy is missing, damaged or"):

@@ -334,6 +334,12 @@ def test_student_and_teacher_have_the_same_imbalanced_images(cli, tmp_path):
     assert torch.equal(torch.cat(number) % 3, torch.cat(labels))
 
 
+def test_bss_is_refused_under_torchrun(cli, monkeypatch):
+    monkeypatch.setattr(common, "world_size", lambda: 2)
+    status, _, err = cli(kd_zoo, *SMALL, "--method", "bss")
+    assert (status, err) == (2, "error: --method: bss runs in one process, not under torchrun\n")
+
+
 STAGES = {"fitnet": ["--init-epochs", 1], "fsp": ["--init-epochs", 1]}
 
 

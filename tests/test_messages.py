@@ -65,9 +65,11 @@ nrd --dataset tiny.npz --noise asym | --noise asym: only CIFAR-10 and CIFAR-100
 nrd --dataset tiny.npz --noise human-worse | --noise human-worse: cannot read data/CIFAR-10_human.pt
 nrd
 nrd --dataset tiny.npz --arch wrn-17-2 | --arch: unknown 'wrn-17-2'
-nrd --loss-params 0.2 0.6 0.3 | --loss-params: pi1 pi2 pi3 sum to 1.1, not to 1
+nrd --loss-params 0.2 0.6 0.3 | --loss-params: pi1 pi2 pi3 are not shares that sum to 1
+nrd --loss-params 0.5 -0.2 0.7 | --loss-params: pi1 pi2 pi3 are not shares that sum to 1
+nrd --loss gjs --loss-params 1.5 --no-jsd-scale | --loss-params: pi1 is 1.5; 0 < pi1 < 1 works
 nrd --loss-params 0.2 0.8 | --loss-params: nrd takes 3 (pi1 pi2 pi3), not 2
-nrd --loss-params 0 0.5 0.5 | --loss-params: pi1 is 0, where Z is 0
+nrd --loss-params 0 0.5 0.5 | --loss-params: pi1 is 0; 0 < pi1 < 1 works
 nrd --loss gce --loss-params 0 | --loss-params: q is 0; gce needs q above 0
 nrd --loss ce --views 2 | --views: ce has no teacher's views; leave it out
 nrd --loss ce --jsd-scale | --jsd-scale: ce is no Jensen-Shannon divergence; leave it out
@@ -152,7 +154,7 @@ evaluate taught.pt other.pt --transfer --teacher | --teacher: the checkpoints na
 evaluate run.pt --cinic nowhere | --cinic: has the classes of cifar10
 evaluate run.pt --cifar-c nowhere | --cifar-c: nowhere/gaussian_noise.npy is missing
 evaluate run.pt --image-size 32 | --image-size: the images of tiny.npz keep their size
-evaluate run.pt --plot-by sigma | --plot-by: name one or two flags of the runs' config.json, not sigma
+evaluate run.pt --plot-by sigma | --plot-by: name one or two flags of config.json, not sigma
 evaluate run.pt --curves nonsense | --curves: no run has nonsense; they have epoch,
 evaluate run.pt --table table.xls | --table: table.xls ends with none of .csv, .md, .tex
 evaluate run.pt --attack PGD | --attack: needs torchattacks; pip install torchattacks

@@ -145,7 +145,7 @@ def test_logits_that_are_nan_are_refused_and_not_class_0():
     ("resnet19x4", {}, "--arch: unknown 'resnet19x4'; D is 8, 14, 20, …"),
     ("wrn-10-0", {}, "--arch: unknown 'wrn-10-0'; known are wrn-D-K, resnetD, .*, resnet18, .*, densenet169"),
     ("resnet18x4", {}, "--arch: unknown 'resnet18x4'; D is 8"),
-    ("resnet8", {"dropout": 0.1}, "--dropout: resnet8 has none; wrn-D-K has"),
+    ("resnet8", {"dropout": 0.1}, "dropout: resnet8 has none; wrn-D-K has"),
     ("resnet18", {"pretrained": True}, "--pretrained: resnet18 at 32 pixels has none; resnet18, .* at 224"),
     ("shufflenet_v2", {"pretrained": True, "image_size": 224}, "--pretrained: shufflenet_v2 at 224 pixels"),
 ])  # fmt: skip

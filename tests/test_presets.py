@@ -80,6 +80,7 @@ soft_randomization --dataset cifar10 | batch_size=128 lr=.1 weight_decay=5e-4 al
 messy_collaboration | teacher_arch=wrn-16-1 student_arch=wrn-10-1 limit_train=500
 messy_collaboration | epochs=60 batch_size=32 lr=.05
 messy_collaboration | noise=sym rate=.4 target_noise=.1 weight_decay=5e-4 alpha=.9 tau=4
+messy_collaboration --method baseline | target_noise=None
 messy_collaboration --dataset svhn | teacher_arch=wrn-40-2 student_arch=wrn-16-2
 messy_collaboration --dataset svhn | epochs=200 batch_size=128 lr=.1
 messy_collaboration --dataset svhn | noise=sym rate=.25 weight_decay=5e-4 alpha=.9 tau=4
