@@ -190,10 +190,10 @@ def refuse(args, flags, why):
 
 def assignments(flags):
     """A dict of flags as a list of texts: "flag=value", "flag=1,2,3"."""
-    texts = []
-    for flag, value in flags.items():
-        texts.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
-    return texts
+    return [
+        f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}"
+        for flag, value in flags.items()
+    ]
 
 
 def folder_name(first, args, flags):
@@ -216,8 +216,7 @@ def find_device(name):
     device = torch.device(name)
     visible = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= visible:
-        there = f"{visible} CUDA devices are" if visible else "no CUDA device is"
-        raise UsageError(f"--device {name}: {there} visible; --device cpu works")
+        raise UsageError(f"--device {name}: {visible} CUDA devices are visible; --device cpu works")
     return device
 
 
@@ -317,21 +316,6 @@ def average(tensors):
         mean = all_reduce(torch.cat([tensor.flatten() for tensor in tensors])) / world_size()
         for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(part.view_as(tensor))
-
-
-def act_as_one(optimizer, modules):
-    """Make the optimiser of every process take the step of the whole batch."""
-    norms = [
-        m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-    ]
-
-    def before_step(*_):
-        gradients = [
-            p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
-        ]
-        average(gradients + [value for norm in norms for value in (norm.running_mean, norm.running_var)])
-
-    optimizer.register_step_pre_hook(before_step)
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -1947,6 +1931,8 @@ class Run:
     and where --tensorboard lacks its package.
     """
 
+    images_per_second = 0.0  # of an epoch that a fork leaves by break
+
     def __init__(self, args, device, data, origin=None, epochs=None, wait=False):
         self.args = args
         self.device = device
@@ -1962,12 +1948,14 @@ class Run:
                 raise UsageError("--tensorboard: needs the package; pip install tensorboard") from None
         config = json.loads(json.dumps(vars(args), default=str))  # paths as texts
         config |= {"train_digest": data.train_digest, "test_digest": data.test_digest}
+        origin = origin or {}
+        config["teacher_acc"] = origin.get("teacher_acc")  # another teacher may have its path now
         self.header = {
             "script": args.script, "dataset": args.dataset, "classes": list(data.classes),
             "noise": {"kind": args.noise, "rate": args.rate, "seed": args.noise_seed},
             "imbalance": vars(args).get("imbalance"), "epochs": self.epochs,
             "config": config, "source": sources(args.script),
-        } | (origin or {})  # fmt: skip
+        } | origin  # fmt: skip
         self.board = None
         if rank() == 0:
             options = {"shell": True, "cwd": Path(__file__).parent, "capture_output": True, "text": True}
@@ -2016,7 +2004,16 @@ class Run:
             if self.device.type == "cuda":
                 for module in self.modules:
                     nn.SyncBatchNorm.convert_sync_batchnorm(module)  # in place
-            act_as_one(parts["optimizer"], self.modules)
+            parts["optimizer"].register_step_pre_hook(self.average_gradients)
+
+    def average_gradients(self, optimizer, *_):
+        """Before a step: make it that of the whole batch on every process."""
+        tensors = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for module in self.modules:
+            for layer in module.modules():
+                if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                    tensors += [layer.running_mean, layer.running_var]
+        average(tensors)
 
     def save(self, path=None):
         """Write checkpoint.pt, or `path`, then metrics.jsonl, which has the metrics of the checkpoint."""
@@ -2046,9 +2043,9 @@ class Run:
         if world_size() > 1:
             dist.broadcast(order, 0)
         batch_size = min(batch_size, total)
-        steps = order[: total // batch_size * batch_size].view(-1, world_size(), batch_size // world_size())
+        steps = order.unfold(0, batch_size, batch_size)[:, rank() :: world_size()]
         self.epoch_began = time.perf_counter()
-        yield from progress(steps[:, rank()], f"epoch {self.epoch + 1}/{self.epochs}", took=False)
+        yield from progress(steps, f"epoch {self.epoch + 1}/{self.epochs}", took=False)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.images_per_second = len(steps) * batch_size / (time.perf_counter() - self.epoch_began)
@@ -2066,6 +2063,7 @@ class Run:
         if not all(values.isfinite().all() for values in (losses, *weights)):
             sys.exit(f"error: a loss or weight is not finite in epoch {self.epoch + 1}; lower --lr")
         seconds = time.perf_counter() - self.epoch_began
+        metrics = json.loads(json.dumps(metrics))  # a number of NumPy could not be loaded again
         metrics["train_loss"] = losses.mean().item()
         record = {"epoch": self.epoch + 1, **metrics}
         record["images_per_second"] = round(self.images_per_second, 1)
@@ -2076,8 +2074,9 @@ class Run:
             for key, value in record.items():
                 if isinstance(value, (int, float)):
                     self.board.add_scalar(key, value, self.epoch)
-        shown = [f"{key} {value:#.4g}" for key, value in metrics.items() if isinstance(value, float)]
-        shown += [f"{key} {value:,}" for key, value in metrics.items() if isinstance(value, int)]
+        forms = {float: "#.4g", int: ","}
+        shown = [f"{key} {value:{forms[type(value)]}}" for key, value in metrics.items()
+                 if type(value) in forms]  # fmt: skip
         left = duration(seconds * (self.epochs - self.epoch))
         shown += [f"{self.images_per_second:,.0f} images/s", f"{left} left"]
         show("  ".join([f"epoch {self.epoch:>{len(str(self.epochs))}}/{self.epochs}", *shown]))

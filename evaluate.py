@@ -687,8 +687,8 @@ def read_data(args, dataset, config, test_only=True):
     """The Dataset `dataset`, read as the flags say, else as in training (config), else as by default."""
     if not common.is_photographs(dataset):
         common.refuse(args, ("resize", "image_size"), f"the images of {dataset} keep their size")
-    resize = args.resize or config.get("resize", 256)
-    image_size = args.image_size or config.get("image_size", 224)
+    resize = args.resize or config.get("resize") or 256
+    image_size = args.image_size or config.get("image_size") or 224
     data_dir = args.data_dir or config.get("data_dir", "data")
     limit = None if test_only else config.get("limit_train")
     return load_dataset(dataset, data_dir, limit, args.limit_test, args.device, resize, image_size, test_only)
@@ -711,8 +711,9 @@ def subject_of_run(path, checkpoint, part, args):
         config = config | {"script": f"{config['script']}, network {network}"}
     if part not in (*parts, "model"):
         raise UsageError(f"--part: {path} has no {part!r}; it has {', '.join(parts)}")
-    found = {key: checkpoint.get(key) for key in ("source", "metrics", "teacher")}
-    subject = Subject(str(path), config, **found)
+    subject = Subject(
+        str(path), config, **{key: checkpoint.get(key) for key in ("source", "metrics", "teacher")}
+    )
     if not (args.measures or args.memory):
         return subject
     subject.dataset = args.dataset or checkpoint["dataset"]
@@ -721,6 +722,8 @@ def subject_of_run(path, checkpoint, part, args):
         raise UsageError(f"--dataset: {subject.dataset} has other classes than {path}, or in another order")
     if config.get("test_digest") not in (None, data.test_digest):
         print(f"{path}: tested on other images or labels than in training", flush=True)
+    if not common.sources("").items() <= subject.source.items():
+        print(f"{path}: trained with another common.py than this, which builds the network")
     subject.model = common.load_model(checkpoint, part, args.device).requires_grad_(False)
     batch_size = common.EVAL_BATCH[data.test_labels.device.type]
     if checkpoint.get("batch_norm") == "current":
@@ -803,7 +806,8 @@ def grouped(subjects, leave_out=()):
     alike = {}
     for subject in subjects:
         settings = {flag: value for flag, value in subject.config.items() if flag not in ignored}
-        key = json.dumps([settings, subject.source, len(subject.metrics)], sort_keys=True)
+        to_come = subject.config.get("epochs", 0) - len(subject.metrics)
+        key = json.dumps([settings, subject.source, to_come], sort_keys=True)
         alike.setdefault(key, []).append(subject)
     rows = []
     for members in alike.values():
@@ -992,8 +996,9 @@ def measure(subject, args, attacks, official, cinic):
             numbers[f"{name}, ε {eps_name(eps)} (%)"] = evaluate_attack(subject, attack, eps, args)
     if args.cifar_c is not None:
         subject.corruptions = evaluate_corruptions(subject, args, official)
-        kind = "official" if official else "generated"
-        numbers[f"mCA, {kind} (%)"] = subject.corruptions["accuracy"]["mean"]
+        numbers[f"mCA, {'official' if official else 'generated'} (%)"] = (
+            subject.corruptions["accuracy"]["mean"]
+        )
         numbers["natural robustness (%)"] = subject.corruptions["natural robustness"]["mean"]
 
 
@@ -1203,7 +1208,7 @@ def record(args, path, numbers):
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         with open(args.out / "evaluation.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.write(json.dumps(entry) + "\n")
     except OSError as error:
         print(error, file=sys.stderr)
 

@@ -7,7 +7,7 @@
 Runs the methods of a claim and what they are compared with through the scripts, as a user calls them, and
 prints the table of claims. The last epoch counts. All seeds have one corruption of the labels and one
 teacher, as in the papers, so that the errors do not hold what another teacher would change. Run folders and
-logs stay in runs/claims. What is there is not run again; after a change of a script, remove its folders. The
+logs stay in runs/claims. What is there is not run again; after a change of a script, remove its folders and logs. The
 seeds are worked through one after another, and a table has those that are there. Of all claims, claims.json
 and .github/claims.png are written too, on CIFAR-10 claims-cifar10.json and .github/claims-cifar10.png.
 .github/training.png is drawn where its runs are there.
@@ -405,6 +405,7 @@ def main():
     add("--jobs", type=int, default=2, metavar="N", help="runs at a time, a thread each")
     add("--report", action="store_true", help="run nothing: the table of what is there")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="replace")  # a terminal without ± gets a question mark
     table = commands(args.dataset)
     known = [
         claim

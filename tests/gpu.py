@@ -149,7 +149,8 @@ def main():
     end = time.monotonic() + 60 * args.minutes
     if not (args.list or args.device == "cpu" or torch.cuda.is_available()):
         parser.error(f"--device {args.device}: no CUDA device is visible")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    with_gpu = torch.cuda.is_available() and args.device != "cpu"
+    gpu = torch.cuda.get_device_name(args.device) if with_gpu else "CPU"
     for job in args.only:
         (command, paper), done = JOBS[job], {name for name, result in read(args).items() if result["done"]}
         if args.list:

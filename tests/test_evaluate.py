@@ -401,6 +401,16 @@ def test_other_images_or_labels_than_in_training_are_told(run, capsys):
     assert "same.pt: tested on other images or labels than in training\n" in capsys.readouterr().out
 
 
+def test_another_common_py_than_in_training_is_told(run, capsys):
+    """It may build another network of that name; an edit of the script changes nothing here."""
+    text = common.sources("")["common.py"]
+    write_checkpoint("same.pt", changes={"source": {"nrd.py": "edited", "common.py": text}})
+    write_checkpoint("fork.pt", changes={"source": {"nrd.py": "edited", "common.py": f"{text}# edited"}})
+    run("same.pt", "fork.pt", "--out", "ev")
+    told = [line for line in capsys.readouterr().out.splitlines() if "common.py" in line]
+    assert told == ["fork.pt: trained with another common.py than this, which builds the network"]
+
+
 def test_the_test_set_is_enough(run):
     """Of a run, a module, and of public weights whose mean and deviation are given."""
     write_test_set_alone("only.npz")
@@ -623,6 +633,15 @@ def drawn_subject(path="a.pt", seed=0, flags=(), **fields):
     """A Subject of which only what is drawn is there."""
     config = {"script": "nrd", "seed": seed, "given": dict(flags)} | dict(flags)
     return evaluate.Subject(path, config, None, "some", None, 1, **fields)
+
+
+def test_runs_are_alike_where_as_many_epochs_are_to_come():
+    """Not where one is measured before its end; a preset may tie epochs to the flag that is plotted."""
+    first = drawn_subject(flags={"dropout": 0.1, "epochs": 2}, metrics=[{}] * 2)
+    second = drawn_subject(flags={"dropout": 0.4, "epochs": 3}, metrics=[{}] * 3)
+    early = drawn_subject(seed=1, flags={"dropout": 0.4, "epochs": 3}, metrics=[{}] * 2)
+    rows = evaluate.grouped([first, second, early], ["dropout", "epochs"])
+    assert sorted(len(members) for _, members in rows) == [1, 2] and [early] in [row for _, row in rows]
 
 
 def curve(axes, label):
@@ -907,7 +926,7 @@ def test_memory_is_measured_on_the_labels_of_training(run, figures, script, per_
     true = data.train_labels[common.evenly_spaced(40, 30)]
     given = common.corrupt_labels(true, "sym", 0.5, CLASSES, 3, per_sample=per_sample)
     call = ", per_sample=True" if script == "kd_zoo" else ""  # a teacher has no script
-    source = f"labels = common.noisy_labels(args, data{call})"
+    source = common.sources("") | {script: f"labels = common.noisy_labels(args, data{call})"}
     checkpoint = write_checkpoint("a.pt", changes={"source": source}, **flags)
     run("a.pt", "--memory", 2, "--out", "ev")
     (line,) = lines_of("ev")
@@ -1126,6 +1145,8 @@ def test_size_of_pictures_is_asked_for_or_that_of_training(run):
     write_checkpoint("a.pt", changes={"dataset": "imagefolder:pics"}, resize=50, image_size=36)
     run("a.pt")
     run("a.pt", "--image-size", 32)
+    write_checkpoint("small.pt", resize=None, image_size=None)  # as on images that keep their size
+    run("small.pt", "--dataset", "imagefolder:pics")
     decoded = {path.stem.removeprefix("imagefolder_pics-") for path in Path("data/decoded").glob("*.raw")}
     assert decoded == {"test-256-224", "test-256-48", "test-40-32", "test-50-36", "test-50-32"}
 

@@ -38,8 +38,8 @@ soft_randomization --sigma -1 | argument --sigma: -1 is
 noise_data_free_kd --adjust-batches 0 | argument --adjust-batches: 0 is
 evaluate run.pt --eps 2 | argument --eps: 2 is not in [0, 1]
 evaluate run --pgd 0 | argument --pgd: 0 is
-nrd --device cuda | --device cuda: no CUDA device is visible; --device cpu works
-nrd --device cuda:9 | --device cuda:9: no CUDA device is visible
+nrd --device cuda | --device cuda: 0 CUDA devices are visible; --device cpu works
+nrd --device cuda:9 | --device cuda:9: 0 CUDA devices are visible
 nrd --device 0 | --device 0: unknown; cpu, cuda and cuda:N work
 nrd --device mps | --device mps: unknown
 nrd --dataset tiny.npz --resize 40 | --resize: --dataset tiny.npz keeps its size; leave it out

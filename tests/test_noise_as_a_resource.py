@@ -244,6 +244,15 @@ def test_other_data_of_the_same_name_is_another_run_and_another_teacher(cli, tin
     assert "first holds another run: " in err and "train_digest (" in err
 
 
+def test_another_teacher_of_the_same_path_is_another_run(cli, tiny_npz, teacher):
+    assert cli(sr, *GIVEN, "--out", "run")[0] == 0
+    with torch.no_grad():
+        teacher.head[-1].bias[0] += 100  # it answers class 0
+    torch.save(teacher.state_dict(), "weights.pth")
+    status, _, err = cli(sr, *GIVEN, "--out", "run", "--resume")
+    assert status == 2 and "run holds another run: teacher_acc (" in err
+
+
 @pytest.mark.parametrize("best", [0, 1])
 def test_the_best_of_several_teachers_teaches(cli, tiny_npz, best):
     """The test labels become the answers of one of them; teachers do not learn from these."""

@@ -64,7 +64,7 @@ def test_the_first_step_is_that_of_the_mean_gradient_of_the_halves(folder):
     data = common.load_dataset("shapes", limit_train=32)
     labels = common.corrupt_labels(data.train_labels, "sym", 0.5, data.classes, 0)
     model = common.build_model("wrn-10-1", 10, 0.0, *common.channel_stats(data)).train()
-    halves, gradients, statistics = torch.randperm(32).view(2, 16), [], []
+    halves, gradients, statistics = torch.randperm(32).view(16, 2).T, [], []
     for index in halves:
         net = copy.deepcopy(model)
         loss = F.cross_entropy(net(data.batch(index)), labels[index])

@@ -1,6 +1,7 @@
 """nrd.py as a user runs it: a run and its folder, resuming, stopping, several seeds, bad input."""
 
 import fcntl
+import itertools
 import json
 import re
 import signal
@@ -168,6 +169,16 @@ def test_code_that_is_edited_while_a_run_is_stopped(nrd_cli, monkeypatch, tmp_pa
     source = saved("run")["source"]
     assert source.pop("nrd.py") == (ROOT / "nrd.py").read_text()
     assert source == dict(zip(["common.py until epoch 1", "common.py until epoch 2", "common.py"], texts))
+
+
+def test_a_fork_may_measure_with_numpy_and_leave_its_loop(nrd_cli, monkeypatch, quick):
+    batches, end_epoch = common.Run.batches, common.Run.end_epoch
+    monkeypatch.setattr(common.Run, "batches", lambda *args: itertools.islice(batches(*args), 1))
+    f1 = np.mean([1, 2])
+    monkeypatch.setattr(common.Run, "end_epoch", lambda *args, **others: end_epoch(*args, **others, f1=f1))
+    status, out, _ = nrd_cli(*TINY, "--epochs", 1, "--out", "run")
+    assert status == 0 and " f1 1.500 " in out and metrics_of("run")[0]["images_per_second"] == 0
+    assert common.load_checkpoint("run/checkpoint.pt")["metrics"][0]["f1"] == 1.5
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(nrd_cli, monkeypatch, quick):
