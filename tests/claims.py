@@ -7,10 +7,10 @@
 Runs the methods of a claim and what they are compared with through the scripts, as a user calls them, and
 prints the table of claims. The last epoch counts. All seeds have one corruption of the labels and one
 teacher, as in the papers, so that the errors do not hold what another teacher would change. Run folders and
-logs stay in runs/claims. What is there is not run again; after a change of a script, remove its folders and logs. The
-seeds are worked through one after another, and a table has those that are there. Of all claims, claims.json
-and .github/claims.png are written too, on CIFAR-10 claims-cifar10.json and .github/claims-cifar10.png.
-.github/training.png is drawn where its runs are there.
+logs stay in runs/claims. What is there is not run again; after a change of a script, remove its folders and
+logs. The seeds are worked through one after another, and a table has those that are there. Of all claims,
+claims.json and .github/claims.png are written too, on CIFAR-10 claims-cifar10.json and
+.github/claims-cifar10.png. .github/training.png is drawn where its runs are there.
 
 On the built-in data the settings are the presets: few images, so that there is room above. Both sides of a
 comparison have the same epochs, images and networks. RESULTS.md has what else was tried, and why a claim does
