@@ -2,7 +2,7 @@
 
     python tests/claims.py                     # all claims on the built-in data, five seeds; two core-hours
     python tests/claims.py sr mc --seeds 3     # those of two scripts
-    python tests/claims.py --dataset cifar10   # on CIFAR-10, with a few thousand training images
+    python tests/claims.py --dataset cifar10   # on CIFAR-10, some thousand training images; four core-hours
 
 Runs the methods of a claim and what they are compared with through the scripts, as a user calls them, and
 prints the table of claims. The last epoch counts. All seeds have one corruption of the labels and one
